@@ -1,0 +1,1 @@
+"""From a file or a hub to typed examples: sources, schema, splits, audit."""

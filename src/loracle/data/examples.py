@@ -1,0 +1,65 @@
+"""The types that leave the data room: what every later stage may rely on.
+
+They are frozen and hold plain Python values only, so that they can be made in tests by hand and read without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is learnt.
+
+    ``kind`` is ``single`` (one label a text), ``multi`` (any number of labels a text) or ``rank``. ``label_names[i]`` is
+    the name of label ``i`` as it stood in the data, always a string; empty when ranking. ``evidence`` says what a ranker
+    learns from: ``pairs`` (this beat that), ``grades`` (a number a title) or ``clicks`` (counts); None for classifiers.
+    """
+
+    kind: Literal["single", "multi", "rank"]
+    label_names: tuple[str, ...] = ()
+    evidence: Literal["pairs", "grades", "clicks"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledText:
+    """One text and what it is. ``labels`` are indices into ``Task.label_names``: exactly one for ``single``, any for ``multi``."""
+
+    text: str
+    labels: tuple[int, ...]
+    row: int  # where it stood: 1-based line of a text file, 1-based item of a JSON array or Parquet file
+    context: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Candidate ``winner`` of a group was preferred to ``loser`` (indices into ``RankGroup.texts``)."""
+
+    winner: int
+    loser: int
+    margin: float | None = None  # by how much, in units of the score, where the data say so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroup:
+    """Titles that competed for the same eyes, distinct, at least two, and exactly one kind of evidence about them.
+
+    ``texts[i]`` came from ``rows[i]`` (the first one, where equal titles were merged). Of ``preferences``, ``grades`` and
+    ``clicks`` with ``impressions`` one is set when the group is to learn from, none when it is only to be ranked.
+    """
+
+    group: str
+    texts: tuple[str, ...]
+    rows: tuple[int, ...]
+    context: str | None = None
+    preferences: tuple[Preference, ...] = ()
+    grades: tuple[float, ...] | None = None
+    clicks: tuple[int, ...] | None = None
+    impressions: tuple[int, ...] | None = None
+    weight: float = 1.0
+
+
+Example = LabeledText | RankGroup
