@@ -1,5 +1,10 @@
 """The one exception that a user is meant to read."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user gave cannot be used, or the world it needs is not there.
@@ -20,3 +25,10 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Training was stopped from outside (Ctrl-C); the last checkpoint is whole and the message says how to go on."""
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """' (did you mean 'label'?)' where one of ``names`` is close, else nothing."""
+    known = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f" (did you mean '{known[close[0]]}'?)" if close else ""

@@ -1,1 +1,1 @@
-
+"""Losses, the optimizer, checkpoints and the one visible loop."""

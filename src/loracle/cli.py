@@ -1,0 +1,297 @@
+"""The command line: options made from ``config.py``, work done by ``recipe.py`` and ``run/``, errors in one line.
+
+Nothing heavy is imported before it is needed: ``--help`` and ``check`` never see torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import loracle
+from loracle.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from loracle.errors import Interrupted, UserError
+
+SHORT = {"out": "-o"}
+WINDOW = 2048  # rows that predict holds at once
+
+
+def options(*configs: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """One option a config field, with its help and default; what is not given is not passed on."""
+
+    def decorate(command: Callable) -> Callable:
+        for config in reversed(configs):
+            hints = typing.get_type_hints(config)
+            for f in reversed(dataclasses.fields(config)):
+                if f.metadata and f.name != "data" and (not only or f.name in only):
+                    command = _option(f, hints[f.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(f: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
+    kinds = [k for k in typing.get_args(hint) if k is not types.NoneType] or [hint]
+    name = f.name.replace("_", "-")
+    flag = f"--{name}/--no-{name}" if kinds[0] is bool else f"--{name}"
+    shown = f.metadata["help"] + ("" if f.default is None or kinds[0] is bool else f"  [{f.default}]")
+    choices = f.metadata["choices"]
+    kind = None if kinds[0] is bool else click.Choice(choices) if choices else kinds[0]
+    return click.option(*([SHORT[f.name]] if f.name in SHORT else []), flag, f.name, type=kind, default=None, help=shown)
+
+
+class Commands(click.Group):
+    """Commands in the order of a user's way, and errors that a user is meant to read as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as e:
+            click.echo(f"loracle: {e}", err=True)
+            sys.exit(2)
+        except Interrupted as e:
+            click.echo(f"\nloracle: {e}", err=True)
+            sys.exit(130)
+        except BrokenPipeError:  # `loracle predict … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(loracle.__version__)
+def main() -> None:
+    """Turn labelled text, preference pairs or click logs into an LLM classifier or ranker."""
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(DataConfig, ModelConfig, LoraConfig, TrainConfig, RunConfig)
+@click.option("--resume", type=click.Path(path_type=Path), help="go on with the interrupted run in this folder")
+def train(data: str | None, resume: Path | None, **given: Any) -> None:
+    """Train on DATA: a file (CSV, TSV, JSON, JSON lines, Parquet, each also .gz) or hf:owner/name.
+
+    Columns and task are inferred and said aloud; flags win.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    if resume is not None:
+        if data or given:
+            raise UserError("--resume alone", f"{data or '--' + next(iter(given))} beside it", "the run folder knows the rest")
+    elif not data:
+        raise UserError("data to train on", "none", "give a file: loracle train reviews.csv")
+    _calm()
+    from loracle import recipe
+
+    if resume is not None:
+        recipe.resume(resume, say=click.echo)
+    else:
+        recipe.train(RunConfig.from_flat({"data": data, **given}), say=click.echo)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("data")
+@options(DataConfig, only=("text", "context"))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal")
+@click.option("--base", help="where the base model is now, if it moved")
+@click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+def predict(run: Path, data: str, out: Path | None, base: str | None, device: str, **columns: Any) -> None:
+    """Label every row of DATA with the classifier in RUN: the columns as they were, then label and probabilities."""
+    from loracle.data.columns import infer_text_column
+    from loracle.data.schema import iter_texts
+    from loracle.data.sources import open_table
+    from loracle.run.output import open_output
+
+    table = open_table(data)
+    found = infer_text_column(table, _data_config(**columns))
+    for line in found.said:
+        click.echo(line, err=True)
+    _calm()
+    from loracle.run.predictor import Predictor
+
+    predictor = Predictor(run, base=base, device=device)
+    if predictor.task.kind == "rank":
+        raise UserError("a classifier", f"a ranker in {run}", f"use loracle rank {run} {data}")
+    with open_output(out) as write:
+        unread = 0
+        for rows in _windows(iter_texts(table, found), WINDOW):
+            unread += _predict_window(predictor, rows, write)
+    if unread:
+        click.echo(f"note: {unread:,} rows without a text have no label", err=True)
+
+
+def _predict_window(predictor: Any, rows: list[tuple], write: Callable[[dict[str, Any]], None]) -> int:
+    """Label some rows; returns how many had no text."""
+    readable = [(text, context) for _, _, text, context in rows if text is not None]
+    proba = iter(predictor.predict_proba([t for t, _ in readable], [c for _, c in readable]))
+    names = predictor.task.label_names
+    for _, row, text, _ in rows:
+        if text is None:
+            write({**row, "label": None, **{f"p({n})": None for n in names}})
+            continue
+        p = next(proba)
+        (label,) = predictor.names(p[None])
+        label = "|".join(label) if isinstance(label, list) else label
+        write({**row, "label": label, **{f"p({n})": round(float(v), 6) for n, v in zip(names, p, strict=True)}})
+    return len(rows) - len(readable)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("titles", nargs=-1, required=True)
+@options(DataConfig, only=("text", "group"))
+@click.option("--context", help="what the titles are for; with a file: the column that says it")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: the terminal")
+@click.option("--base", help="where the base model is now, if it moved")
+@click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+def rank(
+    run: Path, titles: tuple[str, ...], context: str | None, out: Path | None, base: str | None, device: str, **columns: Any
+) -> None:
+    """Rank TITLES, best first, with the ranker in RUN; or one file of titles, group by group."""
+    from loracle.data.examples import RankGroup
+
+    if len(titles) == 1 and Path(titles[0]).is_file():
+        from loracle.data.columns import infer_text_column
+        from loracle.data.schema import read_unlabelled_groups
+        from loracle.data.sources import open_table
+
+        table = open_table(titles[0])
+        groups, issues = read_unlabelled_groups(table, infer_text_column(table, _data_config(context=context, **columns)))
+        for issue in issues:
+            click.echo(f"note: {issue}", err=True)
+    else:
+        distinct = tuple(dict.fromkeys(titles))
+        groups = [RankGroup(group="", texts=distinct, rows=tuple(range(1, 1 + len(distinct))), context=context)]
+    _calm()
+    from loracle.run.output import open_output
+    from loracle.run.predictor import Predictor
+
+    predictor = Predictor(run, base=base, device=device)
+    ranked = ((group, predictor.rank(group.texts, group.context)) for group in groups)
+    if out is None and len(groups) == 1:
+        for position, (title, value) in enumerate(next(ranked)[1], 1):
+            click.echo(f"{position:>3}  {value:+.3f}  {title}")
+        return
+    with open_output(out) as write:
+        for group, order in ranked:
+            for position, (title, value) in enumerate(order, 1):
+                write({"group": group.group, "rank": position, "score": round(value, 6), "text": title})
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("data")
+@options(DataConfig)
+@click.option("--base", help="where the base model is now, if it moved")
+@click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+@click.option("--json", "as_json", is_flag=True, help="print every metric as JSON")
+def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool, **given: Any) -> None:
+    """Measure the classifier or ranker in RUN on labelled DATA."""
+    import json
+
+    from loracle.data.schema import read_examples
+    from loracle.data.sources import open_table
+    from loracle.run.folder import read_info
+
+    info = read_info(run)
+    columns = {f.name: getattr(info.config.data, f.name) for f in dataclasses.fields(DataConfig)}
+    table = open_table(data)
+    # Columns named in training are looked for again where they are there; flags win.
+    kept = {k: v for k, v in columns.items() if k in REMEMBERED and _is_there(v, table.columns)}
+    config = _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
+    examples = read_examples(table, config, task=info.task)
+    for issue in examples.issues:
+        click.echo(f"note: {issue}", err=True)
+    _calm()
+    from loracle import recipe
+    from loracle.judge.report import plain_table, result_rows
+    from loracle.run.predictor import Predictor
+
+    predictor = Predictor(run, base=base, device=device)
+    scores = recipe.score_examples(predictor.scorer, predictor.encoder, examples.items)
+    metrics = recipe.measure(scores, examples.items, info.task)
+    if as_json:
+        click.echo(json.dumps(metrics, indent=1))
+        return
+    click.echo(f"{len(examples.items):,} {'groups' if info.task.kind == 'rank' else 'texts'} of {data}")
+    click.echo(plain_table(result_rows({"test": metrics}, info.task.kind)))
+    if info.base.get("note"):
+        click.echo(f"(figures of {info.base['note']})")
+
+
+REMEMBERED = (
+    "text", "label", "group", "context", "clicks", "impressions", "grade", "label_delimiter", "min_impressions",
+)  # fmt: skip
+
+
+def _is_there(value: Any, columns: tuple[str, ...]) -> bool:
+    return not isinstance(value, str) or len(value) == 1 or all(c.strip() in columns for c in value.split(","))
+
+
+@main.command()
+@click.argument("data")
+@options(DataConfig)
+@click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
+def check(data: str, as_json: bool, **given: Any) -> None:
+    """Say what is in DATA and what is wrong with it; exits with 2 if it cannot be trained on."""
+    import json
+
+    from loracle.data.audit import audit, refuse
+    from loracle.data.schema import read_examples
+    from loracle.data.sources import open_splits, open_table
+
+    config = _data_config(data=data, **given)
+    tables = open_splits(data)
+    found = read_examples(tables["train"], config)
+    test_table = open_table(config.test) if config.test else tables.get("test")
+    report = audit(found, read_examples(test_table, config, task=found.task) if test_table else None)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join([*found.columns.said, *report.lines()]))
+    refuse(found)
+
+
+@main.command()
+@click.option("-o", "--out", default="runs/demo", type=click.Path(path_type=Path), help="folder for data and runs")
+@click.option("--max-steps", type=int, help="stop both trainings after this many steps")
+def demo(out: Path, max_steps: int | None) -> None:
+    """Train a topic classifier and a title ranker on embedded data, and use both."""
+    _calm()
+    from loracle import demo as showcase
+
+    showcase.run(out, max_steps=max_steps, say=click.echo)
+
+
+def _data_config(**given: Any) -> DataConfig:
+    return DataConfig(**{k: v for k, v in given.items() if v is not None})
+
+
+def _windows(rows: Any, size: int) -> Any:
+    window: list[Any] = []
+    for row in rows:
+        window.append(row)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _calm() -> None:
+    """Keep the libraries' notices, meant for developers, from the user's terminal."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

@@ -1,0 +1,290 @@
+"""Which column is what, said aloud: flags win, then names, then what stands in the columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loracle.config import DataConfig
+from loracle.data.examples import Task
+from loracle.data.table import Table
+from loracle.errors import UserError, near
+
+# Names by which columns are known, whatever their case; where several are there, the first of these is taken.
+TEXT_NAMES = (
+    "text", "sentence", "content", "review", "comment", "abstract", "body", "message", "question", "query", "utterance",
+    "tweet", "headline", "title", "description",
+)  # fmt: skip
+TITLE_NAMES = (
+    "headline",
+    "title",
+    "text",
+    "candidate",
+    "document",
+    "passage",
+    "response",
+    "answer",
+    "content",
+    "sentence",
+)
+LABEL_NAMES = (
+    "label", "labels", "category", "categories", "class", "topic", "topics", "sentiment", "intent", "target", "stars",
+    "rating", "emotion", "emotions", "tag", "tags", "genre",
+)  # fmt: skip
+GROUP_NAMES = ("group", "group_id", "test_id", "query_id", "qid")
+GRADE_NAMES = ("grade", "relevance", "score")
+CONTEXT_NAMES = ("context", "prompt", "query", "brief")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which column is what. ``said`` holds the sentences that tell the user what was taken for what."""
+
+    messages: str | None = None  # chat messages, whose user content is the text
+    text: str | None = None
+    label: str | None = None
+    group: tuple[str, ...] = ()
+    context: str | None = None
+    clicks: str | None = None
+    impressions: str | None = None
+    grade: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: str | None = None
+    weight: str | None = None
+    said: tuple[str, ...] = field(default=(), compare=False)
+
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """``{role: columns}`` of those that are set."""
+        roles = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "said"}
+        return {role: (c,) if isinstance(c, str) else c for role, c in roles.items() if c}
+
+    @property
+    def evidence(self) -> Literal["pairs", "grades", "clicks"] | None:
+        """What a ranker would learn from; None for labels, or for no evidence at all."""
+        return "pairs" if self.chosen else "clicks" if self.clicks else "grades" if self.grade else None
+
+
+def cell_of(row: dict[str, Any], column: str | None) -> Any:
+    """What stands in a column; None where there is no such column, or a JSON object leaves it out."""
+    return None if column is None else row.get(column)
+
+
+def infer_columns(table: Table, data: DataConfig, task: Task | None = None) -> tuple[Task, Columns]:
+    """What a table is for and which column is what; flags win, then names, then what stands in the columns.
+
+    Args:
+        task: of the training data, when this table is to be read like it; only its kind counts here.
+
+    Returns:
+        the task, still without label names, and the columns.
+
+    Raises:
+        UserError: a named column is not there, or nothing tells which column is the text or the label.
+    """
+    if data.label and (data.clicks or data.impressions or data.grade):
+        raise UserError("one thing to learn from", "--label beside --clicks or --grade", "leave one of them out")
+    columns = None
+    if (task is None or task.kind == "rank") and not data.label:
+        columns = _pair_columns(table, data) or _click_columns(table, data) or _grade_columns(table, data)
+    if columns is None and task is not None and task.kind == "rank":
+        raise UserError(
+            "chosen and rejected, clicks and impressions, or a grade for each title of a group",
+            _columns_of(table), "name them with --clicks and --impressions, or --grade, and --group",
+        )  # fmt: skip
+    if columns is None and data.group and _group_columns(table, data):
+        raise UserError(
+            "something to rank by beside --group",
+            _columns_of(table),
+            "name it with --clicks and --impressions, or --grade",
+        )
+    columns = columns or _label_columns(table, data)
+    found = task_of(table, columns, data)
+    return found, dataclasses.replace(columns, said=_said(found, columns))
+
+
+def infer_text_column(table: Table, data: DataConfig) -> Columns:
+    """Text, and as far as they are there context and group, of a table without labels.
+
+    Raises:
+        UserError: a named column is not there, or nothing tells which column is the text.
+    """
+    columns = _text_columns(table, data, TEXT_NAMES, group=_group_columns(table, data))
+    return dataclasses.replace(columns, said=_said(None, columns))
+
+
+def task_of(table: Table, columns: Columns, data: DataConfig) -> Task:
+    """What such columns are for, without label names."""
+    if columns.evidence:
+        return Task(kind="rank", evidence=columns.evidence)
+    several = data.label_delimiter or any(isinstance(cell_of(row, columns.label), list) for _, row in table.head())
+    return Task(kind="multi" if several else "single")
+
+
+def _said(task: Task | None, columns: Columns) -> tuple[str, ...]:
+    kinds = {"single": "one label a text", "multi": "any number of labels a text"}
+    said = []
+    if task:
+        said.append(f"task: {kinds.get(task.kind) or f'ranking from {task.evidence}'}")
+    for role, names in columns.named().items():
+        said.append(f"{role} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}")
+    return tuple(said)
+
+
+def _columns_of(table: Table) -> str:
+    return f"columns {', '.join(map(repr, table.columns))} in {table.name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and names
+
+
+def _flagged(table: Table, name: str | None, flag: str) -> str | None:
+    """The column that a flag names, which must be there."""
+    if name is None or name in table.columns:
+        return name
+    raise UserError(
+        f"a column '{name}', as --{flag} says",
+        _columns_of(table) + near(name, table.columns),
+        f"name one of them with --{flag}",
+    )
+
+
+def _common(table: Table, names: Iterable[str], taken: Iterable[str | None] = ()) -> str | None:
+    """The first of these names among the columns, whatever its case."""
+    there = {column.strip().lower(): column for column in reversed(table.columns) if column not in taken}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _group_columns(table: Table, data: DataConfig) -> tuple[str, ...]:
+    if data.group is None:
+        name = _common(table, GROUP_NAMES)
+        return (name,) if name else ()
+    names = (data.group,) if data.group in table.columns else tuple(name.strip() for name in data.group.split(","))
+    for name in names:
+        _flagged(table, name, "group")
+    return names
+
+
+def _pair_columns(table: Table, data: DataConfig) -> Columns | None:
+    chosen, rejected = _common(table, ["chosen"]), _common(table, ["rejected"])
+    if not (chosen and rejected) or data.text or data.clicks or data.impressions or data.grade:
+        return None
+    return Columns(
+        chosen=chosen,
+        rejected=rejected,
+        group=_group_columns(table, data) if data.group else (),
+        context=_flagged(table, data.context, "context") or _common(table, ["prompt", "context"]),
+        margin=_common(table, ["margin"]),
+    )
+
+
+def _click_columns(table: Table, data: DataConfig) -> Columns | None:
+    clicks = _flagged(table, data.clicks, "clicks") or _common(table, ["clicks"])
+    impressions = _flagged(table, data.impressions, "impressions") or _common(table, ["impressions"])
+    wanted = data.clicks or data.impressions
+    if data.grade or not (wanted or (clicks and impressions)):
+        return None
+    if not (clicks and impressions):
+        missing = "impressions" if clicks else "clicks"
+        raise UserError(f"a column with the {missing}", _columns_of(table), f"name it with --{missing}")
+    return _competing(table, data, clicks=clicks, impressions=impressions)
+
+
+def _grade_columns(table: Table, data: DataConfig) -> Columns | None:
+    grade = _flagged(table, data.grade, "grade") or _common(table, GRADE_NAMES)
+    grouped = data.group or data.context or _group_columns(table, data)
+    if not grade or (not data.grade and (not grouped or _common(table, LABEL_NAMES))):
+        return None
+    return _competing(table, data, grade=grade)
+
+
+def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
+    """Columns of titles that compete; a shared context makes a group where no column is called one."""
+    group = _group_columns(table, data)
+    context = _flagged(table, data.context, "context") or (None if group else _common(table, CONTEXT_NAMES))
+    if not (group or context):
+        raise UserError(
+            "a column that says which titles compete",
+            _columns_of(table),
+            "name it with --group; several are joined by commas",
+        )
+    taken = {*group, context, *evidence.values()} - {None}
+    columns = _text_columns(table, data, TITLE_NAMES, group=group, taken=taken)
+    return dataclasses.replace(columns, group=group or (str(context),), context=context, **evidence)
+
+
+def _label_columns(table: Table, data: DataConfig) -> Columns:
+    label = _flagged(table, data.label, "label") or _common(table, LABEL_NAMES, taken=[data.text, data.context])
+    columns = _text_columns(table, data, TEXT_NAMES, taken={label} - {None})
+    label = label or _guessed_label(table, taken={columns.text, columns.messages, columns.context})
+    return dataclasses.replace(columns, label=label, weight=_common(table, ["sample_weight"], taken=[label]))
+
+
+def _text_columns(
+    table: Table,
+    data: DataConfig,
+    names: Iterable[str],
+    *,
+    group: tuple[str, ...] = (),
+    taken: Iterable[str | None] = (),
+) -> Columns:
+    """Text (or messages) and the context that a flag names."""
+    context = _flagged(table, data.context, "context")
+    taken = {*taken, *group, context}
+    messages = _common(table, ["messages"], taken) if data.text is None else None
+    if messages and not isinstance(table.head(1)[0][1].get(messages), str):
+        return Columns(messages=messages, context=context, group=group)
+    text = _flagged(table, data.text, "text") or _common(table, names, taken) or _guessed_text(table, taken)
+    return Columns(text=text, context=context, group=group)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in the columns
+
+
+def _guessed_text(table: Table, taken: Iterable[str | None]) -> str:
+    """The column of the longest texts in the first rows, if it is by far the longest.
+
+    Ids, dates and addresses are no texts, so that only cells count that hold a blank or a letter beyond ASCII.
+    """
+    _refuse_headerless(table)
+    lengths = {}
+    for column in (c for c in table.columns if c not in taken):
+        cells = [cell for _, row in table.head() if isinstance(cell := row.get(column), str) and cell.strip()]
+        if any(not re.fullmatch(r"[!-~]+", cell.strip()) for cell in cells) or (cells and len(table.columns) == 1):
+            lengths[column] = sum(map(len, cells)) / len(cells)
+    longest = sorted(lengths, key=lambda column: -lengths[column])
+    if not longest or (len(longest) > 1 and lengths[longest[1]] > lengths[longest[0]] / 2):
+        raise UserError("a column with the texts", _columns_of(table), "name it with --text")
+    return longest[0]
+
+
+def _guessed_label(table: Table, taken: Iterable[str | None]) -> str:
+    """The one column whose values recur in the first rows; where several do, those with one value are passed over."""
+    _refuse_headerless(table)
+    rows = [row for _, row in table.head()]
+    distinct = {}
+    for column in (c for c in table.columns if c not in taken):
+        cells = [str(cell) for row in rows if (cell := row.get(column)) not in (None, "")]
+        if cells and 2 * len(set(cells)) <= len(cells):
+            distinct[column] = len(set(cells))
+    recurring = [column for column, count in distinct.items() if count > 1] or list(distinct)
+    if len(recurring) != 1:
+        raise UserError("a column with the labels", _columns_of(table), "name it with --label")
+    return recurring[0]
+
+
+def _refuse_headerless(table: Table) -> None:
+    """Names that read like data: a sentence, or a number (but 0, 1, 2, ... is how pandas names columns)."""
+    if table.columns == tuple(map(str, range(len(table.columns)))):
+        return
+    for name in table.columns:
+        if len(name) > 60 or len(name.split()) > 5 or re.fullmatch(r"-?\d+([.,]\d+)*", name):
+            raise UserError(
+                "column names in the first row", f"'{name[:60]}' in that of {table.name}",
+                "add a first row such as: text,label; if these are the names, say so with --text and --label",
+            )  # fmt: skip

@@ -1,0 +1,105 @@
+"""A file, a folder or a hub id becomes tables: rows that stream from disk, in memory that does not grow with the file.
+
+Nothing here knows what a column means (that is ``columns.py``). Whatever is wrong with a file ends in a ``UserError``
+that names the file and the line; a row that leaves a table can always be encoded as UTF-8.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from loracle.data.delimited import open_delimited, open_lines
+from loracle.data.folders import find_splits
+from loracle.data.json_rows import open_json
+from loracle.data.parquet import open_parquet
+from loracle.data.table import SUFFIXES, File, Row, Table
+from loracle.errors import UserError, near
+
+
+def open_table(spec: str, revision: str | None = None) -> Table:
+    """The one table that a spec stands for: a file, or the 'train' split (or the only one) of a folder or hub id.
+
+    Raises:
+        UserError: for whatever ``open_splits`` raises it, and where there are several splits and none is called train.
+    """
+    splits = open_splits(spec, revision)
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    if "train" in splits:
+        return splits["train"]
+    raise UserError("one table, or a split called train", f"splits {', '.join(splits)} in {spec}", "name one file")
+
+
+def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
+    """``{"train": table}`` for a file; train, validation and test, as far as they are there, for a folder or hub id.
+
+    A hub id is ``hf:owner/name`` or ``modelscope:owner/name``, with ``#config`` behind it where a data set has several.
+    Splits are found as Hugging Face finds them: as ``configs`` in the README says, else by file and folder names.
+
+    Raises:
+        UserError: the file is missing, empty, damaged or of no known format; a folder holds no such file.
+    """
+    if spec.startswith(("hf:", "modelscope:")):
+        from loracle.hub import download
+
+        source, _, config = spec.partition("#")
+        return _open_folder(download(source, kind="dataset", revision=revision), spec, config)
+    path = Path(spec)
+    if path.is_dir():
+        return _open_folder(path, spec, "")
+    if not path.is_file():
+        raise _missing(path, spec)
+    return {"train": _open_file(File(path, spec))}
+
+
+def _missing(path: Path, spec: str) -> UserError:
+    if not path.parent.is_dir():
+        return UserError("a file with data", f"no folder '{path.parent}' for {spec}", "check the path")
+    fix = "check the path"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.suffix:
+        fix = f"write hf:{spec} or modelscope:{spec} for a dataset of a hub"
+    beside = (p.name for p in path.parent.iterdir())
+    return UserError("a file with data", f"no file {spec}{near(path.name, beside)}", fix)
+
+
+def _open_file(file: File) -> Table:
+    match file.format:
+        case "csv" | "tsv":
+            return open_delimited(file)
+        case "json":
+            return open_json(file)
+        case "parquet":
+            return open_parquet(file)
+        case "txt":
+            return open_lines(file)
+    raise UserError(f"a file that ends in {SUFFIXES}", file.name, "rename or convert it")
+
+
+def _open_folder(folder: Path, spec: str, config: str) -> dict[str, Table]:
+    splits, names = find_splits(folder, spec, config)
+    return {split: _chained(f"{spec} ({split})", folder, paths, names) for split, paths in splits.items()}
+
+
+def _chained(name: str, folder: Path, paths: list[Path], names: dict[str, tuple[str, ...]]) -> Table:
+    """One table from the shards of a split; rows are numbered through."""
+    shards = [_open_file(File(path, f"{name}: {path.relative_to(folder)}")) for path in paths]
+    first = shards[0]
+    for shard in shards[1:]:
+        if shard.columns != first.columns and File(paths[0], "").format != "json":  # JSON objects may leave out keys
+            raise UserError(
+                f"the columns {', '.join(first.columns)} in every file of a split",
+                f"{', '.join(shard.columns)} in {shard.name}", "name one file, or put the others elsewhere",
+            )  # fmt: skip
+    columns = tuple(dict.fromkeys(column for shard in shards for column in shard.columns))
+    labels = {**{c: n for c, n in names.items() if c in columns}, **first.label_names}
+
+    def read() -> Iterator[Row]:
+        rows = itertools.chain.from_iterable(shard.rows() for shard in shards)
+        return ((number, row) for number, (_, row) in enumerate(rows, 1))
+
+    if len(shards) == 1:
+        return Table(name, columns, labels, first.read)
+    return Table(name, columns, labels, read)

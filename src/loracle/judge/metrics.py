@@ -1,0 +1,234 @@
+"""What a classifier's scores are worth, each figure with a 95 % interval. Pure NumPy.
+
+Legend of shapes: N texts, C labels, U units that are resampled (distinct texts), B bootstrap replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, log_softmax, softmax
+
+from loracle.data.examples import LabeledText, Task
+from loracle.errors import UserError
+
+Array = npt.NDArray[np.float64]
+Statistics = Callable[[Array], Mapping[str, Array]]
+
+REPLICATES = 1000
+LEVEL = 0.95
+CHUNK = 1 << 20  # resampling weights held at once: 8 MB, which a processor's cache still likes
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure and its 95 % bootstrap interval. All three are NaN (``null`` in JSON) where the figure is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """``{"value", "low", "high"}``; NaN, which JSON does not know, becomes None."""
+        bounds = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: bound if np.isfinite(bound) else None for name, bound in bounds.items()}
+
+
+def headline_metric(task: Task) -> str:
+    """Name of the metric that early stopping watches; higher is better.
+
+    For multi-label the mean average precision, as it needs no threshold: F1 stays at 0 until the first logits cross it.
+    """
+    return {"single": "accuracy", "multi": "map", "rank": "pair_accuracy"}[task.kind]
+
+
+def target_array(examples: Sequence[LabeledText], task: Task) -> np.ndarray:
+    """Labels as the metrics want them: int64 ``[N]`` for ``single``, bool ``[N, C]`` for ``multi``."""
+    if task.kind == "single":
+        return np.array([example.labels[0] for example in examples], dtype=np.int64)
+    targets = np.zeros((len(examples), len(task.label_names)), dtype=bool)
+    for row, example in zip(targets, examples, strict=True):
+        row[list(example.labels)] = True
+    return targets
+
+
+def probabilities(scores: np.ndarray, task: Task) -> Array:
+    """Float64 probabilities ``[N, C]`` from logits: softmax over the labels, or a sigmoid each for ``multi``."""
+    logits = np.asarray(scores, dtype=np.float64)
+    return softmax(logits, axis=1) if task.kind == "single" else expit(logits)
+
+
+def classification_metrics(
+    scores: np.ndarray,
+    targets: np.ndarray,
+    task: Task,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, Interval | float]:
+    """Metrics of logits ``[N, C]`` against targets, each with a bootstrap interval.
+
+    ``single``: accuracy, macro_f1, weighted_f1, log_loss (nats). ``multi``, where a label is given when its logit is
+    above 0: micro_f1, macro_f1, subset_accuracy, map; accuracy is the subset accuracy once more.
+
+    A text whose highest logit is shared by k labels counts 1/k for each, so a constant scorer gets accuracy 1/C and not
+    the share of the label that happens to come first. Macro averages are over the labels that occur among targets or
+    predictions, map over those among targets; a metric with nothing to average is NaN.
+
+    Args:
+        scores: float ``[N, C]``, C = ``len(task.label_names)``.
+        targets: int ``[N]`` for ``single``, bool ``[N, C]`` for ``multi``: see ``target_array``.
+        groups: N hashables, usually the texts. Equal ones are resampled together, as copies are no further evidence;
+            values stay means over rows.
+        seed: of the resampling.
+
+    Raises:
+        UserError: there is no text to measure on.
+        ValueError: shapes disagree, or a score is not finite.
+    """
+    logits, targets = _checked(scores, targets, task)
+    unit, units = _units(groups, len(logits))
+    statistics = (
+        _single(logits, targets, unit, units) if task.kind == "single" else _multi(logits, targets, unit, units)
+    )
+    return {**bootstrap(statistics, units, seed=seed)}
+
+
+def bootstrap(
+    statistics: Statistics, units: int, *, seed: int = 0, replicates: int = REPLICATES
+) -> dict[str, Interval]:
+    """Values and 95 % percentile intervals of statistics over resampled units (Efron 1979).
+
+    ``statistics`` maps weights ``[B, U]``, how often each replicate drew each unit, to ``{name: [B]}``. All statistics
+    see the same draws, so a difference of two is resampled in pairs. Replicates where a statistic is NaN do not enter
+    its interval.
+
+    Raises:
+        UserError: there is no unit.
+    """
+    if units < 1:
+        raise UserError("at least one test example", "none", "give a larger test file or --test-share")
+    values = {name: float(value[0]) for name, value in statistics(np.ones((1, units))).items()}
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK // units)
+    parts = [statistics(_resample(rng, min(chunk, replicates - start), units)) for start in range(0, replicates, chunk)]
+    return {name: _interval(value, np.concatenate([part[name] for part in parts])) for name, value in values.items()}
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """``numerator / denominator``, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
+
+
+def _resample(rng: np.random.Generator, replicates: int, units: int) -> Array:
+    """How often each of the units was drawn, ``[B, U]``: U draws with replacement a replicate."""
+    drawn = rng.integers(units, size=(replicates, units)) + units * np.arange(replicates)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=replicates * units)
+    return counts.reshape(replicates, units).astype(np.float64)
+
+
+def _interval(value: float, replicates: Array) -> Interval:
+    known = replicates[np.isfinite(replicates)]
+    if not len(known):
+        return Interval(value, np.nan, np.nan)
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _checked(scores: np.ndarray, targets: np.ndarray, task: Task) -> tuple[Array, np.ndarray]:
+    logits, targets = np.asarray(scores, dtype=np.float64), np.asarray(targets)
+    shape = (len(targets), len(task.label_names))
+    if logits.shape != shape or targets.shape != (shape[:1] if task.kind == "single" else shape):
+        raise ValueError(f"scores {logits.shape} and targets {targets.shape} do not fit a {task.kind} task {shape}")
+    if not np.isfinite(logits).all():
+        rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        raise ValueError(f"{len(rows)} rows with scores that are not finite, the first is {rows[0]}")
+    return logits, targets
+
+
+def _units(groups: Sequence[Hashable] | None, rows: int) -> tuple[npt.NDArray[np.intp], int]:
+    """The unit of each row, numbered by first appearance, and how many there are."""
+    if groups is None:
+        return np.arange(rows), rows
+    if len(groups) != rows:
+        raise ValueError(f"{len(groups)} groups for {rows} rows")
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
+
+
+def _sum_by_unit(values: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Array:
+    sums = np.zeros((units, *values.shape[1:]))
+    np.add.at(sums, unit, values)
+    return sums
+
+
+def _single(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Statistics:
+    chosen = (logits == logits.max(axis=1, keepdims=True)).astype(np.float64)
+    chosen /= chosen.sum(axis=1, keepdims=True)
+    true = np.eye(logits.shape[1])[targets]
+    loss = -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
+    sums = [_sum_by_unit(part, unit, units) for part in (chosen * true, chosen, true)]
+    loss_sum = _sum_by_unit(loss, unit, units)
+
+    def statistics(weights: Array) -> dict[str, Array]:
+        hits, predicted, support = (weights @ part for part in sums)
+        f1 = ratio(2 * hits, predicted + support)
+        rows = support.sum(axis=1)
+        return {
+            "accuracy": hits.sum(axis=1) / rows,
+            "macro_f1": _mean_of_known(f1),
+            "weighted_f1": (support * np.nan_to_num(f1)).sum(axis=1) / rows,
+            "log_loss": weights @ loss_sum / rows,
+        }
+
+    return statistics
+
+
+def _multi(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Statistics:
+    chosen, true = logits > 0, targets.astype(bool)
+    sums = [_sum_by_unit(part, unit, units) for part in (chosen & true, chosen, true)]
+    exact = _sum_by_unit((chosen == true).all(axis=1), unit, units)
+    rows_of_unit = np.bincount(unit, minlength=units).astype(np.float64)
+    ranked = [_ranked(logits[:, c], true[:, c]) for c in np.flatnonzero(true.any(axis=0))]
+
+    def statistics(weights: Array) -> dict[str, Array]:
+        hits, predicted, support = (weights @ part for part in sums)
+        subset = weights @ exact / (weights @ rows_of_unit)
+        precision = [_average_precision(weights[:, unit[order]], *rest) for order, *rest in ranked]
+        return {
+            "accuracy": subset,
+            "subset_accuracy": subset,
+            "micro_f1": ratio(2 * hits.sum(axis=1), (predicted + support).sum(axis=1)),
+            "macro_f1": _mean_of_known(ratio(2 * hits, predicted + support)),
+            "map": _mean_of_known(np.stack(precision, axis=1) if precision else np.empty((len(weights), 0))),
+        }
+
+    return statistics
+
+
+def _ranked(logits: Array, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows from the highest logit down, whether each is true, and where each run of equal logits ends."""
+    order = np.argsort(-logits, kind="stable")
+    falls = np.diff(logits[order]) != 0
+    return order, true[order].astype(np.float64), np.append(np.flatnonzero(falls), len(order) - 1)
+
+
+def _average_precision(weights: Array, true: Array, ends: np.ndarray) -> Array:
+    """Average precision ``[B]`` of ranked rows with weights ``[B, N]``.
+
+    Recall and precision are read only where a run of equal scores ends, so the order within a tie cannot matter and a
+    constant scorer gets the share of positives.
+    """
+    found = (weights * true).cumsum(axis=1)[:, ends]
+    seen = weights.cumsum(axis=1)[:, ends]
+    gained = np.diff(found, axis=1, prepend=0.0)
+    return ratio((gained * np.nan_to_num(ratio(found, seen))).sum(axis=1), found[:, -1])
+
+
+def _mean_of_known(values: Array) -> Array:
+    """Mean of each row over its numbers that are not NaN; NaN where there is none."""
+    known = ~np.isnan(values)
+    return ratio(np.where(known, values, 0.0).sum(axis=1), known.sum(axis=1).astype(np.float64))

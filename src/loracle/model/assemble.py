@@ -1,0 +1,128 @@
+"""A scorer for a new run, or the one that a run folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from loracle.data.examples import Task
+from loracle.errors import UserError
+from loracle.model.adapters import add_lora, load_adapter
+from loracle.model.backbone import head_names, load_config, load_sequence_classifier
+from loracle.model.scorer import PACKABLE, Scorer, is_encoder, mlp_head
+from loracle.text.encode import Encoded
+from loracle.text.packing import PackedBatch, micro_batches
+
+PROBLEM_TYPES = {"single": "single_label_classification", "multi": "multi_label_classification", "rank": "regression"}
+FULL_WEIGHTS = "model.safetensors"
+
+
+def new_scorer(
+    folder: Path,
+    task: Task,
+    *,
+    pad_token_id: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pooling: str = "last",
+    head: str = "linear",
+    lora: dict | None = None,
+    seed: int = 0,
+) -> Scorer:
+    """A base model with a fresh head and, unless ``lora`` is None (then every weight is trained), fresh adapters.
+
+    Args:
+        folder: of the base model. lora: keywords of ``add_lora``. seed: of head and adapters.
+
+    Raises:
+        UserError: the model cannot bear this head or these targets.
+    """
+    torch.manual_seed(seed)
+    model = _bare(folder, task, pad_token_id, dtype, head)
+    model = add_lora(model, **lora) if lora is not None else model
+    return Scorer(model.to(device), pooling=pooling)
+
+
+def load_scorer(
+    base: Path,
+    run: Path,
+    task: Task,
+    *,
+    pad_token_id: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pooling: str,
+    head: str,
+) -> Scorer:
+    """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights."""
+    if (run / FULL_WEIGHTS).exists():
+        model = _bare(run, task, pad_token_id, dtype, head)
+        model.load_state_dict(load_file(run / FULL_WEIGHTS))
+    else:
+        model = load_adapter(_bare(base, task, pad_token_id, dtype, head), run)
+    return Scorer(model.to(device), pooling=pooling).eval()
+
+
+def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192) -> np.ndarray:
+    """Scores of encoded texts, ``float32 [E, C]``: the one way to evaluate, predict and rank.
+
+    Texts of similar length go together, which the attention likes; results come back in the order given.
+    """
+    return _in_rounds(scorer, scorer.forward, texts, micro_tokens)
+
+
+def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192) -> np.ndarray:
+    """Mean last hidden states of encoded texts, ``float32 [E, H]``."""
+    return _in_rounds(scorer, scorer.features, texts, micro_tokens)
+
+
+def _in_rounds(scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int) -> np.ndarray:
+    was_training = scorer.training
+    scorer.eval()
+    results: list[np.ndarray] = []
+    order = _order(texts)
+    with torch.inference_mode():
+        for part in micro_batches([texts[i].tokens for i in order], micro_tokens):
+            batch = scorer.pack([texts[order[i]] for i in part])
+            results.append(function(batch).float().cpu().numpy())
+    scorer.train(was_training)
+    joined = np.concatenate(results)
+    out = np.empty_like(joined)
+    out[order] = joined
+    return out
+
+
+def _order(texts: Sequence[Encoded]) -> list[int]:
+    """By what stands before the text, so that it is shared, then by length."""
+    heads = [e.chunks[0][: e.starts[0]] for e in texts]
+    return sorted(range(len(texts)), key=lambda i: (heads[i], texts[i].tokens))
+
+
+def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str) -> nn.Module:
+    """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
+    if load_config(folder).model_type not in PACKABLE:
+        dtype = torch.float32  # its own forward would hand bfloat16 states to the float32 head
+    model = load_sequence_classifier(
+        folder,
+        num_labels=len(task.label_names) or 1,
+        pad_token_id=pad_token_id,
+        dtype=dtype,
+        problem_type=PROBLEM_TYPES[task.kind],
+        label_names=task.label_names,
+    )
+    if head == "mlp":
+        if is_encoder(model.config) or not hasattr(model, "score"):
+            raise UserError(
+                "a decoder for --head mlp", f"{model.config.model_type}, which has a head of its own", "leave out --head"
+            )
+        model.score = mlp_head(model.config.hidden_size, model.config.num_labels)
+    for name in head_names(model):
+        model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
+    return model
+
+

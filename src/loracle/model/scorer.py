@@ -1,0 +1,160 @@
+"""Backbone, pooling and head: a packed batch becomes float32 scores.
+
+Inside stands an ordinary ``…ForSequenceClassification`` model of transformers, perhaps with PEFT's adapters in it. Its
+backbone is run on the packed rows and its own head on the rows that are read, so what is trained here is what any other
+loader of the folder computes.
+
+Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1 when ranking).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loracle.model import attention
+from loracle.text.encode import Encoded
+from loracle.text.packing import SHARE_FROM, PackedBatch, pack
+
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+PACKABLE = DECODERS + ENCODERS  # each proven in tests/model/test_exact.py
+HIDDEN = (1024, 512)  # the MLP head of the original recipe
+
+
+class Scorer(nn.Module):
+    """Scores packed batches.
+
+    Args:
+        model: a transformers sequence classifier, bare or wrapped by PEFT.
+        pooling: ``last`` (decoders: the read token; encoders: their own first token) or ``mean`` over the text's own tokens.
+    """
+
+    def __init__(self, model: nn.Module, *, pooling: str = "last"):
+        super().__init__()
+        self.model, self.pooling = model, pooling
+        inner = self.inner
+        kind = inner.config.model_type
+        self.encoder = is_encoder(inner.config)
+        self.packed = kind in PACKABLE
+        if self.packed:
+            inner.set_attn_implementation(attention.NAME)
+        # RoBERTa counts its positions from behind the padding id.
+        self.first_position = inner.config.pad_token_id + 1 if "roberta" in kind else 0
+        self.share_from = None if self.encoder or not self.packed else SHARE_FROM
+
+    @property
+    def inner(self) -> nn.Module:
+        """The transformers model, with or without PEFT around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def pack(self, texts: Sequence[Encoded]) -> PackedBatch:
+        """Pack texts the way this model can take them."""
+        return pack(texts, share_from=self.share_from, first_position=self.first_position)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
+        scores = self._head(self.states(batch), batch) if self.packed else self._padded(batch)
+        return _by_text(_wide(scores), batch)
+
+    def features(self, batch: PackedBatch) -> Tensor:
+        """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
+        if self.packed:
+            return _by_text(_mean(self.states(batch), batch), batch)
+        ids, mask = self._rectangle(batch)
+        states = self.inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        return _by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
+
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states of all rows, ``[T, H]``."""
+        put = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)[None]  # noqa: E731
+        types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
+        caching = {} if self.encoder else {"use_cache": False}
+        out = self.inner.base_model(
+            input_ids=put(batch.input_ids),
+            position_ids=put(batch.position_ids),
+            tree=attention.AttentionPlan.of(batch, self.device),
+            **types,
+            **caching,
+        )
+        return out.last_hidden_state[0]
+
+    def _head(self, states: Tensor, batch: PackedBatch) -> Tensor:
+        """The model's own head on the rows that are read, ``[S, C]``."""
+        inner = self.inner
+        if self.pooling == "mean":
+            pooled = _mean(states, batch)
+        else:
+            rows = batch.start[batch.scored] if self.encoder else batch.read_at
+            pooled = states[torch.from_numpy(rows).to(states.device)]
+        if not self.encoder:
+            return inner.score(pooled.to(_dtype(inner.score)))
+        first = pooled[:, None].to(_dtype(inner.classifier))
+        if (pooler := getattr(inner.base_model, "pooler", None)) is not None:
+            first = inner.dropout(pooler(first))
+        return inner.classifier(first)
+
+    def _padded(self, batch: PackedBatch) -> Tensor:
+        """The model's own forward on a padded rectangle, for architectures that nobody has proven packable."""
+        ids, mask = self._rectangle(batch)
+        return self.model(input_ids=ids, attention_mask=mask).logits
+
+    def _rectangle(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        rows = [
+            torch.from_numpy(batch.input_ids[s : s + n])
+            for s, n in zip(batch.start[batch.scored], batch.length[batch.scored], strict=True)
+        ]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.inner.config.pad_token_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        return ids.to(self.device), mask.long().to(self.device)
+
+
+def is_encoder(config) -> bool:
+    """Whether a model reads both ways, as BERT does."""
+    names = " ".join(config.architectures or ())
+    return config.model_type in ENCODERS or "MaskedLM" in names or hasattr(config, "mask_token_id")
+
+
+def mlp_head(hidden: int, labels: int) -> nn.Sequential:
+    """The head of the original recipe: hidden-1024-512-labels with ReLU and dropout 0.1."""
+    sizes = (hidden, *HIDDEN)
+    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1))]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], labels))
+
+
+def _mean(states: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean state of each scored segment's own text, ``float32 [S, H]``; what stands before the text is left out."""
+    counts = batch.read_at + 1 - batch.pool_from
+    rows = torch.cat([torch.arange(a, a + n) for a, n in zip(batch.pool_from.tolist(), counts.tolist(), strict=True)])
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.from_numpy(counts))
+    rows, owner = rows.to(states.device), owner.to(states.device)
+    total = _wide(states[:1]).new_zeros(len(counts), states.shape[1]).index_add(0, owner, _wide(states[rows]))
+    return total / torch.from_numpy(counts).to(states.device)[:, None]
+
+
+def _by_text(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Values of segments ``[S, X]`` to values of texts ``[E, X]``: equal texts read the same row, chunks are averaged."""
+    chunks = values[torch.from_numpy(batch.chunk_segment).to(values.device)]
+    if len(batch.chunk_text) == batch.texts:
+        return chunks
+    owner = torch.from_numpy(batch.chunk_text).to(values.device)
+    total = values.new_zeros(batch.texts, values.shape[1]).index_add(0, owner, chunks)
+    return total / torch.bincount(owner)[:, None]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: sums and scores are never kept in bfloat16."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """What a head computes in: PEFT keeps the untouched original, in the base's dtype, beside the trained copy."""
+    trained = getattr(module, "modules_to_save", None)
+    return next((module if trained is None else trained["default"]).parameters()).dtype

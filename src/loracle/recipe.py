@@ -1,0 +1,467 @@
+"""A whole run on one page: read it downward and you know what happens, in this order."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loracle import hub
+from loracle.config import DataConfig, RunConfig
+from loracle.data.audit import refuse, without_leaks
+from loracle.data.examples import Example, LabeledText, RankGroup, Task
+from loracle.data.issues import Issue
+from loracle.data.schema import Examples, read_examples
+from loracle.data.sources import open_splits, open_table
+from loracle.data.splits import split
+from loracle.errors import UserError
+from loracle.judge import baselines
+from loracle.judge.metrics import Interval, classification_metrics, headline_metric, probabilities, target_array
+from loracle.judge.ranking import rank_metrics
+from loracle.judge.report import markdown_table, plain_table, result_rows
+from loracle.model import assemble
+from loracle.model.adapters import save_adapter
+from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.model.scorer import Scorer, is_encoder
+from loracle.run import folder as run_folder
+from loracle.run.predictor import Predictor
+from loracle.text.encode import Encoded, Encoder
+from loracle.text.template import bake
+from loracle.train.loop import Fit, Schedule, fit
+from loracle.train.losses import Loss, class_weights, make_loss, resolve_loss
+from loracle.train.optim import default_lr
+
+Say = Callable[[str], None]
+FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
+REPRODUCED = 64  # test texts whose scores the reloaded run must give again
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The three sides, which share no text, and what was done to get there."""
+
+    task: Task
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    issues: tuple[Issue, ...] = ()
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
+    """Train, measure and save what ``config`` describes; returns the run folder.
+
+    Raises:
+        UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
+    """
+    config = dataclasses.replace(config, data=_absolute(config.data))
+    return learn(config, read_data(config, say), new_folder(config), say=say, quiet=quiet)
+
+
+def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
+    """Go on with an interrupted run; on one machine's CPU the result is bit for bit that of an unbroken one.
+
+    Raises:
+        UserError: the run is finished, or its data have changed since.
+    """
+    info = run_folder.read_info(folder)
+    if (folder / run_folder.MANIFEST).exists():
+        raise UserError("an interrupted run", f"{folder}, which is finished", "start a new one, or use it as it is")
+    if not info.config.data.data:
+        raise UserError("a run that read its data from a file", f"{folder}, trained in memory", "train it anew")
+    data = read_data(info.config, say)
+    if data.checksums != info.provenance["data"]:
+        raise UserError(f"the data that {folder} began with", "other bytes", "restore the file or start a new run")
+    return learn(info.config, data, folder, say=say, quiet=quiet)
+
+
+def read_data(config: RunConfig, say: Say) -> Data:
+    """File or hub id to train, validation and test."""
+    where = config.data
+    tables = open_splits(where.data)
+    found = read_examples(tables["train"], where)
+    for line in found.columns.said:
+        say(line)
+    test_table = open_table(where.test) if where.test else tables.get("test")
+    test = read_examples(test_table, where, task=found.task) if test_table else None
+    validation_table = tables.get("validation")
+    validation = read_examples(validation_table, where, task=found.task) if validation_table else None
+    files = {name: Path(p) for name, p in (("train", where.data), ("test", where.test)) if p and Path(p).is_file()}
+    data = divide(config, found, test, validation)
+    for issue in data.issues:
+        say(f"note: {issue}")
+    return dataclasses.replace(data, checksums={name: hub.checksum(p) for name, p in files.items()})
+
+
+def divide(config: RunConfig, found: Examples, test: Examples | None = None, validation: Examples | None = None) -> Data:
+    """Three sides without a common text; only what the user gave no file for is split off, seeded."""
+    refuse(found)
+    seed, task = config.train.seed, found.task
+    items: list[Example] = list(found.items)
+    issues = [*found.issues, *(test.issues if test else ()), *(validation.issues if validation else ())]
+    if test:
+        items, leaks = without_leaks(items, test.items)
+        held: list[Example] = list(test.items)
+        issues += leaks
+    else:
+        parts = split(items, config.data.test_share, seed, task)
+        items, held, issues = parts.train, parts.held, [*issues, *parts.notes]
+    if validation:
+        items, leaks = without_leaks(items, validation.items)
+        watched: list[Example] = list(validation.items)
+        issues += leaks
+    else:
+        parts = split(items, config.data.validation_share, seed + 1, task)
+        items, watched, issues = parts.train, parts.held, [*issues, *parts.notes]
+    if not items:
+        raise UserError("training examples", "none left beside validation and test", "give more data")
+    return Data(task=task, train=items, validation=watched, test=held, issues=tuple(issues))
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The run's own empty folder: ``--out``, or the next free ``runs/<name>``.
+
+    Raises:
+        UserError: ``--out`` holds something already.
+    """
+    if config.out:
+        folder = Path(config.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError("an empty or new folder for --out", f"{folder} with files in it", "pick another one, or --resume it")
+    else:
+        name = Path(config.data.data).name.split(".")[0] or "run"
+        taken = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
+        folder = next(p for p in taken if not p.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
+    """From examples to a finished run folder."""
+    started = time.perf_counter()
+    task, model, schedule = data.task, config.model, config.train
+    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
+
+    # Model, tokenizer with the template baked in, and the first look at lengths.
+    base = resolve_base(model.model, model.revision)
+    base_config = load_config(base.folder)
+    tokenizer = bake(load_tokenizer(base.folder), model.template, model.max_length, encoder=is_encoder(base_config))
+    dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
+    scorer = assemble.new_scorer(
+        base.folder,
+        task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=dtype,
+        device=device,
+        pooling=model.pooling,
+        head=model.head,
+        lora=None if config.lora.full else _lora(config),
+        seed=schedule.seed,
+    )
+    encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+    lr = schedule.lr or default_lr(base_config.hidden_size, full=config.lora.full)
+    lengths = _lengths(encoder, data)
+    say(f"model: {base.note or base.source}; {_trained(scorer)}; {dtype} on {device}; learning rate {lr:g}")
+    say(f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
+        f"{lengths['over_length']:,} texts over {model.max_length} ({'cut' if model.long == 'cut' else 'chunked'})")
+    if not scorer.packed:
+        say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
+    run_folder.write_info(folder, _info(config, data, base, tokenizer, lr))
+    save_tokenizer(tokenizer, folder)
+
+    # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
+    results: dict[str, Any] = {}
+    if config.baselines:
+        say("baselines …")
+        results = measure_baselines(config, data, scorer, encoder)
+
+    # Training; the best look at the validation examples wins.
+    weights = class_weights(data.train, task, schedule.class_weights) if task.kind != "rank" else None
+    loss = make_loss(task, name=schedule.loss, weights=weights, margin=schedule.margin, saturation=schedule.saturation)
+    outcome = fit(
+        scorer,
+        data.train,
+        lambda examples: encode_examples(encoder, examples),
+        loss,
+        lambda: look(scorer, encoder, data.validation, task, loss),
+        schedule=_schedule(config, lr),
+        folder=folder,
+        quiet=quiet,
+    )
+
+    # The test examples, once.
+    scores = score_examples(scorer, encoder, data.test)
+    metrics = {
+        "task": task.kind,
+        "base": base.note or base.source,
+        "train": _speed(outcome, time.perf_counter() - started),
+        "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
+        "test": measure(scores, data.test, task),
+        "baselines": results,
+        "texts": lengths,
+        "noticed": {issue.kind: issue.count for issue in data.issues},
+    }
+    save(folder, config, scorer, base, data, scores, metrics)
+    reproduce(folder, base, data.test, scorer, encoder)
+    say("")
+    say(plain_table(result_rows(metrics, task.kind)))
+    if base.note:
+        say(f"(figures of {base.note})")
+    say(f"\nrun folder: {folder}")
+    return folder
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
+    """The encoded texts of each example: one of a labelled text, all titles of a group."""
+    texts = [t for e in examples for t in _texts(e)]
+    contexts = [e.context for e in examples for _ in _texts(e)]
+    encoded = iter(encoder(texts, contexts))
+    return [[next(encoded) for _ in _texts(e)] for e in examples]
+
+
+def score_examples(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Scores of each example's texts, ``float32 [n, C]`` each."""
+    return _by_example(assemble.score(scorer, _flat(encoder, examples)), examples)
+
+
+def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
+    """The validation metric that is watched, and the loss."""
+    scores = score_examples(scorer, encoder, examples)
+    summed, count = loss(torch.from_numpy(np.concatenate(scores)), examples)
+    metric = measure(scores, examples, task)[headline_metric(task)]["value"]
+    # None: nothing in the validation side tells right from wrong, so the loss alone decides.
+    return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
+
+
+def measure(scores: Sequence[np.ndarray], examples: Sequence[Example], task: Task) -> dict[str, Any]:
+    """Metrics with intervals, as JSON has them."""
+    found: dict[str, Interval | float]
+    if task.kind == "rank":
+        groups = [e for e in examples if isinstance(e, RankGroup)]
+        found = rank_metrics([s[:, 0] for s in scores], groups)
+    else:
+        texts = [e for e in examples if isinstance(e, LabeledText)]
+        found = classification_metrics(
+            np.concatenate(scores), target_array(texts, task), task, groups=[(e.context, e.text) for e in texts]
+        )
+    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
+
+
+def measure_baselines(config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder) -> dict[str, Any]:
+    """What simpler methods reach on the same split, with the same loss when ranking."""
+    task, seed = data.task, config.train.seed
+    some = _some(data.train, seed)
+    seen, unseen = (
+        _by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test)
+    )
+    if task.kind == "rank":
+        train_groups, test_groups, some_groups = (
+            [e for e in side if isinstance(e, RankGroup)] for side in (data.train, data.test, some)
+        )
+        loss = resolve_loss(task, config.train.loss)
+        how = {"saturation": config.train.saturation, "margin": config.train.margin, "seed": seed}
+        ranked = {
+            "length": baselines.length_ranker(train_groups, test_groups, loss, **how),
+            "tf-idf": baselines.tfidf_ranker(train_groups, test_groups, loss, **how),
+            "frozen": baselines.frozen_ranker(seen, some_groups, unseen, loss, **how),
+        }
+        return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
+    train_texts, test_texts, some_texts = (
+        [e for e in side if isinstance(e, LabeledText)] for side in (data.train, data.test, some)
+    )
+    targets = target_array(train_texts, task)
+    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (train_texts, test_texts)]
+    found = {
+        "majority": baselines.majority(targets, len(test_texts), task),
+        "tf-idf": baselines.tfidf_classifier(words[0], targets, words[1], task),
+        "frozen": baselines.frozen_classifier(
+            np.concatenate(seen), target_array(some_texts, task), np.concatenate(unseen), task, seed=seed
+        ),
+    }
+    return {name: measure(list(scores[:, None]), data.test, task) for name, scores in found.items()}
+
+
+def save(
+    folder: Path, config: RunConfig, scorer: Scorer, base: BaseModel, data: Data, scores: list[np.ndarray], metrics: dict
+) -> None:
+    """Everything that a run leaves; the manifest last, which is what says that it is whole."""
+    if config.lora.full:
+        scorer.inner.save_pretrained(folder)
+    else:
+        kind, _, name = base.source.partition(":")
+        save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
+    run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
+    _write_predictions(folder / "predictions.csv", data, scores)
+    run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    run_folder.write_manifest(folder)
+
+
+def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Scorer, encoder: Encoder) -> None:
+    """Load the folder afresh and compare: a run that does not give its own scores again must not pass for one."""
+    sample = [(t, e.context) for e in test for t in _texts(e)][:REPRODUCED]
+    texts, contexts = [t for t, _ in sample], [c for _, c in sample]
+    own = assemble.score(scorer, encoder(texts, contexts))
+    again = Predictor(folder, base=str(base.folder), device=str(scorer.device)).scores(texts, contexts)
+    worst = float(np.max(np.abs(own - again) / np.maximum(1, np.abs(own))))
+    if not worst <= TOLERANCE:
+        (folder / run_folder.MANIFEST).unlink()
+        raise RuntimeError(f"{folder} does not reproduce itself: scores differ by {worst:.2g}; this is a bug in loracle")
+
+
+def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config: RunConfig) -> str:
+    """README.md of a run folder."""
+    what = "Ranker" if task.kind == "rank" else f"Classifier of {len(task.label_names)} labels"
+    plain = not config.lora.full and config.model.head == "linear" and config.model.pooling == "last"
+    opened = ["Plain PEFT opens it too:", "", "```python", *_peft_lines(task), "```"] if plain else [
+        "It loads through loracle; plain PEFT does not know this head."
+    ]
+    return "\n".join([
+        "---", "library_name: peft" if not config.lora.full else "library_name: transformers", "tags: [loracle]", "---",
+        f"# {folder.name}", "",
+        f"{what}, trained by loracle on top of {base.source}"
+        + (f" ({base.note}: so are all figures below)" if base.note else "") + ".", "",
+        markdown_table(result_rows(metrics, task.kind)), "",
+        "Intervals are 95 % bootstrap intervals on the test side.", "",
+        "```", f"loracle {'rank' if task.kind == 'rank' else 'predict'} {folder} …", "```", "", *opened, "",
+    ])
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _peft_lines(task: Task) -> list[str]:
+    return [
+        "import tomllib",
+        "from peft import AutoPeftModelForSequenceClassification",
+        "from transformers import AutoTokenizer",
+        "",
+        "folder = '.'  # this one",
+        "load_kwargs = tomllib.load(open(f'{folder}/run.toml', 'rb'))['load_kwargs']",
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **load_kwargs).eval()",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "scores = model(**tokenizer(['a text', 'another'], truncation=True, padding=True, return_tensors='pt')).logits",
+    ]
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The baked tokenizer under the class name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    run_folder.write_text(path, json.dumps(settings, indent=2, ensure_ascii=False))
+
+
+def _info(config: RunConfig, data: Data, base: BaseModel, tokenizer: Any, lr: float) -> run_folder.RunInfo:
+    counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
+    return run_folder.RunInfo(
+        config=config,
+        task=data.task,
+        base={"source": base.source, "revision": base.revision, "sha256": base.checksum(), "note": base.note},
+        load_kwargs={
+            "num_labels": len(data.task.label_names) or 1,
+            "pad_token_id": tokenizer.pad_token_id,
+            "dtype": "float32",
+        },
+        provenance={"versions": run_folder.provenance(), "data": data.checksums, "counts": counts, "lr": lr},
+    )
+
+
+def _schedule(config: RunConfig, lr: float) -> Schedule:
+    names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
+    return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
+
+
+def _lora(config: RunConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config.lora).items() if name != "full"}
+
+
+def _speed(outcome: Fit, wall: float) -> dict[str, Any]:
+    seconds = max(outcome.seconds, 1e-9)
+    return {
+        "steps": outcome.progress.step,
+        "examples_per_s": outcome.examples / seconds,
+        "tokens_per_s": outcome.tokens / seconds,
+        "computed_tokens_per_s": outcome.computed / seconds,
+        "seconds": outcome.seconds,
+        "wall_seconds": wall,
+    }
+
+
+def _lengths(encoder: Encoder, data: Data) -> dict[str, float]:
+    """Tokens and over-long texts of all three sides, counted in windows so that memory stays flat."""
+    total = most = over = texts = 0
+    sides = [e for side in (data.train, data.validation, data.test) for e in side]
+    for i in range(0, len(sides), 1024):
+        encoded = [e for unit in encode_examples(encoder, sides[i : i + 1024]) for e in unit]
+        texts += len(encoded)
+        total += sum(e.tokens for e in encoded)
+        most = max(most, *(e.tokens for e in encoded))
+        over += sum(e.cut for e in encoded)
+    return {"count": texts, "tokens": total, "mean": total / texts, "max": most, "over_length": over}
+
+
+def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f)
+        if data.task.kind == "rank":
+            out.writerow(["row", "group", "text", "score"])
+            for e, s in zip(data.test, scores, strict=True):
+                assert isinstance(e, RankGroup)
+                out.writerows((row, e.group, t, f"{v:.6g}") for row, t, v in zip(e.rows, e.texts, s[:, 0], strict=True))
+            return
+        names = data.task.label_names
+        out.writerow(["row", "text", "label", "predicted", "probability"])
+        for e, p in zip(data.test, probabilities(np.concatenate(scores), data.task), strict=True):
+            assert isinstance(e, LabeledText)
+            given = np.flatnonzero(p > 0.5) if data.task.kind == "multi" else [p.argmax()]
+            shown = ["|".join(names[i] for i in some) for some in (e.labels, given)]
+            out.writerow([e.row, e.text, *shown, f"{p.max():.6g}"])
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    return example.texts if isinstance(example, RankGroup) else (example.text,)
+
+
+def _flat(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
+    return [e for unit in encode_examples(encoder, examples) for e in unit]
+
+
+def _by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(_texts(e)) for e in examples])[:-1])
+
+
+def _some(examples: list[Example], seed: int) -> list[Example]:
+    """A seeded part of the examples that holds about ``FROZEN_TEXTS`` texts."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    sizes = np.cumsum([len(_texts(examples[i])) for i in order])
+    return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
+    whole = {n: str(Path(p).resolve()) for n in ("data", "test") if (p := getattr(data, n)) and Path(p).exists()}
+    return dataclasses.replace(data, **whole)
+
+
+def _unit(task: Task) -> str:
+    return "groups" if task.kind == "rank" else "texts"
+
+
+def _trained(scorer: Scorer) -> str:
+    trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+    return f"{trained / 1e6:.2f} M of {sum(p.numel() for p in scorer.parameters()) / 1e6:.1f} M weights trained"

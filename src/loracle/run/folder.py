@@ -1,0 +1,131 @@
+"""A run folder: everything that predict, rank, evaluate and export need, save the base model, which it names.
+
+    adapter_model.safetensors, adapter_config.json   PEFT's own format, the head included (model.safetensors with --full)
+    tokenizer.json, tokenizer_config.json            with the template baked in
+    run.toml                                         configuration, task, base model, how plain PEFT opens it
+    metrics.json, predictions.csv, log.jsonl         what it is worth
+    README.md                                        model card
+    manifest.json                                    SHA-256 of every file above
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+import loracle
+from loracle.config import RunConfig
+from loracle.data.examples import Task
+from loracle.errors import UserError
+from loracle.hub import checksum
+
+RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
+IGNORED = ("checkpoints", "tensorboard", MANIFEST)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What ``run.toml`` says."""
+
+    config: RunConfig
+    task: Task
+    base: dict[str, Any]  # source, revision, sha256, note
+    load_kwargs: dict[str, Any]  # for AutoPeftModelForSequenceClassification.from_pretrained
+    provenance: dict[str, Any]  # versions, data checksums, counts
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    """Write ``run.toml``; TOML has no null, so what is None is left out."""
+    document = {
+        "task": dataclasses.asdict(info.task),
+        "base": info.base,
+        "load_kwargs": info.load_kwargs,
+        "config": {"out": str(folder), "baselines": info.config.baselines}
+        | {name: dataclasses.asdict(getattr(info.config, name)) for name in RunConfig.SECTIONS},
+        "provenance": info.provenance,
+    }
+    write_text(folder / RUN, tomli_w.dumps(_without_none(document)))
+
+
+def read_info(folder: Path) -> RunInfo:
+    """Read ``run.toml``.
+
+    Raises:
+        UserError: the folder is no run, or its run.toml is broken.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        found = "no such folder" if not folder.is_dir() else "no run.toml in it"
+        raise UserError(f"a run folder at {folder}", found, "give the folder that `loracle train` named")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        sections, task = document["config"], document["task"]
+        flat = {k: v for name in RunConfig.SECTIONS for k, v in sections.get(name, {}).items()}
+        flat |= {k: v for k, v in sections.items() if k not in RunConfig.SECTIONS}
+        return RunInfo(
+            config=RunConfig.from_flat(flat),
+            task=Task(**{**task, "label_names": tuple(task.get("label_names", ()))}),
+            base=document["base"],
+            load_kwargs=document["load_kwargs"],
+            provenance=document["provenance"],
+        )
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"a whole {RUN} in {folder}", f"{type(e).__name__}: {e}", "restore the file or train again") from e
+
+
+def write_manifest(folder: Path) -> None:
+    """Record the checksum of every file, the last thing a run does."""
+    sums = {str(p.relative_to(folder)): checksum(p) for p in _files(folder)}
+    write_text(folder / MANIFEST, json.dumps(sums, indent=1))
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a finished run against its manifest.
+
+    Raises:
+        UserError: no manifest (the run is not finished), or a file is missing or not what it was.
+    """
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(
+            f"a finished run in {folder}", "no manifest.json", f"finish it with: loracle train --resume {folder}"
+        ) from e
+    except ValueError as e:
+        raise UserError(f"a whole {MANIFEST} in {folder}", str(e), "restore the file or train again") from e
+    for name, digest in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"the file {name} in {folder}", "it is missing", "restore it or train again")
+        if checksum(path) != digest:
+            raise UserError(f"{path} as it was saved", "other bytes", "restore the file or train again")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what can change a figure."""
+    return {"loracle": loracle.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.relative_to(folder).parts[0] not in IGNORED]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,92 @@
+"""From a run folder to scores: what predict, rank, evaluate and a server share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from loracle.errors import UserError
+from loracle.judge.metrics import probabilities
+from loracle.model.assemble import load_scorer, score
+from loracle.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.run.folder import read_info, verify
+from loracle.text.encode import Encoder
+
+
+class Predictor:
+    """A trained classifier or ranker, loaded from its run folder.
+
+    Args:
+        folder: what ``loracle train`` left.
+        base: where the base model is now, if not where the run found it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises:
+        UserError: the folder is damaged or unfinished, or the base model is not the one that was trained on.
+    """
+
+    def __init__(self, folder: str | Path, *, base: str | None = None, device: str = "auto"):
+        self.folder = Path(folder)
+        self.info = read_info(self.folder)
+        verify(self.folder)
+        self.task, model = self.info.task, self.info.config.model
+        found = resolve_base(base or self.info.base["source"], None if base else self.info.base.get("revision"))
+        if found.checksum() != self.info.base["sha256"]:
+            raise UserError(
+                f"the base model that {folder} was trained on ({self.info.base['source']})",
+                f"other weights in {found.folder}", "point --base to the right one",
+            )
+        tokenizer = load_tokenizer(self.folder)
+        self.scorer = load_scorer(
+            found.folder,
+            self.folder,
+            self.task,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype=pick_dtype(model.dtype, self.info.config.lora.full),
+            device=pick_device(device),
+            pooling=model.pooling,
+            head=model.head,
+        )
+        self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
+
+    def scores(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
+        """Scores before any softmax, ``float32 [N, C]``; C is 1 for rankers."""
+        if not len(texts):
+            return np.zeros((0, len(self.task.label_names) or 1), dtype=np.float32)
+        return score(self.scorer, self.encoder(texts, contexts))
+
+    def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
+        """Probability of each label, ``float64 [N, C]``: a softmax, or a sigmoid each where labels can stand together.
+
+        Raises:
+            UserError: the run is a ranker.
+        """
+        if self.task.kind == "rank":
+            raise UserError("a classifier", f"a ranker in {self.folder}", "use rank")
+        return probabilities(self.scores(texts, contexts), self.task)
+
+    def predict(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[str] | list[list[str]]:
+        """Name of the likeliest label of each text; where labels can stand together, all above one half."""
+        return self.names(self.predict_proba(texts, contexts))
+
+    def names(self, proba: np.ndarray) -> list[str] | list[list[str]]:
+        """Label names for rows of probabilities."""
+        labels = self.task.label_names
+        if self.task.kind == "multi":
+            return [[labels[i] for i in np.flatnonzero(row > 0.5)] for row in proba]
+        return [labels[i] for i in proba.argmax(1)]
+
+    def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
+        """Titles with their scores, best first; equal scores keep their order.
+
+        Raises:
+            UserError: the run is a classifier, or there is nothing to rank.
+        """
+        if self.task.kind != "rank":
+            raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
+        if not len(titles):
+            raise UserError("titles to rank", "none", "give at least one")
+        values = self.scores(titles, [context] * len(titles))[:, 0]
+        return [(titles[i], float(values[i])) for i in np.argsort(-values, kind="stable")]

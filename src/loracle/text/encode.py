@@ -1,0 +1,85 @@
+"""A text becomes token ids: by the baked tokenizer and by nothing else, so that every reader of the run folder sees the same.
+
+What is cut is counted; what the head reads at is never cut, because the template is the tokenizer's own (``template.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """One text as the model sees it.
+
+    ``chunks`` holds the ids of each piece that is scored (one, unless a long text was chunked); ``starts[i]`` is the first
+    token of chunk ``i`` that belongs to the text rather than to what may be shared before it (template and context).
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    types: tuple[tuple[int, ...], ...] | None = None  # token type ids, for encoders that have them
+    cut: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all chunks, shared ones included."""
+        return sum(map(len, self.chunks))
+
+
+class Encoder:
+    """Encodes texts with a baked tokenizer.
+
+    Args:
+        tokenizer: what ``template.bake`` returned, or a run folder's tokenizer.
+        long: ``cut`` keeps the start of a text that is longer than ``model_max_length``; ``chunk`` keeps all of it in pieces,
+            each with the template around it.
+        encoder: the model is of BERT's kind: nothing is shared, and token types may matter.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, long: str = "cut", encoder: bool = False):
+        self.tokenizer, self.long, self.encoder = tokenizer, long, encoder
+        self._typed = encoder and "token_type_ids" in tokenizer.model_input_names
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+
+    def __call__(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[Encoded]:
+        """Encode a batch of texts, each with its context where there is one. Lone surrogates become U+FFFD."""
+        if contexts is None:
+            contexts = [None] * len(texts)
+        inputs = [
+            _clean(text) if context is None else (_clean(context), _clean(text))
+            for text, context in zip(texts, contexts, strict=True)
+        ]
+        self._backend.enable_truncation(self.tokenizer.model_max_length)
+        self._backend.encode_special_tokens = True
+        return [self._encoded(e) for e in self._backend.encode_batch(inputs)]
+
+    def _encoded(self, encoding) -> Encoded:
+        pieces = [encoding, *(encoding.overflowing if self.long == "chunk" else ())]
+        return Encoded(
+            chunks=tuple(tuple(p.ids) for p in pieces),
+            starts=tuple(0 if self.encoder else p.type_ids.index(1) for p in pieces),
+            types=tuple(tuple(p.type_ids) for p in pieces) if self._typed else None,
+            cut=bool(encoding.overflowing),
+        )
+
+
+def _clean(text: str) -> str:
+    """The text in a form that UTF-8 can hold."""
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+
+
+def lengths(encoded: Sequence[Encoded]) -> np.ndarray:
+    """Tokens of each encoded text, ``int64 [N]``."""
+    return np.fromiter((e.tokens for e in encoded), dtype=np.int64, count=len(encoded))

@@ -1,0 +1,199 @@
+"""The only place where a prompt is composed: the template is baked into the tokenizer that a run saves.
+
+Training, prediction, serving and every export read the same tokenizer, so they cannot see other token ids. The prompt is
+
+    text alone            before  text  after
+    context and text      before  context  between  text  after
+
+where ``before`` holds what the model's own tokenizer puts first (``<bos>``) and the instruction, and ``after`` the cue or,
+without one, a single read token. The last token of ``after`` is the one whose state a decoder's head reads; it is never the
+pad id, since ``…ForSequenceClassification`` finds it as the last token that is not padding.
+
+Type ids tell the parts apart: 0 for what may be shared between texts (before, context, between), 1 for the text and what
+follows it. Encoders keep their tokenizer's own type ids, which they were trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loracle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_MARK = "\x02text\x03"  # stands for the text while a chat template is rendered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """Token ids around a text. ``after`` is never empty; ``after[-1]`` is read by decoders."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    needs_context: bool = False
+
+
+def bake(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int, *, encoder: bool = False):
+    """Return a tokenizer that composes the prompt by itself: ``tokenizer(text, truncation=True)`` is all there is to call.
+
+    ``template`` is None (the text and a read token), ``"chat"`` (the model's own chat template) or a string with ``{text}``
+    and perhaps ``{context}``. Texts that spell a special token are split into ordinary ones. Truncation at ``max_length``
+    cuts the text, never the template.
+
+    Raises:
+        UserError: no chat template, no token to read or to pad with, or a template that leaves no room for a text.
+    """
+    pad = _pad_token(tokenizer)
+    around = _encoder_template(tokenizer, template) if encoder else _decoder_template(tokenizer, template, pad)
+    fixed = len(around.before) + len(around.between) + len(around.after)
+    if fixed + 4 > max_length:
+        raise UserError(
+            "room for the text beside its template", f"a template of {fixed} tokens and --max-length {max_length}",
+            f"pass --max-length {max(64, 2 * fixed)} or shorten the template",
+        )
+    return _with_processor(tokenizer, around, pad, max_length, encoder)
+
+
+def _decoder_template(tokenizer, template: str | None, pad: int) -> Template:
+    if template == "chat":
+        start, before, between, after = [], *_chat_parts(tokenizer)
+    else:
+        start, (before, between, after) = _own_specials(tokenizer)[0], _string_parts(template)
+    ids = [_encode(tokenizer, part, specials=template == "chat") for part in (before, between, after)]
+    # A cue is what the head reads at; without one, the model's end-of-text token marks that the text is over.
+    ids[2] = ids[2] or [_read_token(tokenizer, pad)]
+    if ids[2][-1] == pad:
+        raise UserError(
+            "a cue that does not end in the padding token", f"{tokenizer.decode(ids[2])!r}", "let --template end in other words"
+        )
+    needs = bool(template) and template != "chat" and "{context}" in template
+    return Template(before=(*start, *ids[0]), between=tuple(ids[1]), after=tuple(ids[2]), needs_context=needs)
+
+
+def _encoder_template(tokenizer, template: str | None) -> Template:
+    """``[CLS] before text after [SEP]``, and between a context and the text what the tokenizer itself puts there."""
+    start, end = _own_specials(tokenizer)
+    bare, pair = len(_encode(tokenizer, "x")), tokenizer("x", "x").input_ids
+    before, between, after = (_encode(tokenizer, part) for part in _string_parts(template, between=""))
+    separators = pair[len(start) + bare : len(pair) - bare - len(end)]
+    return Template(
+        before=(*start, *before), between=(*separators, *between), after=(*after, *end),
+        needs_context=bool(template and "{context}" in template),
+    )
+
+
+def _string_parts(template: str | None, between: str = "\n") -> tuple[str, str, str]:
+    """Split ``before {context} between {text} after``; without a template only the line break after a context is there."""
+    if template is None:
+        return "", between, ""
+    if template == "chat":
+        raise UserError("a decoder with a chat template", "an encoder", "leave out --template chat")
+    head, after = template.split("{text}")
+    if "{context}" not in head:
+        return head, between, after
+    before, middle = head.split("{context}", 1)
+    return before, middle, after
+
+
+def _chat_parts(tokenizer) -> tuple[str, str, str]:
+    if not tokenizer.chat_template:
+        raise UserError("a model with a chat template", "a tokenizer without one", "write the template out with --template")
+    messages = [{"role": "user", "content": _MARK}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = prompt.split(_MARK)
+    return before, "\n", after
+
+
+def _own_specials(tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after any text by itself: ``<bos>``, or ``[CLS]`` and ``[SEP]``."""
+    bare = _encode(tokenizer, "x")
+    full = tokenizer("x").input_ids
+    at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:at], full[at + len(bare) :]
+
+
+def _encode(tokenizer, text: str, specials: bool = False) -> list[int]:
+    """Ids of a piece of the template; only a chat template may spell special tokens."""
+    backend = _copy(tokenizer)
+    backend.encode_special_tokens = not specials
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _pad_token(tokenizer) -> int:
+    """A pad id that is not the end-of-text token, which is read; many models of the family name the same token for both."""
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != eos:
+        return tokenizer.pad_token_id
+    specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    named = [i for name, i in specials.items() if "pad" in name.lower()]
+    others = [tokenizer.unk_token_id, *sorted(specials.values())]
+    bos = tokenizer.bos_token_id
+    for candidate in (*named, *others):
+        if candidate is not None and candidate not in (eos, bos):
+            return candidate
+    raise UserError(
+        "a tokenizer with a pad token, or a special token that can serve as one", "none", "add a pad token to the tokenizer"
+    )
+
+
+def _read_token(tokenizer, pad: int) -> int:
+    for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
+        if (token := getattr(tokenizer, name)) is not None and token != pad:
+            return token
+    raise UserError("a tokenizer with an end-of-text token", "none", "end --template in a cue, such as ' Topic:'")
+
+
+def _with_processor(tokenizer, around: Template, pad: int, max_length: int, encoder: bool):
+    """The generic fast tokenizer with the template as its post-processor.
+
+    A model's own tokenizer class may rebuild the post-processor on loading (``add_bos_token`` and its like), so the generic
+    class is made, which leaves it as it stands in ``tokenizer.json``.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend, token = _copy(tokenizer), tokenizer.convert_ids_to_tokens
+    typed = not encoder or "token_type_ids" in tokenizer.model_input_names
+    shared, own = (0, 1) if typed else (0, 0)
+    alone = 0 if encoder else own  # BERT was trained with type 0 for a single text
+
+    def part(name: str, type_id: int) -> list[str]:
+        return [f"<{name}>:{type_id}"] if getattr(around, name) else []
+
+    middle = part("between", shared)
+    backend.post_processor = TemplateProcessing(
+        single=[
+            *part("before", shared), *(middle if around.needs_context else []), f"$A:{alone}", *part("after", alone),
+        ],
+        pair=[*part("before", shared), f"$A:{shared}", *middle, f"$B:{own}", *part("after", own)],
+        special_tokens=[
+            {"id": f"<{name}>", "ids": list(ids), "tokens": token(list(ids))}
+            for name in ("before", "between", "after")
+            if (ids := getattr(around, name))
+        ],
+    )
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: value for name in names if (value := getattr(tokenizer, name))},
+        pad_token=token(pad),
+        model_max_length=max_length,
+        padding_side="right",
+        truncation_side="right",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", *(["token_type_ids"] if encoder and typed else []), "attention_mask"],
+    )
+
+
+def _copy(tokenizer):
+    """The Rust tokenizer under a transformers one, without the padding and truncation that some models ship in it."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend

@@ -1,0 +1,112 @@
+"""Checkpoints that are whole or absent, exact to resume, and hold no pickle.
+
+A checkpoint is a folder of safetensors and one JSON file. It is written under another name, flushed to the disk and renamed,
+so that a kill at any moment leaves the one before it. Random state needs no saving: the loop seeds every step anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loracle.hub import checksum
+
+STATE = "state.json"
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """What a run needs to go on: ``progress`` is plain JSON, ``best`` the weights of the best look so far."""
+
+    progress: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    best: dict[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``folder/step-N`` atomically and drop the older ones."""
+    final = folder / f"step-{checkpoint.progress['step']:08d}"
+    temporary = folder / f".writing-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer, "best": checkpoint.best}
+    for name, tensors in files.items():
+        save_file(tensors, temporary / f"{name}.safetensors")
+    sums = {f"{name}.safetensors": checksum(temporary / f"{name}.safetensors") for name in files}
+    (temporary / STATE).write_text(json.dumps({"progress": checkpoint.progress, "sha256": sums}, indent=1))
+    for path in temporary.iterdir():
+        _flush(path)
+    _flush(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    _flush(folder)
+    for old in [*folder.glob("step-*"), *folder.glob(".writing-*")]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint under ``folder``, or None; damaged ones are passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = json.loads((path / STATE).read_text())
+            if any(checksum(path / name) != digest for name, digest in state["sha256"].items()):
+                continue
+            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer", "best")}
+            return Checkpoint(progress=state["progress"], **tensors)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, ``<parameter index>.<name>``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": t.detach().cpu().contiguous() for i, s in state.items() for name, t in s.items()}
+
+
+def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of ``optimizer_tensors``."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every weight that is trained, by name, on the CPU."""
+    return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def set_trainable_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of ``trainable_state``.
+
+    Raises:
+        ValueError: the weights are not those of this model.
+    """
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != state.keys():
+        raise ValueError(f"weights of another model: {sorted(own.keys() ^ state.keys())[:3]}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(state[name])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,321 @@
+"""One visible loop: batches counted in examples, rounds in tokens, gradients summed and divided once.
+
+Everything that a resumed run must repeat is derived from ``(seed, epoch, step)`` and not carried in hidden state: the order
+of the examples, the dropout masks, the learning rate. So a checkpoint is weights, the optimizer's moments and one number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from loracle.data.examples import Example
+from loracle.errors import Interrupted, UserError
+from loracle.model.scorer import Scorer
+from loracle.text.encode import Encoded
+from loracle.text.packing import micro_batches
+from loracle.train.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+    set_optimizer_tensors,
+    set_trainable_state,
+    trainable_state,
+)
+from loracle.train.losses import Loss
+from loracle.train.optim import lr_factor, make_optimizer
+
+Encode = Callable[[Sequence[Example]], list[list[Encoded]]]
+Look = Callable[[], dict[str, float]]  # validation: {"metric": higher is better, "loss": ties are broken by less of it}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long and how fast. Steps and examples are those of all processes together."""
+
+    epochs: float
+    batch: int
+    lr: float
+    max_steps: int | None = None
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    evaluations: int = 1
+    patience: int = 3
+    save_steps: int = 50
+    micro_tokens: int = 4096
+    seed: int = 0
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimizer steps of one pass; the last batch may be smaller."""
+        return math.ceil(examples / self.batch)
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = max(1, math.ceil(self.epochs * self.steps_per_epoch(examples)))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def looks(self, examples: int) -> set[int]:
+        """Numbers of steps taken after which the validation examples are looked at; the end is always one."""
+        total, epoch = self.total_steps(examples), self.steps_per_epoch(examples)
+        every = epoch / self.evaluations
+        return {total, *(s for i in range(1, 1 + int(total / every)) if 0 < (s := round(i * every)) <= total)}
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    best_metric: float = -math.inf
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale: int = 0  # looks since the best one
+    done: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Fit:
+    """What ``fit`` reports: progress, and speed over the steps that this process took (looks and checkpoints left out)."""
+
+    progress: Progress
+    steps: int
+    examples: int = 0
+    tokens: int = 0  # as if each text were computed alone, without padding
+    computed: int = 0  # rows that went through the model
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    encode: Encode,
+    loss: Loss,
+    look: Look,
+    *,
+    schedule: Schedule,
+    folder: Path,
+    accelerator: Accelerator | None = None,
+    quiet: bool = False,
+) -> Fit:
+    """Train ``scorer`` in place and leave it with the weights of its best look at the validation examples.
+
+    ``folder/checkpoints`` is resumed from where it holds a checkpoint. Ctrl-C finishes the step, saves and raises.
+
+    Raises:
+        UserError: a loss or gradient that is not a number, with the step and the rows; the last checkpoint stays.
+        Interrupted: Ctrl-C.
+    """
+    accelerator = accelerator or Accelerator(cpu=scorer.device.type == "cpu")
+    optimizer = make_optimizer(scorer, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    progress, best = Progress(), trainable_state(scorer)
+    if (saved := load_checkpoint(folder / "checkpoints")) is not None:
+        progress, best = Progress(**saved.progress), saved.best
+        set_trainable_state(scorer, saved.weights)
+        set_optimizer_tensors(optimizer, saved.optimizer)
+    model, optimizer = accelerator.prepare(scorer, optimizer)
+    total, looks = schedule.total_steps(len(examples)), schedule.looks(len(examples))
+    result = Fit(progress=progress, steps=total)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            state = {name: getattr(progress, name) for name in Progress.__slots__}
+            moments = optimizer_tensors(optimizer.optimizer)
+            whole = Checkpoint(progress=state, weights=trainable_state(scorer), optimizer=moments, best=best)
+            save_checkpoint(folder / "checkpoints", whole)
+
+    with _Log(folder, total, progress.step, accelerator, quiet) as log, _deferred_interrupt() as interrupted:
+        while progress.step < total and not progress.done:
+            started = time.perf_counter()
+            value, batch, tokens, computed = _step(
+                model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator
+            )
+            progress.step += 1
+            result.seconds += time.perf_counter() - started
+            result.examples += batch
+            result.tokens += tokens
+            result.computed += computed
+            log.step(progress.step, value, optimizer.param_groups[0]["lr"], result)
+            if progress.step in looks:
+                scorer.eval()
+                seen = look()
+                log.look(progress.step, seen, result)
+                if _better(seen, progress):
+                    best = trainable_state(scorer)
+                    progress.best_metric, progress.best_loss = seen["metric"], seen["loss"]
+                    progress.best_step, progress.stale = progress.step, 0
+                else:
+                    progress.stale += 1
+                progress.done = progress.step == total or 0 < schedule.patience <= progress.stale
+            if progress.step in looks or progress.step % schedule.save_steps == 0 or interrupted():
+                save()
+            if interrupted() and not progress.done:
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {total}; go on with: loracle train --resume {folder}"
+                )
+    set_trainable_state(scorer, best)
+    scorer.eval()
+    return result
+
+
+def _step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    encode: Encode,
+    loss: Loss,
+    schedule: Schedule,
+    step: int,
+    total: int,
+    accelerator: Accelerator,
+) -> tuple[float, int, int, int]:
+    """One optimizer step; returns the mean loss, and the examples, useful tokens and computed rows of this process."""
+    model.train()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(_derived_seed(schedule.seed, step, rank))
+    batch = [examples[i] for i in _batch_indices(len(examples), schedule, step)[rank::world]]
+    encoded = encode(batch)
+    rounds = list(micro_batches([sum(e.tokens for e in unit) for unit in encoded], schedule.micro_tokens))
+    total_loss, count, tokens, computed = 0.0, 0.0, 0, 0
+    for number, part in enumerate(rounds):
+        packed = _unwrapped(model).pack([e for i in part for e in encoded[i]])
+        last = number == len(rounds) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            summed, counted = loss(model(packed), [batch[i] for i in part])
+            if not math.isfinite(value := summed.item()):
+                raise _diverged(step + 1, [batch[i] for i in part], f"a loss of {value}")
+            accelerator.backward(summed)
+        total_loss, count = total_loss + value, count + counted
+        tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
+    if world > 1:
+        total_loss, count = accelerator.reduce(torch.tensor([total_loss, count], device=accelerator.device)).tolist()
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # Sums went backward; DDP averaged them over the processes. This is the one division.
+    torch._foreach_mul_([p.grad for p in trained], world / max(count, 1e-12))
+    norm = torch.nn.utils.clip_grad_norm_(trained, schedule.clip)
+    if not math.isfinite(norm.item()):
+        raise _diverged(step + 1, batch, f"a gradient norm of {norm.item()}")
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr * lr_factor(step, total, schedule.warmup)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total_loss / max(count, 1e-12), len(batch), tokens, computed
+
+
+def _batch_indices(examples: int, schedule: Schedule, step: int) -> np.ndarray:
+    """Which examples a step sees: every epoch has its own seeded order."""
+    epoch, within = divmod(step, schedule.steps_per_epoch(examples))
+    order = np.random.default_rng([schedule.seed, epoch]).permutation(examples)
+    return order[within * schedule.batch : (within + 1) * schedule.batch]
+
+
+def _derived_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _better(seen: dict[str, float], progress: Progress) -> bool:
+    return (seen["metric"], -seen["loss"]) > (progress.best_metric, -progress.best_loss)
+
+
+def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
+    rows = [row for e in examples for row in (getattr(e, "rows", None) or (e.row,))]
+    shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    return UserError(
+        "finite numbers", f"{what} at step {step} (rows {shown})",
+        "lower --lr and go on from the last checkpoint with --resume, or look at these rows",
+    )
+
+
+def _unwrapped(model: torch.nn.Module) -> Scorer:
+    return model.module if hasattr(model, "module") else model  # type: ignore[return-value]
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until the step is over; a second one breaks at once."""
+    pressed = False
+
+    def press(*_) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Log:
+    """A progress bar for people, ``log.jsonl`` and TensorBoard for tools."""
+
+    def __init__(self, folder: Path, total: int, step: int, accelerator: Accelerator, quiet: bool):
+        self.path, self.main = folder / "log.jsonl", accelerator.is_main_process
+        self.bar = tqdm(
+            total=total, initial=step, unit="step", disable=quiet or not self.main, dynamic_ncols=True,
+            mininterval=0.5, desc="train",
+        )
+        if self.main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _forget_after(self.path, step)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.main:
+            self.board.close()
+
+    def step(self, step: int, loss: float, lr: float, so_far: Fit) -> None:
+        rates = {"examples_per_s": so_far.examples / so_far.seconds, "tokens_per_s": so_far.tokens / so_far.seconds}
+        self.bar.update()
+        self.bar.set_postfix(
+            loss=f"{loss:.3f}", **{"ex/s": f"{rates['examples_per_s']:.1f}", "tok/s": f"{rates['tokens_per_s']:.0f}"}
+        )
+        self._write({"step": step, "loss": loss, "lr": lr, **rates})
+
+    def look(self, step: int, seen: dict[str, float], so_far: Fit) -> None:
+        record = {"step": step, **{f"validation_{k}": v for k, v in seen.items()}}
+        so_far.curve.append(record)
+        if not self.bar.disable:
+            self.bar.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in seen.items()))
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self.board.add_scalar(name, value, record["step"])
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop log lines of steps that a resumed run takes again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,35 @@
+"""Parameter groups and the learning-rate schedule, both without hidden state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+# Found on N24News validation data at width 576; the optimum falls with the root of the width (dev/LOG.md).
+BASE_LR, BASE_WIDTH, FULL_FACTOR = 5e-4, 576, 0.1
+
+
+def default_lr(hidden_size: int, *, full: bool) -> float:
+    """Learning rate for a model of this width: adapters bear ten times what whole weights do."""
+    rate = BASE_LR * math.sqrt(BASE_WIDTH / hidden_size) * (FULL_FACTOR if full else 1.0)
+    return float(f"{rate:.2g}")
+
+
+def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trainable; weight decay touches matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+
+
+def lr_factor(step: int, total: int, warmup: float) -> float:
+    """Share of the peak rate at a step (0-based): linear up over ``warmup`` of all steps, then a half cosine to 0."""
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))

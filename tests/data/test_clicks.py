@@ -1,0 +1,80 @@
+"""Click logs: counts are checked, repeated titles merged before the filter, and everything left out is counted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loracle.data.clicks import CLICK_ISSUES, Shown, check_counts, click_group
+from loracle.data.examples import RankGroup
+from loracle.data.issues import IssueLog
+from loracle.errors import UserError
+
+
+def group_of(shown, min_impressions=100):
+    log = IssueLog(CLICK_ISSUES)
+    made = click_group("g", None, shown, min_impressions=min_impressions, issues=log)
+    return made, {issue.kind: (issue.count, issue.rows) for issue in log.issues()}
+
+
+def test_a_group_keeps_the_order_of_the_log():
+    made, issues = group_of([Shown(2, "a", 3, 100), Shown(3, "b", 0, 250)])
+    assert made == RankGroup(group="g", texts=("a", "b"), rows=(2, 3), clicks=(3, 0), impressions=(100, 250))
+    assert issues == {}
+
+
+def test_counts_of_a_repeated_title_are_added_before_rare_titles_are_left_out():
+    shown = [Shown(2, "a", 3, 60), Shown(3, "b", 1, 200), Shown(4, "a", 2, 60), Shown(5, "rare", 9, 99)]
+    made, issues = group_of(shown)
+    assert (made.texts, made.rows, made.clicks, made.impressions) == (("a", "b"), (2, 3), (5, 1), (120, 200))
+    assert issues == {"repeated-title": (1, (4,)), "few-impressions": (1, (5,))}
+
+
+@pytest.mark.parametrize(
+    ("shown", "counted"),
+    [
+        ([Shown(2, "a", 3, 100)], {"single-title": (1, (2,))}),
+        ([Shown(2, "a", 3, 100), Shown(3, "b", 3, 99)], {"few-impressions": (1, (3,)), "single-title": (1, (2,))}),
+        ([Shown(2, "a", 3, 9), Shown(3, "b", 3, 9)], {"few-impressions": (2, (2, 3))}),
+        ([Shown(2, "a", 0, 100), Shown(3, "b", 0, 100)], {"zero-clicks": (1, (2,))}),
+    ],
+)
+def test_a_group_that_tells_nothing_is_skipped_and_counted(shown, counted):
+    assert group_of(shown) == (None, counted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (Shown(7, "a", 5, 4), "no more clicks than impressions"),
+        (Shown(7, "a", -1, 4), "clicks and impressions of 0 or more"),
+        (Shown(7, "a", 0.5, 4), "whole numbers of clicks and impressions"),
+        (Shown(7, "a", 1, 4.5), "whole numbers of clicks and impressions"),
+    ],
+)
+def test_impossible_counts_are_refused_by_row(wrong, expected):
+    with pytest.raises(UserError) as error:
+        check_counts([Shown(6, "a", 4, 4), wrong], "x.csv")
+    assert (
+        str(error.value)
+        == f"expected {expected}; found other counts in row 7 of x.csv. Correct or remove what is wrong there."
+    )
+    with pytest.raises(UserError, match=r"in rows 7, 7, 7, 7, 7, \.\.\. of x\.csv"):
+        check_counts([wrong] * 6, "x.csv")
+
+
+COUNTS = st.tuples(st.sampled_from("abc"), st.integers(0, 50), st.integers(50, 200))
+
+
+@given(st.lists(COUNTS, min_size=1, max_size=8))
+def test_nothing_is_lost_without_a_filter(log):
+    shown = [Shown(row, *line) for row, line in enumerate(log)]
+    check_counts(shown, "x.csv")
+    made, issues = group_of(shown, min_impressions=0)
+    distinct = len({s.text for s in shown})
+    assert issues.get("repeated-title", (0,))[0] == len(shown) - distinct
+    if made is None:
+        assert distinct == 1 or not any(s.clicks for s in shown)
+    else:
+        assert sum(made.clicks) == sum(s.clicks for s in shown)
+        assert sum(made.impressions) == sum(s.impressions for s in shown)
+        assert len(made.texts) == distinct == len(set(made.rows))

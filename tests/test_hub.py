@@ -1,0 +1,436 @@
+"""hub.py against two hubs on this machine: the clients are the real ones, in a process of their own."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.parse
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from loracle import hub
+from loracle.errors import UserError
+
+SHA = {"main": "a" * 40, "v1": "b" * 40}  # branch or tag -> commit
+WEIGHTS = bytes(range(256)) * 1024
+
+
+def _model(word: str) -> dict[str, bytes]:
+    config = json.dumps({"model_type": "qwen2", "word": word}).encode()
+    unwanted = {"pytorch_model.bin": b"pickle", "modeling_own.py": b"1/0", "onnx/config.json": b"{}"}
+    return {"config.json": config, "model.safetensors": WEIGHTS, "tokenizer.json": b"{}", **unwanted}
+
+
+REPOS = {
+    "models/tiny/qwen": {SHA["main"]: _model("new"), SHA["v1"]: _model("old")},
+    "models/tiny/private": {SHA["main"]: _model("private")},
+    "models/tiny/gated": {SHA["main"]: _model("gated")},
+    "models/tiny/pickled": {SHA["main"]: {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
+    "datasets/tiny/news": {SHA["main"]: {"data/train.csv": b"text,label\na,1\n", "load.py": b"1/0", "a.pkl": b""}},
+    "datasets/tiny/code": {SHA["main"]: {"load.py": b"1/0", "README.md": b"hello"}},
+}
+
+
+class FakeHubs(http.server.BaseHTTPRequestHandler):
+    """What the Hugging Face client and the ModelScope client ask for when they fetch a snapshot, and nothing else."""
+
+    log: list[str]  # one for the server, in the subclass that the fixture makes
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        fields = dict(urllib.parse.parse_qsl(query))
+        self.log.append(f"{self.command} {urllib.parse.unquote(self.path)}")
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "v1"]:
+            self._modelscope("/".join(parts[2:5]), parts[5:], fields)
+        elif parts[0] == "api" and parts[-2] in ("revision", "tree"):
+            self._hugging_face("/".join(parts[1:4]), parts[-2], parts[-1])
+        elif "resolve" in parts:
+            at = parts.index("resolve")
+            repo = "/".join(parts[:at] if parts[0] == "datasets" else ["models", *parts[:at]])
+            self._hugging_face(repo, "/".join(parts[at + 2 :]), parts[at + 1])
+        else:
+            self._send(404, b"{}")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _hugging_face(self, repo: str, what: str, revision: str) -> None:
+        commit = SHA.get(revision, revision)
+        if repo not in REPOS or (repo.endswith("private") and self.headers.get("Authorization") != "Bearer secret"):
+            self._send(401 if repo.endswith("private") else 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif repo.endswith("gated"):
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif commit not in REPOS[repo]:
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif what == "revision":
+            self._send(200, json.dumps({"id": repo.partition("/")[2], "sha": commit, "siblings": []}).encode())
+        elif what == "tree":
+            files = REPOS[repo][commit].items()
+            tree = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files]
+            self._send(200, json.dumps(tree).encode())
+        else:
+            content = REPOS[repo][commit][what]
+            self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit})
+
+    def _modelscope(self, repo: str, what: list[str], fields: dict[str, str]) -> None:
+        files = REPOS.get(repo, {}).get(SHA.get(fields["Revision"].replace("master", "main"), ""))
+        if files is None:
+            self._send(404, json.dumps({"Code": 404, "Message": "not found"}).encode())
+        elif what == ["repo"]:
+            self._send(200, files[fields["FilePath"]])
+        else:
+            listed = [
+                {"Path": p, "Type": "blob", "Size": len(c), "Sha256": hashlib.sha256(c).hexdigest()}
+                for p, c in files.items()
+            ]
+            self._send(200, json.dumps({"Code": 200, "Data": {"Files": listed}}).encode())
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET" and content is WEIGHTS and "ETag" in (headers or {}) and "broke off" not in self.log:
+            self.log.append("broke off")
+            content = content[: len(content) // 2]
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Hubs:
+    """The hubs' address, what was asked of them, and a way to ask them through hub.py."""
+
+    def __init__(self, home: Path, port: int, log: list[str]):
+        self.home, self.url, self.log = home, f"http://127.0.0.1:{port}", log
+
+    def download(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> tuple[Path, str]:
+        """``hub.download`` and the revision it found, in a new process: the clients read their variables at import."""
+        script = (
+            "import json, sys\nfrom loracle import hub\nfrom loracle.errors import UserError\n"
+            "spec, kind, revision = json.loads(sys.argv[1])\n"
+            "try:\n    folder = hub.download(spec, kind=kind, revision=revision)\n"
+            "    print(json.dumps([str(folder), hub.revision_of(folder)]))\n"
+            "except UserError as error:\n    print(json.dumps(str(error)))\n"
+        )
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "HUGGING"))}
+        own = {"HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        own |= {"MODELSCOPE_CACHE": str(self.home / "ms"), "MODELSCOPE_HOME": str(self.home / "ms")}
+        own |= {"MODELSCOPE_ENDPOINT": self.url, "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+        command = [sys.executable, "-c", script, json.dumps([spec, kind, revision])]
+        done = subprocess.run(command, env=keep | own | env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if isinstance(answer, str):
+            raise AssertionError(answer)
+        return Path(answer[0]), answer[1]
+
+    def refusal(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> str:
+        with pytest.raises(AssertionError) as refused:
+            self.download(spec, kind, revision, **env)
+        return str(refused.value)
+
+
+@pytest.fixture
+def hubs(tmp_path):
+    log: list[str] = []
+    handler = type("Handler", (FakeHubs,), {"log": log})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Hubs(tmp_path, server.server_port, log)
+        server.shutdown()
+        thread.join()
+
+
+def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_commit(hubs):
+    folder, revision = hubs.download("tiny/qwen")
+    assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert revision == SHA["main"]
+    assert "broke off" in hubs.log  # and still the weights came whole
+
+
+def test_hugging_face_revision_and_offline_copy(hubs):
+    folder, revision = hubs.download("hf:tiny/qwen", revision="v1")
+    assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", SHA["v1"])
+    hubs.log.clear()
+    assert hubs.download("hf:tiny/qwen", revision="v1", HF_HUB_OFFLINE="1") == (folder, revision)
+    assert hubs.download("hf:tiny/qwen", revision="v1", HF_ENDPOINT="http://127.0.0.1:9") == (folder, revision)
+    assert hubs.log == []
+    assert hubs.refusal("hf:tiny/qwen", HF_HUB_OFFLINE="1") == (
+        "expected a copy of hf:tiny/qwen; found no complete copy in the cache, and HF_HUB_OFFLINE is set. "
+        "Fetch it once with HF_HUB_OFFLINE=0."
+    )
+
+
+def test_hugging_face_token_is_sent(hubs):
+    assert hubs.download("tiny/private", HF_TOKEN="secret")[1] == SHA["main"]
+    assert "Check its spelling, or set HF_TOKEN." in hubs.refusal("tiny/private", revision="v1", HF_TOKEN="wrong")
+
+
+def test_hugging_face_refusals(hubs):
+    assert hubs.refusal("tiny/none") == (
+        f"expected a model hf:tiny/none at {hubs.url}; found none of that name, or a private one. "
+        "Check its spelling, or set HF_TOKEN."
+    )
+    assert hubs.refusal("tiny/gated") == (
+        f"expected access to hf:tiny/gated; found a gated repository. "
+        f"Accept its terms at {hubs.url}/tiny/gated and set HF_TOKEN."
+    )
+    assert hubs.refusal("tiny/qwen", revision="v9") == (
+        "expected revision v9 of hf:tiny/qwen; found no such branch, tag or commit. "
+        f"Look it up at {hubs.url}/tiny/qwen."
+    )
+    assert hubs.refusal("tiny/pickled") == (
+        "expected weights in *.safetensors in hf:tiny/pickled; found none (pickled .bin weights, if it has such, are "
+        "not fetched: opening them can run any code). Use a safetensors version of the model."
+    )
+    assert "found [Errno 111] Connection refused. Check the network" in hubs.refusal(
+        "tiny/qwen", HF_ENDPOINT="http://127.0.0.1:9"
+    )
+
+
+def test_hugging_face_dataset_keeps_its_folders_and_loses_its_code(hubs):
+    folder, _ = hubs.download("hf:tiny/news", "dataset")
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()] == ["data/train.csv"]
+    assert hubs.refusal("hf:tiny/code", "dataset") == (
+        "expected CSV, TSV, JSON or Parquet files in hf:tiny/code; found none. Convert it, or name another data set."
+    )
+
+
+def test_modelscope(hubs):
+    pytest.importorskip("modelscope")
+    folder, revision = hubs.download("modelscope:tiny/qwen")
+    assert {p.name for p in folder.iterdir() if p.is_file()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not list(folder.rglob("*.py")) + list(folder.rglob("*.bin")) + list(folder.rglob("onnx"))
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert revision == "master"
+    assert hubs.refusal("modelscope:tiny/none", revision="v2") == (
+        "expected a model modelscope:tiny/none with revision v2; found none of that name, or a private one. "
+        "Check its spelling, or log in with: modelscope login."
+    )
+    data, _ = hubs.download("modelscope:tiny/news", "dataset")
+    assert (data / "data" / "train.csv").is_file()
+
+
+def test_modelscope_without_a_network(hubs):
+    pytest.importorskip("modelscope")
+    folder, _ = hubs.download("modelscope:tiny/qwen")
+    nowhere = {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
+    assert hubs.download("modelscope:tiny/qwen", **nowhere) == (folder, "master")
+    assert hubs.refusal("modelscope:tiny/other", **nowhere) == (
+        "expected an answer from ModelScope about tiny/other; found no connection. "
+        "Check the network and MODELSCOPE_ENDPOINT."
+    )
+
+
+def test_modelscope_package_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
+    with pytest.raises(UserError, match=r"Install it with: pip install 'loracle\[modelscope\]'") as refused:
+        hub.download("modelscope:a/b", kind="model")
+    assert refused.value.found == "none installed"
+
+
+# --- parse ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "hf", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("hf:fancyzhx/ag_news", "hf", "fancyzhx/ag_news"),
+        ("bert-base-uncased", "hf", "bert-base-uncased"),
+        ("modelscope:Qwen/Qwen2.5-7B-Instruct", "modelscope", "Qwen/Qwen2.5-7B-Instruct"),
+        ("demo", "demo", "demo"),
+    ],
+)
+def test_parse(spec, kind, name):
+    assert hub.parse(spec) == hub.Source(kind, name)
+    assert hub.parse(str(hub.parse(spec))) == hub.Source(kind, name)
+
+
+def test_parse_prefers_what_is_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "x.GGUF").write_bytes(b"GGUF")
+    assert hub.parse("a/b") == hub.Source("folder", str(tmp_path / "a" / "b"))
+    assert hub.parse("hf:a/b") == hub.Source("hf", "a/b")
+    assert hub.parse("x.GGUF") == hub.Source("gguf", str(tmp_path / "x.GGUF"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("./none", "expected a folder or a .gguf file at ./none; found nothing there"),
+        ("a/b/c", "found nothing there"),
+        ("x.gguf", "found nothing there"),
+        ("~/none", "found nothing there"),
+        ("pyproject.toml", "expected a folder, a .gguf file or a hub id; found the file pyproject.toml"),
+        ("hf:../../etc", "expected a hub id such as Qwen/Qwen2.5-0.5B-Instruct"),
+        ("modelscope:", "expected a hub id"),
+        ("two words", "expected a hub id"),
+        ("a\0b", "expected a hub id or a path"),
+    ],
+)
+def test_parse_refuses(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    with pytest.raises(UserError) as refused:
+        hub.parse(spec)
+    assert message in str(refused.value)
+
+
+def test_download_wants_a_hub(tmp_path):
+    with pytest.raises(UserError, match="expected a hub id"):
+        hub.download(str(tmp_path), kind="dataset")
+
+
+# --- model folders ----------------------------------------------------------------------------------------------------
+
+
+def test_check_model_folder(tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UserError) as refused:
+            hub.check_model_folder(tmp_path, "m")
+        return str(refused.value)
+
+    assert refusal().startswith("expected config.json in the model m; found no such file")
+    (tmp_path / "config.json").write_text("{")
+    assert refusal().startswith("expected config.json of the model m to be JSON; found Expecting property name")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "found only pytorch_model.bin, a pickle: opening it can run any code" in refusal()
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "expected all 2 parts of m; found model-00002-of-00002.safetensors missing" in refusal()
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    hub.check_model_folder(tmp_path, "m")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert "expected a weight_map in model.safetensors.index.json" in refusal()
+
+
+# --- wheels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index that pip reads from a folder, with one wheel in it, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "loracle_test_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("pkg/a.txt", "alpha")
+        wheel.writestr("pkg/data/b.txt", "beta")
+        wheel.writestr("pkg/data/deep/c.txt", "gamma")
+        wheel.writestr("evil/../../outside.txt", "out")
+        wheel.writestr(
+            "loracle_test_wheel-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: loracle-test-wheel\nVersion: 1.0\nRequires-Dist: no-such-thing\n",
+        )
+        wheel.writestr("loracle_test_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("loracle_test_wheel-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_wheel_member_is_fetched_once(index, tmp_path):
+    sha256 = hashlib.sha256(b"alpha").hexdigest()
+    path = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
+    assert path == tmp_path / "cache" / "wheels" / "loracle-test-wheel-1.0" / "pkg" / "a.txt"
+    assert path.read_text() == "alpha"
+    next(index.iterdir()).rename(tmp_path / "moved.whl")
+    assert hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256) == path
+    assert [p.name for p in path.parent.iterdir() if not p.name.endswith(".lock")] == ["a.txt"]
+
+
+def test_wheel_member_is_fetched_again_when_damaged(index):
+    sha256 = hashlib.sha256(b"alpha").hexdigest()
+    path = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
+    path.write_text("alphb")
+    assert hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256).read_text() == "alpha"
+
+
+def test_wheel_folder(index):
+    folder = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/data/")
+    assert (folder / "b.txt").read_text() + (folder / "deep" / "c.txt").read_text() == "betagamma"
+
+
+def test_wheel_member_by_many_at_once(index):
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(hub.fetch_wheel_member, "loracle-test-wheel==1.0", "pkg/a.txt") for _ in range(4)]
+        assert {task.result().read_text() for task in asked} == {"alpha"}
+
+
+def test_wheel_refusals(index, tmp_path):
+    with pytest.raises(UserError, match=r"expected pkg/none in loracle_test_wheel-1.0.*; found no such member"):
+        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/none")
+    with pytest.raises(UserError, match=r"expected pkg/a.txt of .* with SHA-256 00; found SHA-256 8"):
+        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", "00")
+    with pytest.raises(UserError, match=r"found pip saying 'ERROR: No matching .*pip install --no-deps loracle-no==2"):
+        hub.fetch_wheel_member("loracle-no==2", "a")
+    with pytest.raises(UserError, match="to keep inside its own folder"):
+        hub.fetch_wheel_member("loracle-test-wheel==1.0", "evil/")
+    assert not list(tmp_path.rglob("outside.txt"))
+
+
+def test_installed_package_is_read_where_it_lies_in_that_version_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORACLE_CACHE", str(tmp_path))
+    path = hub.fetch_wheel_member(f"pytest=={pytest.__version__}", "pytest/py.typed")
+    assert path == Path(pytest.__file__).parent / "py.typed"
+    monkeypatch.setattr(hub, "_download_wheel", lambda requirement, _: pytest.fail(f"asked for {requirement}"))
+    with pytest.raises(pytest.fail.Exception, match="asked for pytest==0"):
+        hub.fetch_wheel_member("pytest==0", "pytest/py.typed")
+
+
+def test_no_pip(monkeypatch, index):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"found no pip in this environment\. Install it by hand: pip"):
+        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def test_building_is_all_or_nothing(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(RuntimeError), hub.building(target) as scratch:  # noqa: PT012
+        scratch.mkdir()
+        raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["old"]
+    with hub.building(target) as scratch:
+        scratch.mkdir()
+        (scratch / "new").touch()
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".target.lock", "target"]
+
+
+def test_building_on_a_full_disk(tmp_path):
+    words = r"expected room on the disk for .*target; found none left\. Free some, or point LORACLE_CACHE"
+    with pytest.raises(UserError, match=words), hub.building(tmp_path / "target"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == [".target.lock"]
+
+
+def test_building_where_nothing_may_be_written(tmp_path):
+    words = r"expected leave to write .*target; found .*Permission denied.* Point LORACLE_CACHE to another folder"
+    with pytest.raises(UserError, match=words), hub.building(tmp_path / "target"):
+        raise PermissionError(errno.EACCES, "Permission denied")
