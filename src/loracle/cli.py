@@ -106,44 +106,51 @@ def train(data: str | None, resume: Path | None, **given: Any) -> None:
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
 def predict(run: Path, data: str, out: Path | None, base: str | None, device: str, **columns: Any) -> None:
-    """Label every row of DATA with the classifier in RUN: the columns as they were, then label and probabilities."""
+    """Label every row of DATA with the classifier in RUN: the columns as they were, then predicted and p(…)."""
     from loracle.data.columns import infer_text_column
     from loracle.data.schema import iter_texts
     from loracle.data.sources import open_table
+    from loracle.run.folder import read_info
     from loracle.run.output import open_output
 
-    table = open_table(data)
-    found = infer_text_column(table, _data_config(**columns))
+    info, table = read_info(run), open_table(data)
+    if info.task.kind == "rank":
+        raise UserError("a classifier", f"a ranker in {run}", f"use loracle rank {run} {data}")
+    found = infer_text_column(table, _remembered(info, table, columns, only=("text", "context")))
     for line in found.said:
         click.echo(line, err=True)
     _calm()
     from loracle.run.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
-    if predictor.task.kind == "rank":
-        raise UserError("a classifier", f"a ranker in {run}", f"use loracle rank {run} {data}")
+    names = [_free(name, table.columns) for name in ("predicted", *(f"p({n})" for n in info.task.label_names))]
     with open_output(out) as write:
         unread = 0
         for rows in _windows(iter_texts(table, found), WINDOW):
-            unread += _predict_window(predictor, rows, write)
+            unread += _predict_window(predictor, rows, table.columns, names, write)
     if unread:
         click.echo(f"note: {unread:,} rows without a text have no label", err=True)
 
 
-def _predict_window(predictor: Any, rows: list[tuple], write: Callable[[dict[str, Any]], None]) -> int:
+def _predict_window(
+    predictor: Any, rows: list[tuple], columns: tuple[str, ...], names: list[str], write: Callable[[dict[str, Any]], None]
+) -> int:
     """Label some rows; returns how many had no text."""
     readable = [(text, context) for _, _, text, context in rows if text is not None]
     proba = iter(predictor.predict_proba([t for t, _ in readable], [c for _, c in readable]))
-    names = predictor.task.label_names
     for _, row, text, _ in rows:
-        if text is None:
-            write({**row, "label": None, **{f"p({n})": None for n in names}})
-            continue
-        p = next(proba)
-        (label,) = predictor.names(p[None])
-        label = "|".join(label) if isinstance(label, list) else label
-        write({**row, "label": label, **{f"p({n})": round(float(v), 6) for n, v in zip(names, p, strict=True)}})
+        cells: list[Any] = [None] * len(names)
+        if text is not None:
+            p = next(proba)
+            (label,) = predictor.names(p[None])
+            cells = ["|".join(label) if isinstance(label, list) else label, *(round(float(v), 6) for v in p)]
+        write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
     return len(rows) - len(readable)
+
+
+def _free(name: str, taken: tuple[str, ...]) -> str:
+    """The name, or one with a number behind it where the user's own column is called so."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in taken)
 
 
 @main.command()
@@ -159,14 +166,17 @@ def rank(
 ) -> None:
     """Rank TITLES, best first, with the ranker in RUN; or one file of titles, group by group."""
     from loracle.data.examples import RankGroup
+    from loracle.run.folder import read_info
 
+    info = read_info(run)
     if len(titles) == 1 and Path(titles[0]).is_file():
         from loracle.data.columns import infer_text_column
         from loracle.data.schema import read_unlabelled_groups
         from loracle.data.sources import open_table
 
         table = open_table(titles[0])
-        groups, issues = read_unlabelled_groups(table, infer_text_column(table, _data_config(context=context, **columns)))
+        named = _remembered(info, table, {"context": context, **columns}, only=("text", "group", "context"))
+        groups, issues = read_unlabelled_groups(table, infer_text_column(table, named))
         for issue in issues:
             click.echo(f"note: {issue}", err=True)
     else:
@@ -203,13 +213,8 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     from loracle.data.sources import open_table
     from loracle.run.folder import read_info
 
-    info = read_info(run)
-    columns = {f.name: getattr(info.config.data, f.name) for f in dataclasses.fields(DataConfig)}
-    table = open_table(data)
-    # Columns named in training are looked for again where they are there; flags win.
-    kept = {k: v for k, v in columns.items() if k in REMEMBERED and _is_there(v, table.columns)}
-    config = _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
-    examples = read_examples(table, config, task=info.task)
+    info, table = read_info(run), open_table(data)
+    examples = read_examples(table, _remembered(info, table, given), task=info.task)
     for issue in examples.issues:
         click.echo(f"note: {issue}", err=True)
     _calm()
@@ -232,6 +237,13 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
 REMEMBERED = (
     "text", "label", "group", "context", "clicks", "impressions", "grade", "label_delimiter", "min_impressions",
 )  # fmt: skip
+
+
+def _remembered(info: Any, table: Any, given: dict[str, Any], only: tuple[str, ...] = REMEMBERED) -> DataConfig:
+    """Columns named in training are looked for again where they are there; flags win."""
+    known = {name: getattr(info.config.data, name) for name in only}
+    kept = {k: v for k, v in known.items() if _is_there(v, table.columns)}
+    return _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
 
 
 def _is_there(value: Any, columns: tuple[str, ...]) -> bool:

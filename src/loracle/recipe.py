@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from loracle import hub
-from loracle.config import DataConfig, RunConfig
+from loracle.config import RunConfig
 from loracle.data.audit import refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
@@ -64,15 +64,15 @@ def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    config = dataclasses.replace(config, data=_absolute(config.data))
-    return learn(config, read_data(config, say), new_folder(config), say=say, quiet=quiet)
+    config, folder = _absolute(config), new_folder(config)
+    return learn(config, read_data(config, say), folder, say=say, quiet=quiet)
 
 
 def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
     """Go on with an interrupted run; on one machine's CPU the result is bit for bit that of an unbroken one.
 
     Raises:
-        UserError: the run is finished, or its data have changed since.
+        UserError: the run is finished, or its data or its base model have changed since.
     """
     info = run_folder.read_info(folder)
     if (folder / run_folder.MANIFEST).exists():
@@ -82,6 +82,9 @@ def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
     data = read_data(info.config, say)
     if data.checksums != info.provenance["data"]:
         raise UserError(f"the data that {folder} began with", "other bytes", "restore the file or start a new run")
+    base = resolve_base(info.config.model.model, info.config.model.revision)
+    if base.checksum() != info.base["sha256"]:
+        raise UserError(f"the base model that {folder} began with", "other weights", "restore them or start a new run")
     return learn(info.config, data, folder, say=say, quiet=quiet)
 
 
@@ -129,7 +132,7 @@ def divide(config: RunConfig, found: Examples, test: Examples | None = None, val
 
 
 def new_folder(config: RunConfig) -> Path:
-    """The run's own empty folder: ``--out``, or the next free ``runs/<name>``.
+    """Where the run goes: ``--out``, or the next free ``runs/<name>``; made only once data and model are fine.
 
     Raises:
         UserError: ``--out`` holds something already.
@@ -142,7 +145,6 @@ def new_folder(config: RunConfig) -> Path:
         name = Path(config.data.data).name.split(".")[0] or "run"
         taken = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
         folder = next(p for p in taken if not p.exists())
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -150,6 +152,8 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     """From examples to a finished run folder."""
     started = time.perf_counter()
     task, model, schedule = data.task, config.model, config.train
+    weights = class_weights(data.train, task, schedule.class_weights) if task.kind != "rank" else None
+    loss = make_loss(task, name=schedule.loss, weights=weights, margin=schedule.margin, saturation=schedule.saturation)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
@@ -176,6 +180,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         f"{lengths['over_length']:,} texts over {model.max_length} ({'cut' if model.long == 'cut' else 'chunked'})")
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
+    folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_info(folder, _info(config, data, base, tokenizer, lr))
     save_tokenizer(tokenizer, folder)
 
@@ -186,8 +191,6 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         results = measure_baselines(config, data, scorer, encoder)
 
     # Training; the best look at the validation examples wins.
-    weights = class_weights(data.train, task, schedule.class_weights) if task.kind != "rank" else None
-    loss = make_loss(task, name=schedule.loss, weights=weights, margin=schedule.margin, saturation=schedule.saturation)
     outcome = fit(
         scorer,
         data.train,
@@ -452,10 +455,16 @@ def _some(examples: list[Example], seed: int) -> list[Example]:
     return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
 
 
-def _absolute(data: DataConfig) -> DataConfig:
+def _absolute(config: RunConfig) -> RunConfig:
     """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
-    whole = {n: str(Path(p).resolve()) for n in ("data", "test") if (p := getattr(data, n)) and Path(p).exists()}
-    return dataclasses.replace(data, **whole)
+
+    def whole(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path and path != "demo" and Path(path).exists() else path
+
+    data = dataclasses.replace(config.data, data=whole(config.data.data) or "", test=whole(config.data.test))
+    return dataclasses.replace(
+        config, data=data, model=dataclasses.replace(config.model, model=whole(config.model.model) or "")
+    )
 
 
 def _unit(task: Task) -> str:

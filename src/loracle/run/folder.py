@@ -48,7 +48,7 @@ def write_info(folder: Path, info: RunInfo) -> None:
         "task": dataclasses.asdict(info.task),
         "base": info.base,
         "load_kwargs": info.load_kwargs,
-        "config": {"out": str(folder), "baselines": info.config.baselines}
+        "config": {"out": str(folder.resolve()), "baselines": info.config.baselines}
         | {name: dataclasses.asdict(getattr(info.config, name)) for name in RunConfig.SECTIONS},
         "provenance": info.provenance,
     }

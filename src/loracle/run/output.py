@@ -48,6 +48,9 @@ def _writer(suffix: str, stream: IO[str]) -> Write:
         if not out:
             out.append(csv.DictWriter(stream, list(row), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n"))
             out[0].writeheader()
+        if beyond := row.keys() - set(out[0].fieldnames):
+            fix = "write a .jsonl file, whose rows may differ"
+            raise UserError(f"the columns {', '.join(out[0].fieldnames)} in every row", f"also {min(beyond)}", fix)
         out[0].writerow({k: _cell(v) for k, v in row.items()})
 
     return write

@@ -66,13 +66,26 @@ class Encoder:
         return [self._encoded(e) for e in self._backend.encode_batch(inputs)]
 
     def _encoded(self, encoding) -> Encoded:
-        pieces = [encoding, *(encoding.overflowing if self.long == "chunk" else ())]
+        start = _text_start(encoding, self.encoder)
+        pieces = [encoding]
+        if self.long == "chunk":
+            # A context that is too long is cut, not chunked: only pieces behind the first one's context count.
+            pieces += [p for p in encoding.overflowing if p.ids[:start] == encoding.ids[:start]]
         return Encoded(
             chunks=tuple(tuple(p.ids) for p in pieces),
-            starts=tuple(0 if self.encoder else p.type_ids.index(1) for p in pieces),
+            starts=(0 if self.encoder else start,) * len(pieces),
             types=tuple(tuple(p.type_ids) for p in pieces) if self._typed else None,
             cut=bool(encoding.overflowing),
         )
+
+
+def _text_start(encoding, encoder: bool) -> int:
+    """Where the text itself begins. Ask the first piece only: tokenizers leaves the type ids of a single text's others 0."""
+    if not encoder:
+        return encoding.type_ids.index(1)
+    sequence = encoding.sequence_ids
+    last = 1 if 1 in sequence else 0
+    return sequence.index(last) if last in sequence else 0
 
 
 def _clean(text: str) -> str:

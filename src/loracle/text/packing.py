@@ -92,7 +92,7 @@ def pack(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM, first
     forest = _Forest()
     splits = _shared_starts([(ids, start) for ids, start, _ in chunks], share_from)
     chunk_node = [
-        forest.add(ids, (*split, len(ids)), types) for (ids, _, types), split in zip(chunks, splits, strict=True)
+        forest.add(ids, start, (*split, len(ids)), types) for (ids, start, types), split in zip(chunks, splits, strict=True)
     ]
     scored, chunk_segment = np.unique(np.array(chunk_node), return_inverse=True)
     length = np.array([len(ids) for ids in forest.ids])
@@ -143,12 +143,14 @@ class _Forest:
         self.depth: list[int] = []
         self._known: dict[tuple, int] = {}
 
-    def add(self, ids: tuple[int, ...], ends: tuple[int, ...], types: tuple[int, ...] | None) -> int:
-        """Add one text, cut into segments that end at ``ends``; return its last segment."""
+    def add(self, ids: tuple[int, ...], start: int, ends: tuple[int, ...], types: tuple[int, ...] | None) -> int:
+        """Add one text, cut into segments that end at ``ends``; return its last segment.
+
+        Equal ids whose text starts elsewhere are not the same text: mean pooling reads other rows of them.
+        """
         node, begin = ROOT, 0
         for end in ends:
-            last = end == len(ids)
-            key = (node, ids[begin:end], types, last)
+            key = (node, ids[begin:end], types, start if end == len(ids) else None)
             if key not in self._known:
                 self._known[key] = len(self.ids)
                 self.ids.append(ids[begin:end])
@@ -163,16 +165,16 @@ def _shared_starts(chunks: Sequence[tuple[tuple[int, ...], int]], share_from: in
     """Where each chunk is cut: after what all chunks share (the instruction), then after what some share (their context)."""
     if share_from is None:
         return [()] * len(chunks)
-    heads = {ids: ids[:start] for ids, start in chunks}  # equal texts count once: they are one segment anyway
-    common = _common_start(list(heads.values())) if len(heads) > 1 else 0
+    heads = [ids[:start] for ids, start in dict.fromkeys(chunks)]  # equal texts count once: they are one segment anyway
+    common = _common_start(heads) if len(heads) > 1 else 0
     common = common if common >= share_from else 0
-    users = Counter(heads.values())
+    users = Counter(heads)
 
     def cuts(head: tuple[int, ...]) -> tuple[int, ...]:
         own = len(head) - common >= share_from and users[head] > 1
         return (*((common,) if common else ()), *((len(head),) if own else ()))
 
-    return [cuts(heads[ids]) for ids, _ in chunks]
+    return [cuts(ids[:start]) for ids, start in chunks]
 
 
 def _common_start(heads: Sequence[tuple[int, ...]]) -> int:

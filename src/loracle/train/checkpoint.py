@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 continue
             tensors = {name: load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer", "best")}
             return Checkpoint(progress=state["progress"], **tensors)
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
     return None
 

@@ -161,9 +161,10 @@ def fit(
                 else:
                     progress.stale += 1
                 progress.done = progress.step == total or 0 < schedule.patience <= progress.stale
-            if progress.step in looks or progress.step % schedule.save_steps == 0 or interrupted():
+            stop = interrupted()  # asked once: what is raised below has been saved
+            if progress.step in looks or progress.step % schedule.save_steps == 0 or stop:
                 save()
-            if interrupted() and not progress.done:
+            if stop and not progress.done:
                 raise Interrupted(
                     f"stopped after step {progress.step} of {total}; go on with: loracle train --resume {folder}"
                 )
@@ -236,7 +237,7 @@ def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     return UserError(
         "finite numbers", f"{what} at step {step} (rows {shown})",
-        "lower --lr and go on from the last checkpoint with --resume, or look at these rows",
+        "look at these rows, or start a new run with a lower --lr; the last checkpoint is kept",
     )
 
 

@@ -1,0 +1,159 @@
+"""Training speed beside what a user runs today, same model, same token ids, alternating rounds.
+
+    python benchmarks/train_speed.py                 # a dated table in benchmarks/results/
+    python benchmarks/train_speed.py --ours 32       # one measurement of ours at batch 32, as a JSON line
+
+Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, bf16 base. The
+peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at its batch sizes, and the reference script's way, which
+pads every text to 512 tokens, runs the LM head and adapts q and v only. They need `datasets` beside what loracle needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results import SHARED, write_table
+
+LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 512, 16, 3, (16, 32, 64)
+DATA = SHARED / "data" / "n24news" / "abstracts.json"
+PEER = SHARED / "bench" / "peer_classify.py"
+
+
+def texts_and_labels(limit: int) -> tuple[list[str], list[int]]:
+    """The examples that the peer trains on, in its order."""
+    rows: dict[str, int] = {}
+    for line in DATA.open(encoding="utf-8"):
+        row = json.loads(line)
+        rows.setdefault(row["messages"][0]["content"].strip(), row["label"])
+    chosen = sorted(rows, key=lambda t: hashlib.sha256(t.encode()).hexdigest())[:limit]
+    return chosen, [rows[t] for t in chosen]
+
+
+def ours(batch: int) -> dict[str, float]:
+    """One epoch of ours over the peer's token ids."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from loracle.data.examples import LabeledText, Task
+    from loracle.model.assemble import new_scorer
+    from loracle.model.backbone import demo_model_folder
+    from loracle.text.encode import Encoded
+    from loracle.train.loop import Schedule, fit
+    from loracle.train.losses import make_loss
+
+    texts, labels = texts_and_labels(LIMIT)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
+    ids = {t: tuple(i) for t, i in zip(texts, tokenizer(texts).input_ids, strict=True)}
+    task = Task(kind="single", label_names=tuple(str(i) for i in range(24)))
+    examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
+    scorer = new_scorer(
+        demo_model_folder(), task, pad_token_id=0, dtype=torch.bfloat16, device=torch.device("cpu"),
+        lora={"r": 16, "alpha": 32, "dropout": 0.0},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        outcome = fit(
+            scorer,
+            examples,
+            lambda some: [[Encoded(chunks=(ids[e.text],), starts=(0,))] for e in some],
+            make_loss(task),
+            lambda: {"metric": 0.0, "loss": 0.0},
+            schedule=Schedule(epochs=1, batch=batch, lr=5e-4, save_steps=10**9),
+            folder=Path(folder),
+            quiet=True,
+        )
+        wall = time.perf_counter() - started
+    return {"examples_per_s": LIMIT / wall, "tokens_per_s": outcome.tokens / wall}
+
+
+def reference_way() -> dict[str, float]:
+    """Pad to 512, LM head, hidden states of all layers, mean over padding too, q and v adapted, margin of nothing spared."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loracle.model.backbone import demo_model_folder
+
+    texts, labels = texts_and_labels(REFERENCE_LIMIT)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
+    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+    hidden = model.config.hidden_size
+    head = torch.nn.Sequential(
+        torch.nn.Linear(hidden, 1024), torch.nn.ReLU(), torch.nn.Dropout(0.1),
+        torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(512, 24),
+    ).bfloat16()  # fmt: skip
+    trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-5)
+    started = time.perf_counter()
+    for i in range(0, len(texts), 8):
+        batch = tokenizer(texts[i : i + 8], padding="max_length", truncation=True, max_length=512, return_tensors="pt")
+        states = model(**batch, output_hidden_states=True).hidden_states[-1]
+        loss = torch.nn.functional.cross_entropy(head(states.mean(1)).float(), torch.tensor(labels[i : i + 8]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"examples_per_s": len(texts) / (time.perf_counter() - started)}
+
+
+def peer(batch: int) -> dict[str, float]:
+    """One epoch of Trainer + PEFT."""
+    from loracle.model.backbone import demo_model_folder
+
+    command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT, "--batch", batch]
+    return _last_json(command)
+
+
+def main() -> None:
+    """All ways in turn, several rounds; medians and ratios."""
+    me = [sys.executable, __file__]
+    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b) for b in BATCHES}
+    ways |= {f"loracle, batch {b}": lambda b=b: _last_json([*me, "--ours", b]) for b in (16, 32)}
+    ways["the reference script's way"] = lambda: _last_json([*me, "--reference"])
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, measure in ways.items():
+            rates[name].append(measure()["examples_per_s"])
+            print(f"{name}: {rates[name][-1]:.2f} examples/s", flush=True)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    best_peer = max(median[f"Trainer + PEFT, batch {b}"] for b in BATCHES)
+    rows = [["way", "examples/s, median", "all rounds", "ratio to the best Trainer"]]
+    for name, values in rates.items():
+        rounds = ", ".join(f"{v:.2f}" for v in values)
+        rows.append([name, f"{median[name]:.2f}", rounds, f"{median[name] / best_peer:.2f}×"])
+    mine = max(median["loracle, batch 16"], median["loracle, batch 32"])
+    notes = [
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, {LIMIT} examples, one epoch, "
+        f"{ROUNDS} rounds in turn; model load left out.",
+        f"Ours / best Trainer: **{mine / best_peer:.2f}×**; ours / the reference script's way "
+        f"({REFERENCE_LIMIT} examples): **{mine / median['the reference script' + chr(39) + 's way']:.1f}×**.",
+    ]
+    write_table("train_speed", rows, notes)
+
+
+def _last_json(command: list) -> dict[str, float]:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ours", type=int, metavar="BATCH")
+    parser.add_argument("--reference", action="store_true")
+    given = parser.parse_args()
+    if given.ours:
+        print(json.dumps(ours(given.ours)))
+    elif given.reference:
+        print(json.dumps(reference_way()))
+    else:
+        main()

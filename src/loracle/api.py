@@ -1,0 +1,143 @@
+"""The same in Python, in scikit-learn's manner: the constructor stores, ``fit`` returns self, what is learnt ends in ``_``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.data.columns import Columns
+from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.data.schema import Examples
+from loracle.errors import UserError
+from loracle.run.predictor import Predictor
+
+
+class _Estimator:
+    """What classifier and ranker share: settings in, a run folder and a predictor out."""
+
+    def __init__(self, *, out: str | Path = "runs/python", verbose: bool = True, **settings: Any):
+        known = {f.name for section in RunConfig.SECTIONS for f in dataclasses.fields(getattr(RunConfig(), section))}
+        if unknown := sorted(settings.keys() - known):
+            raise UserError("settings that config.py knows", ", ".join(unknown), "see `loracle train --help`")
+        self.out, self.verbose, self.settings = out, verbose, settings
+
+    def _fit(self, examples: Examples) -> None:
+        config = RunConfig.from_flat({**self.settings, "out": str(self.out)})
+        say: Callable[[str], None] = print if self.verbose else lambda line: None
+        data = recipe.divide(config, examples)
+        self.run_ = recipe.learn(config, data, recipe.new_folder(config), say=say, quiet=not self.verbose)
+        self.predictor_ = Predictor(self.run_)
+
+    @classmethod
+    def load(cls, run: str | Path) -> Any:
+        """The estimator that a run folder holds, fitted already."""
+        self = cls(out=run)
+        self.run_, self.predictor_ = Path(run), Predictor(run)
+        return self
+
+
+class TextClassifier(_Estimator):
+    """Fine-tunes an LLM on texts with labels.
+
+    Args:
+        out: folder of the run. verbose: say what happens. settings: any flag of ``loracle train`` (``model="Qwen/…"``,
+            ``epochs=3``, ``lr=2e-4`` …).
+
+    Attributes:
+        classes_: label names, in the order of the columns of ``predict_proba``. run_: the run folder.
+
+    Example:
+        >>> TextClassifier(model="demo").fit(texts, labels).predict(["a new text"])  # doctest: +SKIP
+    """
+
+    def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> TextClassifier:
+        """Learn from texts and their labels: strings, integers, or a list of them each, which makes it multi-label.
+
+        Raises:
+            UserError: lengths differ, or nothing can be learnt from these labels.
+        """
+        if len(texts) != len(labels):
+            raise UserError("a label for every text", f"{len(texts)} texts and {len(labels)} labels", "pass as many")
+        multi = any(isinstance(label, (list, tuple, set, frozenset)) for label in labels)
+        given = [sorted(label, key=str) if multi else [label] for label in labels]
+        distinct = {label for some in given for label in some}
+        numeric = all(isinstance(label, (int, np.integer)) for label in distinct)
+        names = tuple(str(label) for label in sorted(distinct, key=int if numeric else str))
+        index = {name: i for i, name in enumerate(names)}
+        items = [
+            LabeledText(text=text, labels=tuple(index[str(label)] for label in some), row=row)
+            for row, (text, some) in enumerate(zip(texts, given, strict=True), 1)
+        ]
+        task = Task(kind="multi" if multi else "single", label_names=names)
+        self._fit(Examples(task=task, items=items, columns=Columns()))
+        return self
+
+    @property
+    def classes_(self) -> tuple[str, ...]:
+        """Label names, in the order of the columns of ``predict_proba``."""
+        return self.predictor_.task.label_names
+
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+        """Probability of each label, ``float64 [N, C]``."""
+        return self.predictor_.predict_proba(texts)
+
+    def predict(self, texts: Sequence[str]) -> list[str] | list[list[str]]:
+        """Name of the likeliest label of each text, or of all above one half if it is multi-label."""
+        return self.predictor_.predict(texts)
+
+
+class TextRanker(_Estimator):
+    """Fine-tunes an LLM to tell which of several titles people prefer. Arguments as for ``TextClassifier``."""
+
+    def fit(self, groups: Sequence[Mapping[str, Any]]) -> TextRanker:
+        """Learn from groups of titles.
+
+        Each is ``{"texts": [...]}`` with one kind of evidence, the same for all: ``"clicks"`` and ``"impressions"``,
+        ``"grades"`` (a number a title each), or ``"best": i``, the index of the title that was preferred to all others;
+        ``"context"`` (a brief, a query) may stand beside it.
+
+        Raises:
+            UserError: a group without evidence, or with lists of other lengths than its titles.
+        """
+        items = [_group(i, g) for i, g in enumerate(groups, 1)]
+        kinds = {_evidence(g) for g in items}
+        if len(kinds) != 1:
+            raise UserError("one kind of evidence in all groups", ", ".join(sorted(kinds)) or "no group", "keep one")
+        self._fit(Examples(task=Task(kind="rank", evidence=kinds.pop()), items=items, columns=Columns()))  # type: ignore[arg-type]
+        return self
+
+    def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
+        """Titles with their scores, best first."""
+        return self.predictor_.rank(titles, context)
+
+
+def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
+    texts = tuple(group["texts"])
+    known = {name: tuple(group[name]) for name in ("clicks", "impressions", "grades") if name in group}
+    if bad := [name for name, values in known.items() if len(values) != len(texts)]:
+        raise UserError(f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each")
+    if len(set(texts)) < max(2, len(texts)):
+        raise UserError("two or more distinct titles in a group", f"group {number}: {list(texts)}", "merge equal titles")
+    best = group.get("best")
+    pairs = () if best is None else tuple(Preference(winner=best, loser=i) for i in range(len(texts)) if i != best)
+    return RankGroup(
+        group=str(number), texts=texts, rows=(number,) * len(texts), context=group.get("context"), preferences=pairs, **known
+    )
+
+
+def _evidence(group: RankGroup) -> str:
+    if group.clicks and group.impressions:
+        return "clicks"
+    if group.grades:
+        return "grades"
+    if group.preferences:
+        return "pairs"
+    raise UserError(
+        f"evidence about the titles of group {group.group}", "none", "give clicks and impressions, grades, or best"
+    )

@@ -1,0 +1,96 @@
+"""``loracle demo``: both jobs on embedded data, from a fresh machine to two tables, with nothing but the package index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.data.demo import DemoFiles, write_demo
+from loracle.data.examples import RankGroup
+from loracle.data.schema import read_examples
+from loracle.data.sources import open_table
+from loracle.errors import UserError
+from loracle.judge.report import plain_table, result_rows
+from loracle.run.folder import METRICS, RUN
+from loracle.run.predictor import Predictor
+
+# Found on validation examples split off the training files (dev/LOG.md).
+TOPICS = {"epochs": 3.0, "batch": 16}
+CLICKS = {"epochs": 4.0, "batch": 8}
+
+NEW_TEXTS = ("Striker signs for rivals after record bid", "Chip maker unveils faster phone processor")
+NEW_TITLES = ("Bank profits rise on 'strong' demand", "Star wins film award", "Minister quits over tax plan")
+
+
+def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None] = print) -> tuple[Path, Path]:
+    """Train a topic classifier and a title ranker under ``folder``, show what they are worth, and use both.
+
+    Raises:
+        UserError: the embedded data or model cannot be had, or ``folder`` holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
+        raise UserError("a new folder, or that of an earlier demo", f"{folder} with other files in it", "pick another --out")
+    files = write_demo(folder / "data")
+    steps = {} if max_steps is None else {"max_steps": max_steps}
+
+    say("== 1 of 2: topics of BBC News headlines (2004-05, research use) ==")
+    topics = _fresh(folder / "topics")
+    recipe.train(
+        RunConfig.from_flat(
+            {"data": str(files.topics_train), "test": str(files.topics_test), "out": str(topics), **TOPICS, **steps}
+        ),
+        say=say,
+    )
+    say("\n== 2 of 2: which headline is clicked, from a simulated click log over real headlines ==")
+    clicks = _fresh(folder / "clicks")
+    recipe.train(
+        RunConfig.from_flat(
+            {"data": str(files.clicks_train), "test": str(files.clicks_test), "out": str(clicks), **CLICKS, **steps}
+        ),
+        say=say,
+    )
+    _show(files, topics, clicks, say)
+    return topics, clicks
+
+
+def perfect_knower(files: DemoFiles) -> dict[str, Any]:
+    """Test metrics of whoever knows the true log-odds behind the simulated clicks: what noise leaves to be had."""
+    truth = json.loads(files.truth.read_text(encoding="utf-8"))["log_odds"]
+    table = open_table(str(files.clicks_test))
+    examples = read_examples(table, RunConfig().data)
+    groups = [g for g in examples.items if isinstance(g, RankGroup)]
+    return recipe.measure([np.array([[truth[t]] for t in g.texts]) for g in groups], groups, examples.task)
+
+
+def _show(files: DemoFiles, topics: Path, clicks: Path, say: Callable[[str], None]) -> None:
+    topic_metrics, click_metrics = (json.loads((r / METRICS).read_text(encoding="utf-8")) for r in (topics, clicks))
+    say(f"\nTopics, 500 test headlines ({topic_metrics['base']})")
+    say(plain_table(result_rows(topic_metrics, "single")))
+    say(f"\nClicks, 120 simulated test groups ({click_metrics['base']})")
+    knower = result_rows({"test": perfect_knower(files)}, "rank")[1][1:]
+    say(plain_table([*result_rows(click_metrics, "rank"), ["perfect knower", *knower]]))
+
+    say("\nNew texts:")
+    classifier = Predictor(topics)
+    for text, p in zip(NEW_TEXTS, classifier.predict_proba(NEW_TEXTS), strict=True):
+        say(f"  {classifier.task.label_names[p.argmax()]:<14} {p.max():.0%}  {text}")
+    say("New titles, best first:")
+    for title, value in Predictor(clicks).rank(NEW_TITLES):
+        say(f"  {value:+.2f}  {title}")
+    say(f"\nrun folders: {topics}, {clicks}")
+    say(f"next:  loracle predict {topics} {files.topics_test} -o scored.csv")
+    say(f'       loracle rank {clicks} "Title A" "Title B"')
+
+
+def _fresh(run_folder: Path) -> Path:
+    """The folder, without what an earlier demo left in it."""
+    if (run_folder / RUN).exists():
+        shutil.rmtree(run_folder)
+    return run_folder

@@ -1,0 +1,70 @@
+"""Pooling, chunks and order: what happens between the last hidden state and a text's score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from loracle.data.examples import Task
+from loracle.model import assemble
+from loracle.text.encode import Encoded
+
+TASK = Task(kind="single", label_names=("a", "b", "c"))
+BEFORE = tuple(range(20, 40))
+TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (5, 2, 9, 5)]
+
+
+@pytest.fixture
+def scorer(tiny_model):
+    def make(kind="qwen2", **options):
+        options = {"pad_token_id": 1, "dtype": torch.float32, "device": torch.device("cpu")} | options
+        return assemble.new_scorer(tiny_model(kind), TASK, **options).eval()
+
+    return make
+
+
+@torch.inference_mode()
+def test_mean_pooling_reads_the_texts_own_states(scorer):
+    made = scorer(pooling="mean")
+    for score, text in zip(made(made.pack(TEXTS)), TEXTS, strict=True):
+        states = made.states(made.pack([text]))
+        torch.testing.assert_close(score, made.inner.score(states[20:].mean(0)), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
+    made = scorer()
+    whole = Encoded(chunks=tuple(t.chunks[0] for t in TEXTS[:3]), starts=(20,) * 3)
+    scores = made(made.pack([TEXTS[0], whole, TEXTS[1]]))
+    each = made(made.pack(TEXTS[:3]))
+    torch.testing.assert_close(scores, torch.stack([each[0], each.mean(0), each[1]]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
+def test_rounds_change_nothing(scorer, kind):
+    made = scorer(kind).train()
+    small, large = (assemble.score(made, TEXTS, micro_tokens=n) for n in (1, 8192))
+    assert small.dtype == np.float32
+    assert made.training
+    np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(large[0], large[3])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
+def test_features_are_one_row_a_text(scorer, kind):
+    found = assemble.features(scorer(kind), TEXTS)
+    assert found.shape == (4, 32)
+    np.testing.assert_allclose(found[:1], assemble.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_float32_over_a_bfloat16_base(scorer):
+    made = scorer(dtype=torch.bfloat16)
+    assert made.inner.score.weight.dtype == torch.float32
+    assert assemble.score(made, TEXTS).dtype == np.float32
+
+
+def test_a_seed_makes_the_head(scorer):
+    one, same, other = (scorer(seed=s).inner.score.weight for s in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)

@@ -1,0 +1,72 @@
+"""Small data files of every task, learnable by a tiny random model, and the quickest settings to train on them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+WORDS = {"pos": "good", "neg": "bad", "mid": "so"}
+QUICK = {"epochs": 1.0, "batch": 8, "lr": 1e-2, "baselines": False, "test_share": 0.2, "validation_share": 0.2}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as the file's suffix says: .csv, .tsv, .jsonl or .json."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as f:
+            out = csv.DictWriter(f, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            out.writeheader()
+            out.writerows(rows)
+    return path
+
+
+def labelled(n: int = 60) -> list[dict[str, Any]]:
+    """One of three labels each; one word of the text says which."""
+    return [{"text": f"{list(WORDS.values())[i % 3]} number {i}", "label": list(WORDS)[i % 3]} for i in range(n)]
+
+
+def integers(n: int = 60) -> list[dict[str, Any]]:
+    return [{"text": row["text"], "label": list(WORDS).index(row["label"]) * 10} for row in labelled(n)]
+
+
+def messages(n: int = 60) -> list[dict[str, Any]]:
+    return [{"messages": [{"role": "user", "content": row["text"]}], "label": row["label"]} for row in labelled(n)]
+
+
+def several(n: int = 60) -> list[dict[str, Any]]:
+    """Any number of two labels each."""
+    return [
+        {"text": f"{'good' if i % 2 else 'bad'} and {'dear' if i % 3 else 'cheap'} {i}",
+         "labels": [name for name, has in (("quality", i % 2), ("price", i % 3 == 0)) if has]}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def pairs(n: int = 40) -> list[dict[str, Any]]:
+    return [{"chosen": f"good title {i}", "rejected": f"bad title {i}"} for i in range(n)]
+
+
+def prompted(n: int = 40) -> list[dict[str, Any]]:
+    return [{"prompt": f"article {i // 2}", **row} for i, row in enumerate(pairs(n))]
+
+
+def graded(n: int = 20) -> list[dict[str, Any]]:
+    return [
+        {"query": f"article {i}", "title": f"{word} title {i}", "grade": grade}
+        for i in range(n)
+        for grade, word in enumerate(("bad", "so", "good"))
+    ]
+
+
+def clicked(n: int = 20) -> list[dict[str, Any]]:
+    """A click log whose groups are told apart by two columns together."""
+    return [
+        {"site": f"site {i % 2}", "day": f"day {i // 2}", "headline": f"{word} headline {i}", "clicks": 10 * c, "impressions": 1000}
+        for i in range(n)
+        for c, word in enumerate(("bad", "so", "good"))
+    ]  # fmt: skip
