@@ -13,7 +13,22 @@ import loracle
 
 ROOT = Path(loracle.__file__).parent
 # Each room may import what stands left of it. `loracle/__init__.py`, the public names, may import them all.
-ORDER = ["errors", "config", "hub", "data", "text", "model", "judge", "train", "run", "serve", "recipe", "demo", "api", "cli"]
+ORDER = [
+    "errors",
+    "config",
+    "hub",
+    "data",
+    "text",
+    "model",
+    "judge",
+    "train",
+    "run",
+    "serve",
+    "recipe",
+    "demo",
+    "api",
+    "cli",
+]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -121,13 +121,22 @@ def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
     texts = tuple(group["texts"])
     known = {name: tuple(group[name]) for name in ("clicks", "impressions", "grades") if name in group}
     if bad := [name for name, values in known.items() if len(values) != len(texts)]:
-        raise UserError(f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each")
+        raise UserError(
+            f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each"
+        )
     if len(set(texts)) < max(2, len(texts)):
-        raise UserError("two or more distinct titles in a group", f"group {number}: {list(texts)}", "merge equal titles")
+        raise UserError(
+            "two or more distinct titles in a group", f"group {number}: {list(texts)}", "merge equal titles"
+        )
     best = group.get("best")
     pairs = () if best is None else tuple(Preference(winner=best, loser=i) for i in range(len(texts)) if i != best)
     return RankGroup(
-        group=str(number), texts=texts, rows=(number,) * len(texts), context=group.get("context"), preferences=pairs, **known
+        group=str(number),
+        texts=texts,
+        rows=(number,) * len(texts),
+        context=group.get("context"),
+        preferences=pairs,
+        **known,
     )
 
 

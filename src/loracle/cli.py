@@ -45,7 +45,9 @@ def _option(f: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
     shown = f.metadata["help"] + ("" if f.default is None or kinds[0] is bool else f"  [{f.default}]")
     choices = f.metadata["choices"]
     kind = None if kinds[0] is bool else click.Choice(choices) if choices else kinds[0]
-    return click.option(*([SHORT[f.name]] if f.name in SHORT else []), flag, f.name, type=kind, default=None, help=shown)
+    return click.option(
+        *([SHORT[f.name]] if f.name in SHORT else []), flag, f.name, type=kind, default=None, help=shown
+    )
 
 
 class Commands(click.Group):
@@ -86,7 +88,9 @@ def train(data: str | None, resume: Path | None, **given: Any) -> None:
     given = {k: v for k, v in given.items() if v is not None}
     if resume is not None:
         if data or given:
-            raise UserError("--resume alone", f"{data or '--' + next(iter(given))} beside it", "the run folder knows the rest")
+            raise UserError(
+                "--resume alone", f"{data or '--' + next(iter(given))} beside it", "the run folder knows the rest"
+            )
     elif not data:
         raise UserError("data to train on", "none", "give a file: loracle train reviews.csv")
     _calm()
@@ -102,7 +106,9 @@ def train(data: str | None, resume: Path | None, **given: Any) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
 @options(DataConfig, only=("text", "context"))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal"
+)
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
 def predict(run: Path, data: str, out: Path | None, base: str | None, device: str, **columns: Any) -> None:
@@ -133,7 +139,11 @@ def predict(run: Path, data: str, out: Path | None, base: str | None, device: st
 
 
 def _predict_window(
-    predictor: Any, rows: list[tuple], columns: tuple[str, ...], names: list[str], write: Callable[[dict[str, Any]], None]
+    predictor: Any,
+    rows: list[tuple],
+    columns: tuple[str, ...],
+    names: list[str],
+    write: Callable[[dict[str, Any]], None],
 ) -> int:
     """Label some rows; returns how many had no text."""
     readable = [(text, context) for _, _, text, context in rows if text is not None]
@@ -162,7 +172,13 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
 def rank(
-    run: Path, titles: tuple[str, ...], context: str | None, out: Path | None, base: str | None, device: str, **columns: Any
+    run: Path,
+    titles: tuple[str, ...],
+    context: str | None,
+    out: Path | None,
+    base: str | None,
+    device: str,
+    **columns: Any,
 ) -> None:
     """Rank TITLES, best first, with the ranker in RUN; or one file of titles, group by group."""
     from loracle.data.examples import RankGroup

@@ -22,7 +22,9 @@ def _check_choices(config: Any) -> None:
     for f in dataclasses.fields(config):
         choices = f.metadata.get("choices")
         if choices and (value := getattr(config, f.name)) not in choices:
-            raise UserError(f"{f.name} to be one of {', '.join(choices)}", repr(value), f"pick one of these for --{f.name}")
+            raise UserError(
+                f"{f.name} to be one of {', '.join(choices)}", repr(value), f"pick one of these for --{f.name}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +42,17 @@ class DataConfig:
     grade: str | None = dial(None, "column with a graded relevance, for ranking")
     label_delimiter: str | None = dial(None, "character between several labels of one cell; makes the task multi-label")
     min_impressions: int = dial(100, "titles of a click log shown less often are left out, and counted")
-    test_share: float = dial(0.1, "share of the examples (of the groups, when ranking) held out when there is no --test")
+    test_share: float = dial(
+        0.1, "share of the examples (of the groups, when ranking) held out when there is no --test"
+    )
     validation_share: float = dial(0.1, "share of the training examples kept for early stopping, never trained on")
 
     def __post_init__(self) -> None:
         for name in ("test_share", "validation_share"):
             if not 0 < (value := getattr(self, name)) < 1:
-                raise UserError(f"a share between 0 and 1 for {name}", str(value), f"pass --{name.replace('_', '-')} 0.1")
+                raise UserError(
+                    f"a share between 0 and 1 for {name}", str(value), f"pass --{name.replace('_', '-')} 0.1"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,18 +61,23 @@ class ModelConfig:
 
     model: str = dial("demo", "hub id, hf:owner/name, modelscope:owner/name, folder, .gguf file, or 'demo' (embedded)")
     revision: str | None = dial(None, "branch, tag or commit of the base model")
-    template: str | None = dial(None, "'chat', or a text with {text} and perhaps {context}: instruction before, cue after")
+    template: str | None = dial(
+        None, "'chat', or a text with {text} and perhaps {context}: instruction before, cue after"
+    )
     max_length: int = dial(512, "tokens a text may take together with its template")
     long: str = dial("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
-    dtype: str = dial("auto", "dtype of the frozen base; auto is bfloat16, float32 with --full", ("auto", "bfloat16", "float32"))
+    dtype: str = dial(
+        "auto", "dtype of the frozen base; auto is bfloat16, float32 with --full", ("auto", "bfloat16", "float32")
+    )
     device: str = dial("auto", "cpu, cuda, mps, or auto")
 
     def __post_init__(self) -> None:
         if self.template and self.template != "chat" and self.template.count("{text}") != 1:
             raise UserError(
-                "'chat' or a template with {text} in it exactly once", repr(self.template),
+                "'chat' or a template with {text} in it exactly once",
+                repr(self.template),
                 "write for example --template 'Topic of this headline: {text}'",
             )
         if self.max_length < 8:
@@ -81,7 +92,9 @@ class LoraConfig:
     r: int = dial(16, "rank of the adapters")
     alpha: float = dial(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)")
     dropout: float = dial(0.05, "dropout before the adapters")
-    targets: str = dial("all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)")
+    targets: str = dial(
+        "all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)"
+    )
     rslora: bool = dial(False, "rank-stabilised scaling (arXiv:2312.03732)")
     full: bool = dial(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
 
@@ -98,11 +111,16 @@ class TrainConfig:
     weight_decay: float = dial(0.0, "decoupled weight decay of AdamW on matrices")
     clip: float = dial(1.0, "largest gradient norm")
     loss: str = dial(
-        "auto", "auto picks by task; bradley-terry and margin learn from pairs, list from groups",
+        "auto",
+        "auto picks by task; bradley-terry and margin learn from pairs, list from groups",
         ("auto", "cross-entropy", "binary", "bradley-terry", "margin", "list"),
     )
-    margin: float = dial(1.0, "distance that the margin loss wants between chosen and rejected, where the data name none")
-    class_weights: str = dial("none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced"))
+    margin: float = dial(
+        1.0, "distance that the margin loss wants between chosen and rejected, where the data name none"
+    )
+    class_weights: str = dial(
+        "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
+    )
     saturation: float = dial(200.0, "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates")
     evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept")
     patience: int = dial(3, "looks without progress after which training stops; 0 never stops")
@@ -113,7 +131,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "micro_tokens", "evaluations", "save_steps", "saturation"):
             if getattr(self, name) <= 0:
-                raise UserError(f"{name} above 0", str(getattr(self, name)), f"pass a positive --{name.replace('_', '-')}")
+                raise UserError(
+                    f"{name} above 0", str(getattr(self, name)), f"pass a positive --{name.replace('_', '-')}"
+                )
         _check_choices(self)
 
 

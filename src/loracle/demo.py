@@ -36,7 +36,9 @@ def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None
         UserError: the embedded data or model cannot be had, or ``folder`` holds something else.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
-        raise UserError("a new folder, or that of an earlier demo", f"{folder} with other files in it", "pick another --out")
+        raise UserError(
+            "a new folder, or that of an earlier demo", f"{folder} with other files in it", "pick another --out"
+        )
     files = write_demo(folder / "data")
     steps = {} if max_steps is None else {"max_steps": max_steps}
 

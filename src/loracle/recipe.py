@@ -106,7 +106,9 @@ def read_data(config: RunConfig, say: Say) -> Data:
     return dataclasses.replace(data, checksums={name: hub.checksum(p) for name, p in files.items()})
 
 
-def divide(config: RunConfig, found: Examples, test: Examples | None = None, validation: Examples | None = None) -> Data:
+def divide(
+    config: RunConfig, found: Examples, test: Examples | None = None, validation: Examples | None = None
+) -> Data:
     """Three sides without a common text; only what the user gave no file for is split off, seeded."""
     refuse(found)
     seed, task = config.train.seed, found.task
@@ -140,7 +142,9 @@ def new_folder(config: RunConfig) -> Path:
     if config.out:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError("an empty or new folder for --out", f"{folder} with files in it", "pick another one, or --resume it")
+            raise UserError(
+                "an empty or new folder for --out", f"{folder} with files in it", "pick another one, or --resume it"
+            )
     else:
         name = Path(config.data.data).name.split(".")[0] or "run"
         taken = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
@@ -176,8 +180,10 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     lr = schedule.lr or default_lr(base_config.hidden_size, full=config.lora.full)
     lengths = _lengths(encoder, data)
     say(f"model: {base.note or base.source}; {_trained(scorer)}; {dtype} on {device}; learning rate {lr:g}")
-    say(f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
-        f"{lengths['over_length']:,} texts over {model.max_length} ({'cut' if model.long == 'cut' else 'chunked'})")
+    say(
+        f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
+        f"{lengths['over_length']:,} texts over {model.max_length} ({'cut' if model.long == 'cut' else 'chunked'})"
+    )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,9 +273,7 @@ def measure_baselines(config: RunConfig, data: Data, scorer: Scorer, encoder: En
     """What simpler methods reach on the same split, with the same loss when ranking."""
     task, seed = data.task, config.train.seed
     some = _some(data.train, seed)
-    seen, unseen = (
-        _by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test)
-    )
+    seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
     if task.kind == "rank":
         train_groups, test_groups, some_groups = (
             [e for e in side if isinstance(e, RankGroup)] for side in (data.train, data.test, some)
@@ -298,7 +302,13 @@ def measure_baselines(config: RunConfig, data: Data, scorer: Scorer, encoder: En
 
 
 def save(
-    folder: Path, config: RunConfig, scorer: Scorer, base: BaseModel, data: Data, scores: list[np.ndarray], metrics: dict
+    folder: Path,
+    config: RunConfig,
+    scorer: Scorer,
+    base: BaseModel,
+    data: Data,
+    scores: list[np.ndarray],
+    metrics: dict,
 ) -> None:
     """Everything that a run leaves; the manifest last, which is what says that it is whole."""
     if config.lora.full:
@@ -322,25 +332,44 @@ def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Sc
     worst = float(np.max(np.abs(own - again) / np.maximum(1, np.abs(own))))
     if not worst <= TOLERANCE:
         (folder / run_folder.MANIFEST).unlink()
-        raise RuntimeError(f"{folder} does not reproduce itself: scores differ by {worst:.2g}; this is a bug in loracle")
+        raise RuntimeError(
+            f"{folder} does not reproduce itself: scores differ by {worst:.2g}; this is a bug in loracle"
+        )
 
 
 def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config: RunConfig) -> str:
     """README.md of a run folder."""
     what = "Ranker" if task.kind == "rank" else f"Classifier of {len(task.label_names)} labels"
     plain = not config.lora.full and config.model.head == "linear" and config.model.pooling == "last"
-    opened = ["Plain PEFT opens it too:", "", "```python", *_peft_lines(task), "```"] if plain else [
-        "It loads through loracle; plain PEFT does not know this head."
-    ]
-    return "\n".join([
-        "---", "library_name: peft" if not config.lora.full else "library_name: transformers", "tags: [loracle]", "---",
-        f"# {folder.name}", "",
-        f"{what}, trained by loracle on top of {base.source}"
-        + (f" ({base.note}: so are all figures below)" if base.note else "") + ".", "",
-        markdown_table(result_rows(metrics, task.kind)), "",
-        "Intervals are 95 % bootstrap intervals on the test side.", "",
-        "```", f"loracle {'rank' if task.kind == 'rank' else 'predict'} {folder} …", "```", "", *opened, "",
-    ])
+    opened = (
+        ["Plain PEFT opens it too:", "", "```python", *_peft_lines(task), "```"]
+        if plain
+        else ["It loads through loracle; plain PEFT does not know this head."]
+    )
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft" if not config.lora.full else "library_name: transformers",
+            "tags: [loracle]",
+            "---",
+            f"# {folder.name}",
+            "",
+            f"{what}, trained by loracle on top of {base.source}"
+            + (f" ({base.note}: so are all figures below)" if base.note else "")
+            + ".",
+            "",
+            markdown_table(result_rows(metrics, task.kind)),
+            "",
+            "Intervals are 95 % bootstrap intervals on the test side.",
+            "",
+            "```",
+            f"loracle {'rank' if task.kind == 'rank' else 'predict'} {folder} …",
+            "```",
+            "",
+            *opened,
+            "",
+        ]
+    )
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

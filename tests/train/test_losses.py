@@ -29,7 +29,9 @@ def group(n: int, **evidence) -> RankGroup:
 
 
 def pairs(n: int, *winner_loser_margin: tuple, **more) -> RankGroup:
-    return group(n, preferences=tuple(Preference(winner=w, loser=o, margin=m) for w, o, m in winner_loser_margin), **more)
+    return group(
+        n, preferences=tuple(Preference(winner=w, loser=o, margin=m) for w, o, m in winner_loser_margin), **more
+    )
 
 
 CASES = {

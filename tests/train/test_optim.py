@@ -29,7 +29,11 @@ def test_short_runs_have_a_rate_too(total, warmup):
 
 def test_weight_decay_touches_matrices_only():
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    decay = {id(p): g["weight_decay"] for g in make_optimizer(model, lr=1.0, weight_decay=0.1).param_groups for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"]
+        for g in make_optimizer(model, lr=1.0, weight_decay=0.1).param_groups
+        for p in g["params"]
+    }
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.1, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
     }  # fmt: skip

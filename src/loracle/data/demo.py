@@ -37,9 +37,9 @@ class Truth:
     """
 
     base: float = -3.0  # 4.7 % click
-    topic: Mapping[str, float] = field(default_factory=lambda: _by_topic(0.2, -0.2, -0.2, 0.0, 0.2))
-    name: Mapping[str, float] = field(default_factory=lambda: _by_topic(-0.35, 0.35, -0.35, 0.35, -0.35))
-    quote: Mapping[str, float] = field(default_factory=lambda: _by_topic(-0.4, 0.4, -0.4, 0.4, -0.4))
+    topic: Mapping[str, float] = field(default_factory=lambda: _by_topic(0.4, -0.5, 0.2, -0.5, 0.4))
+    name: Mapping[str, float] = field(default_factory=lambda: _by_topic(-0.1, 0.6, -0.1, 0.6, -0.1))
+    quote: Mapping[str, float] = field(default_factory=lambda: _by_topic(-0.6, 0.3, -0.6, 0.3, -0.6))
     length: Mapping[str, float] = field(default_factory=lambda: _by_topic(0.1, -0.1, 0.1, -0.1, 0.1))
 
     def log_odds(self, headline: str, topic: str) -> float:

@@ -54,7 +54,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as e:
         raise UserError(
-            "an adapter made for this base model", f"{folder}: {str(e).splitlines()[0]}", "name the base it was trained on"
+            "an adapter made for this base model",
+            f"{folder}: {str(e).splitlines()[0]}",
+            "name the base it was trained on",
         ) from e
 
 
@@ -135,7 +137,8 @@ def _target_pattern(model: nn.Module, targets: str) -> str:
     wanted = found if targets == "all-linear" else {t.strip() for t in targets.split(",") if t.strip()}
     if not wanted or wanted - found:
         raise UserError(
-            "names of linear layers to adapt", ", ".join(sorted(wanted - found)) or "none",
+            "names of linear layers to adapt",
+            ", ".join(sorted(wanted - found)) or "none",
             f"pick from {', '.join(sorted(found))} for --targets",
         )
     return rf".*\.(?:layers?|h|block)\.\d+\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, wanted)))})"

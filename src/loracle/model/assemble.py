@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ from loracle.model.scorer import PACKABLE, Scorer, is_encoder, mlp_head
 from loracle.text.encode import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
 
-PROBLEM_TYPES = {"single": "single_label_classification", "multi": "multi_label_classification", "rank": "regression"}
+PROBLEM_TYPES: dict[str, Any] = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "rank": "regression",
+}
 FULL_WEIGHTS = "model.safetensors"
 
 
@@ -81,7 +86,9 @@ def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 81
     return _in_rounds(scorer, scorer.features, texts, micro_tokens)
 
 
-def _in_rounds(scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int) -> np.ndarray:
+def _in_rounds(
+    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int
+) -> np.ndarray:
     was_training = scorer.training
     scorer.eval()
     results: list[np.ndarray] = []
@@ -103,7 +110,7 @@ def _order(texts: Sequence[Encoded]) -> list[int]:
     return sorted(range(len(texts)), key=lambda i: (heads[i], texts[i].tokens))
 
 
-def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str) -> nn.Module:
+def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str) -> Any:
     """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
     if load_config(folder).model_type not in PACKABLE:
         dtype = torch.float32  # its own forward would hand bfloat16 states to the float32 head
@@ -118,11 +125,11 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
     if head == "mlp":
         if is_encoder(model.config) or not hasattr(model, "score"):
             raise UserError(
-                "a decoder for --head mlp", f"{model.config.model_type}, which has a head of its own", "leave out --head"
+                "a decoder for --head mlp",
+                f"{model.config.model_type}, which has a head of its own",
+                "leave out --head",
             )
         model.score = mlp_head(model.config.hidden_size, model.config.num_labels)
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     return model
-
-

@@ -112,9 +112,7 @@ def _alike(batch: PackedBatch) -> Iterator[list[int]]:
     order = np.lexsort((batch.length, inner))
     group: list[int] = []
     for n in order.tolist():
-        if group and (
-            inner[n] != inner[group[0]] or batch.length[n] > max(16, LENGTH_STEP * batch.length[group[0]])
-        ):
+        if group and (inner[n] != inner[group[0]] or batch.length[n] > max(16, LENGTH_STEP * batch.length[group[0]])):
             yield group
             group = []
         group.append(n)
@@ -229,7 +227,10 @@ def tree_attention(
         if L >= FUSED_FROM:
             o = F.scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in (bq, bk, bv)),
-                attn_mask=mask[:, 0], dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1],
+                attn_mask=mask[:, 0],
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             ).transpose(1, 2)
         else:
             common = None if block.common is None else (k[block.common], v[block.common])

@@ -10,6 +10,7 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ class Scorer(nn.Module):
         self.share_from = None if self.encoder or not self.packed else SHARE_FROM
 
     @property
-    def inner(self) -> nn.Module:
-        """The transformers model, with or without PEFT around it."""
+    def inner(self) -> Any:
+        """The transformers model, with or without PEFT around it (``Any``: models differ in what they name their parts)."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property

@@ -1,11 +1,11 @@
 """A run folder: everything that predict, rank, evaluate and export need, save the base model, which it names.
 
-    adapter_model.safetensors, adapter_config.json   PEFT's own format, the head included (model.safetensors with --full)
-    tokenizer.json, tokenizer_config.json            with the template baked in
-    run.toml                                         configuration, task, base model, how plain PEFT opens it
-    metrics.json, predictions.csv, log.jsonl         what it is worth
-    README.md                                        model card
-    manifest.json                                    SHA-256 of every file above
+adapter_model.safetensors, adapter_config.json   PEFT's own format, the head included (model.safetensors with --full)
+tokenizer.json, tokenizer_config.json            with the template baked in
+run.toml                                         configuration, task, base model, how plain PEFT opens it
+metrics.json, predictions.csv, log.jsonl         what it is worth
+README.md                                        model card
+manifest.json                                    SHA-256 of every file above
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def read_info(folder: Path) -> RunInfo:
             provenance=document["provenance"],
         )
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"a whole {RUN} in {folder}", f"{type(e).__name__}: {e}", "restore the file or train again") from e
+        raise UserError(
+            f"a whole {RUN} in {folder}", f"{type(e).__name__}: {e}", "restore the file or train again"
+        ) from e
 
 
 def write_manifest(folder: Path) -> None:

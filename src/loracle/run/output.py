@@ -46,7 +46,9 @@ def _writer(suffix: str, stream: IO[str]) -> Write:
 
     def write(row: dict[str, Any]) -> None:
         if not out:
-            out.append(csv.DictWriter(stream, list(row), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n"))
+            out.append(
+                csv.DictWriter(stream, list(row), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+            )
             out[0].writeheader()
         if beyond := row.keys() - set(out[0].fieldnames):
             fix = "write a .jsonl file, whose rows may differ"

@@ -36,7 +36,8 @@ class Predictor:
         if found.checksum() != self.info.base["sha256"]:
             raise UserError(
                 f"the base model that {folder} was trained on ({self.info.base['source']})",
-                f"other weights in {found.folder}", "point --base to the right one",
+                f"other weights in {found.folder}",
+                "point --base to the right one",
             )
         tokenizer = load_tokenizer(self.folder)
         self.scorer = load_scorer(
@@ -67,7 +68,9 @@ class Predictor:
             raise UserError("a classifier", f"a ranker in {self.folder}", "use rank")
         return probabilities(self.scores(texts, contexts), self.task)
 
-    def predict(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[str] | list[list[str]]:
+    def predict(
+        self, texts: Sequence[str], contexts: Sequence[str | None] | None = None
+    ) -> list[str] | list[list[str]]:
         """Name of the likeliest label of each text; where labels can stand together, all above one half."""
         return self.names(self.predict_proba(texts, contexts))
 

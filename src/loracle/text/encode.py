@@ -80,7 +80,7 @@ class Encoder:
 
 
 def _text_start(encoding, encoder: bool) -> int:
-    """Where the text itself begins. Ask the first piece only: tokenizers leaves the type ids of a single text's others 0."""
+    """Where the text begins. Ask the first piece only: in the others of a single text, tokenizers leaves type ids 0."""
     if not encoder:
         return encoding.type_ids.index(1)
     sequence = encoding.sequence_ids

@@ -92,7 +92,8 @@ def pack(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM, first
     forest = _Forest()
     splits = _shared_starts([(ids, start) for ids, start, _ in chunks], share_from)
     chunk_node = [
-        forest.add(ids, start, (*split, len(ids)), types) for (ids, start, types), split in zip(chunks, splits, strict=True)
+        forest.add(ids, start, (*split, len(ids)), types)
+        for (ids, start, types), split in zip(chunks, splits, strict=True)
     ]
     scored, chunk_segment = np.unique(np.array(chunk_node), return_inverse=True)
     length = np.array([len(ids) for ids in forest.ids])

@@ -51,7 +51,8 @@ def bake(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: i
     fixed = len(around.before) + len(around.between) + len(around.after)
     if fixed + 4 > max_length:
         raise UserError(
-            "room for the text beside its template", f"a template of {fixed} tokens and --max-length {max_length}",
+            "room for the text beside its template",
+            f"a template of {fixed} tokens and --max-length {max_length}",
             f"pass --max-length {max(64, 2 * fixed)} or shorten the template",
         )
     return _with_processor(tokenizer, around, pad, max_length, encoder)
@@ -67,7 +68,9 @@ def _decoder_template(tokenizer, template: str | None, pad: int) -> Template:
     ids[2] = ids[2] or [_read_token(tokenizer, pad)]
     if ids[2][-1] == pad:
         raise UserError(
-            "a cue that does not end in the padding token", f"{tokenizer.decode(ids[2])!r}", "let --template end in other words"
+            "a cue that does not end in the padding token",
+            f"{tokenizer.decode(ids[2])!r}",
+            "let --template end in other words",
         )
     needs = bool(template) and template != "chat" and "{context}" in template
     return Template(before=(*start, *ids[0]), between=tuple(ids[1]), after=tuple(ids[2]), needs_context=needs)
@@ -80,7 +83,9 @@ def _encoder_template(tokenizer, template: str | None) -> Template:
     before, between, after = (_encode(tokenizer, part) for part in _string_parts(template, between=""))
     separators = pair[len(start) + bare : len(pair) - bare - len(end)]
     return Template(
-        before=(*start, *before), between=(*separators, *between), after=(*after, *end),
+        before=(*start, *before),
+        between=(*separators, *between),
+        after=(*after, *end),
         needs_context=bool(template and "{context}" in template),
     )
 
@@ -100,7 +105,9 @@ def _string_parts(template: str | None, between: str = "\n") -> tuple[str, str, 
 
 def _chat_parts(tokenizer) -> tuple[str, str, str]:
     if not tokenizer.chat_template:
-        raise UserError("a model with a chat template", "a tokenizer without one", "write the template out with --template")
+        raise UserError(
+            "a model with a chat template", "a tokenizer without one", "write the template out with --template"
+        )
     messages = [{"role": "user", "content": _MARK}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, after = prompt.split(_MARK)
@@ -135,7 +142,9 @@ def _pad_token(tokenizer) -> int:
         if candidate is not None and candidate not in (eos, bos):
             return candidate
     raise UserError(
-        "a tokenizer with a pad token, or a special token that can serve as one", "none", "add a pad token to the tokenizer"
+        "a tokenizer with a pad token, or a special token that can serve as one",
+        "none",
+        "add a pad token to the tokenizer",
     )
 
 
@@ -166,7 +175,10 @@ def _with_processor(tokenizer, around: Template, pad: int, max_length: int, enco
     middle = part("between", shared)
     backend.post_processor = TemplateProcessing(
         single=[
-            *part("before", shared), *(middle if around.needs_context else []), f"$A:{alone}", *part("after", alone),
+            *part("before", shared),
+            *(middle if around.needs_context else []),
+            f"$A:{alone}",
+            *part("after", alone),
         ],
         pair=[*part("before", shared), f"$A:{shared}", *middle, f"$B:{own}", *part("after", own)],
         special_tokens=[

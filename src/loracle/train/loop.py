@@ -236,7 +236,8 @@ def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
     rows = [row for e in examples for row in (getattr(e, "rows", None) or (e.row,))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     return UserError(
-        "finite numbers", f"{what} at step {step} (rows {shown})",
+        "finite numbers",
+        f"{what} at step {step} (rows {shown})",
         "look at these rows, or start a new run with a lower --lr; the last checkpoint is kept",
     )
 
@@ -273,8 +274,13 @@ class _Log:
     def __init__(self, folder: Path, total: int, step: int, accelerator: Accelerator, quiet: bool):
         self.path, self.main = folder / "log.jsonl", accelerator.is_main_process
         self.bar = tqdm(
-            total=total, initial=step, unit="step", disable=quiet or not self.main, dynamic_ncols=True,
-            mininterval=0.5, desc="train",
+            total=total,
+            initial=step,
+            unit="step",
+            disable=quiet or not self.main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            desc="train",
         )
         if self.main:
             from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,134 @@
+"""From a folder to scores: the same in another process, with a moved base, and never with a wrong one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small import QUICK, labelled, pairs, several, write
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.errors import UserError
+from loracle.run.predictor import Predictor
+
+TEXTS = ["good day", "bad " * 30, "", "so — naïve 标"]
+
+
+def learn(folder, model, rows, **more):
+    data = write(folder / "a.jsonl", rows)
+    config = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run")} | more
+    return recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, tmp_path_factory):
+    """A base model that a test may move for a while."""
+    return shutil.copytree(tiny_model("qwen2"), tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def classifier(base, tmp_path_factory):
+    return learn(tmp_path_factory.mktemp("classifier"), base, labelled(), epochs=6)
+
+
+@pytest.fixture(scope="module")
+def ranker(base, tmp_path_factory):
+    return learn(tmp_path_factory.mktemp("ranker"), base, pairs(), epochs=6)
+
+
+OTHERS = {
+    "float32": {"dtype": "float32"}, "mlp and mean": {"pooling": "mean", "head": "mlp"}, "full": {"full": True},
+    "chunks": {"long": "chunk", "max_length": 16}, "template": {"template": "Mood of {text}: "}, "rslora": {"rslora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_every_kind_of_run_reloads(base, tmp_path, how):
+    """``recipe.reproduce`` compares scores within 1e-6, and raises; here the folder is opened once more."""
+    folder = learn(tmp_path, base, labelled(), **OTHERS[how])
+    proba = Predictor(folder).predict_proba(TEXTS)
+    assert proba.shape == (4, 3)
+    np.testing.assert_allclose(proba.sum(1), 1)
+
+
+def test_an_encoder_with_every_weight_trained_reloads(tiny_model, tmp_path):
+    assert Predictor(learn(tmp_path, tiny_model("bert"), labelled(), full=True)).scores(TEXTS).shape == (4, 3)
+
+
+def test_another_process_gives_the_same_scores(classifier):
+    script = "import json, sys; from loracle.run.predictor import Predictor; print(json.dumps(" \
+        "Predictor(sys.argv[1]).scores(json.loads(sys.argv[2])).tolist()))"  # fmt: skip
+    command = [sys.executable, "-c", script, str(classifier), json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    np.testing.assert_allclose(Predictor(classifier).scores(TEXTS), json.loads(done.stdout), rtol=1e-6, atol=1e-6)
+
+
+def test_names_follow_probabilities(classifier):
+    predictor = Predictor(classifier)
+    proba = predictor.predict_proba(TEXTS)
+    assert predictor.predict(TEXTS) == [("mid", "neg", "pos")[i] for i in proba.argmax(1)]
+    assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]
+
+
+def test_several_labels_are_those_above_one_half(base, tmp_path):
+    predictor = Predictor(learn(tmp_path, base, several(), lr=1e-3))
+    proba = np.array([[0.9, 0.6], [0.5, 0.1], [0.2, 0.7]])
+    assert predictor.names(proba) == [["price", "quality"], [], ["quality"]]
+    assert predictor.predict_proba(TEXTS).shape == (4, 2)
+
+
+def test_a_ranker_ranks_best_first(ranker):
+    ranked = Predictor(ranker).rank(["bad title 1", "good title 2", "bad title 3"])
+    assert ranked[0][0] == "good title 2"
+    assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
+
+
+def test_equal_titles_keep_their_order(ranker):
+    assert [t for t, _ in Predictor(ranker).rank(["same", "same"])] == ["same", "same"]
+
+
+def test_no_texts_have_no_scores(classifier):
+    assert Predictor(classifier).scores([]).shape == (0, 3)
+    assert Predictor(classifier).predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "words"),
+    [
+        ("classifier", lambda p: p.rank(["a"]), "a ranker"),
+        ("ranker", lambda p: p.predict(["a"]), "a classifier"),
+        ("ranker", lambda p: p.rank([]), "titles to rank"),
+    ],
+)
+def test_the_wrong_question_is_refused(kind, call, words, request):
+    with pytest.raises(UserError, match=f"expected {words}"):
+        call(Predictor(request.getfixturevalue(kind)))
+
+
+def test_a_moved_base_is_one_argument(classifier, base, tmp_path):
+    expected = Predictor(classifier).scores(TEXTS)
+    moved = base.rename(tmp_path / "elsewhere")
+    try:
+        with pytest.raises(UserError, match="nothing there"):
+            Predictor(classifier)
+        np.testing.assert_array_equal(Predictor(classifier, base=str(moved)).scores(TEXTS), expected)
+    finally:
+        moved.rename(base)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+def test_a_wrong_base_is_refused(classifier, tiny_model, kind):
+    with pytest.raises(UserError, match=r"expected the base model that .*; found other weights in .*Point --base"):
+        Predictor(classifier, base=str(tiny_model(kind)))
+
+
+def test_an_unfinished_run_is_refused(classifier, tmp_path):
+    run = shutil.copytree(classifier, tmp_path / "run")
+    (run / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"expected a finished run .* Finish it with: loracle train --resume"):
+        Predictor(run)
