@@ -103,6 +103,8 @@ def verify(folder: Path) -> None:
         ) from e
     except ValueError as e:
         raise UserError(f"a whole {MANIFEST} in {folder}", str(e), "restore the file or train again") from e
+    if not isinstance(sums, dict):
+        raise UserError(f"a whole {MANIFEST} in {folder}", "something else", "restore the file or train again")
     for name, digest in sums.items():
         path = folder / name
         if not path.is_file():

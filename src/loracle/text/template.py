@@ -64,7 +64,7 @@ def _decoder_template(tokenizer, template: str | None, pad: int) -> Template:
     else:
         start, (before, between, after) = _own_specials(tokenizer)[0], _string_parts(template)
     ids = [_encode(tokenizer, part, specials=template == "chat") for part in (before, between, after)]
-    # A cue is what the head reads at; without one, the model's end-of-text token marks that the text is over.
+    # A cue is what the head reads at; without one, a single token marks that the text is over.
     ids[2] = ids[2] or [_read_token(tokenizer, pad)]
     if ids[2][-1] == pad:
         raise UserError(
@@ -149,10 +149,18 @@ def _pad_token(tokenizer) -> int:
 
 
 def _read_token(tokenizer, pad: int) -> int:
+    """A line break: a language model sums up there what it has read. At its end-of-text token it forgets instead.
+
+    Logistic regression on the untuned SmolLM2-135M's state at the read token, 700 N24News abstracts: 57 % at a line break,
+    35 % at ``<|im_end|>``; LoRA starts from there (dev/LOG.md).
+    """
+    breaks = _encode(tokenizer, "\n")
+    if breaks and breaks[-1] not in (pad, tokenizer.unk_token_id):
+        return breaks[-1]
     for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
         if (token := getattr(tokenizer, name)) is not None and token != pad:
             return token
-    raise UserError("a tokenizer with an end-of-text token", "none", "end --template in a cue, such as ' Topic:'")
+    raise UserError("a tokenizer with a line break or an end-of-text token", "neither", "end --template in a cue, such as ' Topic:'")
 
 
 def _with_processor(tokenizer, around: Template, pad: int, max_length: int, encoder: bool):

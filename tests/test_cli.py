@@ -1,0 +1,282 @@
+"""The command line as a user meets it: every job end to end on a tiny model, and every error in one line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+import time
+
+import polars
+import pytest
+from click.testing import CliRunner
+from small import clicked, graded, integers, labelled, messages, pairs, prompted, several, write
+
+from loracle.cli import main
+
+FAST = ["--epochs", "8", "--batch", "8", "--lr", "0.01", "--test-share", "0.2", "--validation-share", "0.2"]
+CLICKS = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
+
+
+def loracle(*args, code=0):
+    done = CliRunner().invoke(main, [str(a) for a in args], catch_exceptions=True)
+    assert done.exit_code == code, (done.output, done.stderr, done.exception)
+    return done
+
+
+def trained(folder, model, rows, *more, name="data.csv"):
+    data = write(folder / name, rows)
+    done = loracle("train", data, "--model", model, "-o", folder / "run", *FAST, *more)
+    return folder / "run", done.output, json.loads((folder / "run" / "metrics.json").read_text())
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_from_train_to_evaluate(tiny_model, tmp_path):
+    run, said, metrics = trained(tmp_path, tiny_model("qwen2"), labelled())
+    assert "text column: 'text'" in said
+    assert "label column: 'label'" in said
+    assert set(metrics["baselines"]) == {"majority", "tf-idf", "frozen"}
+    assert metrics["test"]["accuracy"]["value"] > 0.9
+    assert metrics["train"]["examples_per_s"] > 0
+    assert metrics["train"]["tokens_per_s"] > metrics["train"]["examples_per_s"]
+
+    new = write(tmp_path / "new.csv", [{"id": "a", "text": "good number 7"}, {"id": "b", "text": " "}])
+    done = loracle("predict", run, new, "-o", tmp_path / "scored.csv")
+    assert "1 rows without a text" in done.stderr
+    first, second = rows_of(tmp_path / "scored.csv")
+    assert first.keys() == {"id", "text", "predicted", "p(mid)", "p(neg)", "p(pos)"}
+    assert (first["id"], first["predicted"]) == ("a", "pos")
+    assert sum(float(first[f"p({n})"]) for n in ("mid", "neg", "pos")) == pytest.approx(1, abs=1e-5)
+    assert (second["id"], second["predicted"]) == ("b", "")
+
+    done = loracle("evaluate", run, tmp_path / "data.csv", "--json")
+    assert json.loads(done.stdout)["accuracy"]["value"] > 0.9
+
+
+def test_the_original_message_format_in_a_json_file(tiny_model, tmp_path):
+    rows = messages()
+    (tmp_path / "train.json").write_text("".join(json.dumps(r) + "\n" for r in rows[:48]))
+    (tmp_path / "test.json").write_text("".join(json.dumps(r) + "\n" for r in rows[48:]))
+    loracle("train", tmp_path / "train.json", "--test", tmp_path / "test.json", "--model", tiny_model("llama"),
+            "-o", tmp_path / "run", *FAST)  # fmt: skip
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"]["value"] > 0.9
+    assert len(rows_of(tmp_path / "run" / "predictions.csv")) == 12
+
+
+def test_integer_labels_come_back_as_they_were(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), integers())
+    write(tmp_path / "new.jsonl", [{"text": "bad number 3"}])
+    loracle("predict", run, tmp_path / "new.jsonl", "-o", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["predicted"] == "10"
+
+
+def test_chinese_texts_and_labels_come_back(tiny_model, tmp_path):
+    names = {"体育": "球队赢了比赛", "财经": "股市今天上涨"}
+    rows = [{"text": f"{list(names.values())[i % 2]}{i}", "label": list(names)[i % 2]} for i in range(60)]
+    run, *_ = trained(tmp_path, tiny_model("qwen3"), rows)
+    write(tmp_path / "new.csv", [{"text": "股市今天上涨99"}, {"text": "球队赢了比赛99"}])
+    loracle("predict", run, tmp_path / "new.csv", "-o", tmp_path / "out.csv")
+    assert [r["predicted"] for r in rows_of(tmp_path / "out.csv")] == ["财经", "体育"]
+
+
+def test_several_labels_a_text(tiny_model, tmp_path):
+    run, said, metrics = trained(tmp_path, tiny_model("qwen2"), several(), name="data.jsonl")
+    assert "any number of labels a text" in said
+    assert metrics["test"]["accuracy"] == metrics["test"]["subset_accuracy"]
+    write(tmp_path / "new.csv", [{"text": "good and cheap 8"}])
+    loracle("predict", run, tmp_path / "new.csv", "-o", tmp_path / "out.csv")
+    (row,) = rows_of(tmp_path / "out.csv")
+    assert set(row["predicted"].split("|")) <= {"price", "quality", ""}
+    assert 0 < float(row["p(price)"]) < 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags"), [(pairs, []), (prompted, []), (graded, ["--group", "query"]), (clicked, CLICKS)]
+)
+def test_a_ranker_from_every_kind_of_evidence(tiny_model, tmp_path, rows, flags):
+    run, _, metrics = trained(tmp_path, tiny_model("qwen2"), rows(), *flags, name="data.jsonl")
+    assert metrics["test"]["pair_accuracy"]["value"] > 0.9
+    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen"}
+    best, *_ = loracle("rank", run, "bad title 3", "good title 3").stdout.splitlines()
+    assert best.endswith("good title 3")
+    assert loracle("evaluate", run, tmp_path / "data.jsonl").stdout.count("pair_accuracy") == 1
+
+
+def test_rank_takes_a_file_of_groups(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), clicked(), *CLICKS, name="data.jsonl")
+    titles = [{"site": "x", "day": d, "headline": f"{w} headline 1"} for d in "12" for w in ("bad", "good")]
+    write(tmp_path / "new.csv", titles)
+    loracle("rank", run, tmp_path / "new.csv", "-o", tmp_path / "ranked.csv")
+    ranked = rows_of(tmp_path / "ranked.csv")
+    assert [r["text"] for r in ranked] == ["good headline 1", "bad headline 1"] * 2
+    assert [r["rank"] for r in ranked] == ["1", "2"] * 2
+    assert len({r["group"] for r in ranked}) == 2
+
+
+def test_the_original_recipe_is_a_matter_of_flags(tiny_model, tmp_path):
+    flags = ["--pooling", "mean", "--head", "mlp", "--loss", "margin", "--targets", "q_proj,v_proj", "--epochs", "1"]
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), *flags, name="data.jsonl")
+    adapted = json.loads((run / "adapter_config.json").read_text())["target_modules"]
+    assert "q_proj" in adapted
+    assert "k_proj" not in adapted
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_encoders_go_the_same_way(tiny_model, tmp_path, kind):
+    run, said, _ = trained(tmp_path, tiny_model(kind), labelled(), "--full", "--epochs", "1")
+    assert ("padded, sorted by length" in said) == (kind == "distilbert")
+    assert loracle("evaluate", run, tmp_path / "data.csv").exit_code == 0
+
+
+def test_a_predicted_column_of_the_users_own_is_kept(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
+    write(tmp_path / "new.csv", [{"text": "good number 1", "label": "mine", "predicted": "theirs"}])
+    loracle("predict", run, tmp_path / "new.csv", "-o", tmp_path / "out.csv")
+    (row,) = rows_of(tmp_path / "out.csv")
+    assert (row["label"], row["predicted"]) == ("mine", "theirs")
+    assert row["predicted_2"] in ("pos", "neg", "mid")
+
+
+def test_memory_of_predict_does_not_grow_with_the_rows(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
+    peaks = []
+    for count in (4_000, 24_000):  # more than one window each
+        write(tmp_path / f"{count}.csv", [{"text": f"good number {i} {'x' * 50}"} for i in range(count)])
+        script = (
+            "import resource, sys; from loracle.cli import main\n"
+            f"main(['predict', {str(run)!r}, {str(tmp_path / f'{count}.csv')!r}, '-o', {str(tmp_path / 'out.csv')!r}],"
+            " standalone_mode=False)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+        assert sum(1 for _ in (tmp_path / "out.csv").open()) == count + 1
+    assert peaks[1] - peaks[0] < 40  # MiB; 20,000 more rows held whole would be more
+
+
+def test_check_says_what_is_there(tmp_path):
+    rows = [*labelled(30), *labelled(3), {"text": "", "label": "pos"}]
+    done = loracle("check", write(tmp_path / "data.csv", rows))
+    assert "one label a text" in done.stdout
+    assert "rows without a text" in done.stdout
+    assert "twice" in done.stdout or "more than once" in done.stdout or "repeated" in done.stdout
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def refused(*args):
+    done = loracle(*args, code=2)
+    assert done.stdout == "" or "Traceback" not in done.stdout
+    (line,) = [x for x in done.stderr.splitlines() if x]
+    assert line.startswith("loracle: expected ")
+    return line
+
+
+def _text(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+BAD_FILES = {
+    "empty.csv": (b"", "empty"),
+    "header.csv": (b"text,label\n", "header"),
+    "one.csv": (b"text,label\na,x\nb,x\nc,x\n", "class"),
+    "ragged.csv": (b"text,label\na,x\nb,y,z\n", "row 3"),
+    "bytes.csv": (b"text,label\na,x\n\xff\xfe,y\n", "line 3"),
+    "broken.jsonl": (b'{"text": "a", "label": "x"}\n{"text": \n', "line 2"),
+    "garbage.parquet": (b"PAR1 this is no parquet", "Parquet"),
+    "cut.csv.gz": (gzip.compress(b"text,label\n" + b"a,x\n" * 5000)[:60], "gzip"),
+    "clicks.csv": (b"g,title,clicks,impressions\n1,a,500,200\n1,b,5,200\n", "row"),
+    "nolabel.csv": (b"text,label\na,\nb,\n", "label"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_get_one_clear_line_and_leave_nothing(tiny_model, tmp_path, name):
+    content, words = BAD_FILES[name]
+    data = _text(tmp_path / name, content)
+    flags = ["--group", "g"] if name == "clicks.csv" else []
+    assert words.lower() in refused("train", data, "--model", tiny_model("qwen2"), "-o", tmp_path / "run", *flags).lower()
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_wrong_words_get_one_clear_line(tiny_model, tmp_path):
+    data, model = write(tmp_path / "data.csv", labelled()), tiny_model("qwen2")
+    assert "did you mean" in refused("train", data, "--text", "txt").lower()
+    assert "missing.csv" in refused("train", tmp_path / "missing.csv")
+    assert "no-such" in refused("train", data, "--model", tmp_path / "no-such", "-o", tmp_path / "run")
+    assert "targets" in refused("train", data, "--model", model, "--targets", "nothing", "-o", tmp_path / "run")
+    assert "loss" in refused("train", data, "--model", model, "--loss", "margin", "-o", tmp_path / "run")
+    assert "--resume" in refused("train", data, "--resume", tmp_path)
+    assert "run.toml" in refused("train", "--resume", tmp_path)
+    assert "run folder" in refused("predict", tmp_path / "nowhere", data)
+    (tmp_path / "full").mkdir()
+    _text(tmp_path / "full" / "x", "x")
+    assert "--out" in refused("train", data, "--model", model, "-o", tmp_path / "full")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_is_said_in_one_line(tmp_path):
+    data = write(tmp_path / "data.csv", labelled())
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "loracle.cli", "train", str(data), "--model", "nobody/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("loracle: expected ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_null_in_a_pair_is_skipped_and_counted(tiny_model, tmp_path):
+    rows = [*pairs(), {"chosen": None, "rejected": "bad"}]
+    _, said, metrics = trained(tmp_path, tiny_model("qwen2"), rows, "--epochs", "1", name="data.jsonl")
+    assert "41" in "".join(line for line in said.splitlines() if line.startswith("note:"))
+    assert sum(metrics["noticed"].values()) >= 1
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_shows_the_defaults_of_config():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "loracle.cli", "--help"], capture_output=True, text=True, timeout=60)
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    assert min(times) < 0.5
+    for command in ("train", "predict", "rank", "evaluate", "check", "demo"):
+        assert command in done.stdout
+    from loracle.config import TrainConfig
+
+    assert f"[{TrainConfig().batch}]" in loracle("train", "--help").output
+
+
+def test_check_does_not_wait_for_torch(tmp_path):
+    data = write(tmp_path / "data.csv", labelled())
+    script = f"import sys; from loracle.cli import main; main(['check', {str(data)!r}], standalone_mode=False)\n"
+    script += "print(*sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), 'end')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1].split() == ["end"], done.stderr
+
+
+def test_every_format_trains_the_same(tmp_path):
+    rows = labelled(30)
+    write(tmp_path / "a.csv", rows)
+    write(tmp_path / "b.tsv", rows)
+    write(tmp_path / "c.json", rows)
+    write(tmp_path / "d.jsonl", rows)
+    polars.DataFrame(rows).write_parquet(tmp_path / "e.parquet")
+    (tmp_path / "f.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    outputs = {loracle("check", path).stdout for path in sorted(tmp_path.iterdir())}
+    assert len(outputs) == 1
