@@ -66,7 +66,8 @@ def graded(n: int = 20) -> list[dict[str, Any]]:
 def clicked(n: int = 20) -> list[dict[str, Any]]:
     """A click log whose groups are told apart by two columns together."""
     return [
-        {"site": f"site {i % 2}", "day": f"day {i // 2}", "headline": f"{word} headline {i}", "clicks": 10 * c, "impressions": 1000}
+        {"site": f"site {i % 2}", "day": f"day {i // 2}", "headline": f"{word} headline {i}", "clicks": 10 * c,
+         "impressions": 1000}
         for i in range(n)
         for c, word in enumerate(("bad", "so", "good"))
     ]  # fmt: skip

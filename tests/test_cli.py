@@ -206,7 +206,9 @@ def test_bad_files_get_one_clear_line_and_leave_nothing(tiny_model, tmp_path, na
     content, words = BAD_FILES[name]
     data = _text(tmp_path / name, content)
     flags = ["--group", "g"] if name == "clicks.csv" else []
-    assert words.lower() in refused("train", data, "--model", tiny_model("qwen2"), "-o", tmp_path / "run", *flags).lower()
+    assert (
+        words.lower() in refused("train", data, "--model", tiny_model("qwen2"), "-o", tmp_path / "run", *flags).lower()
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -251,7 +253,9 @@ def test_help_is_quick_and_shows_the_defaults_of_config():
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "loracle.cli", "--help"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "loracle.cli", "--help"], capture_output=True, text=True, timeout=60
+        )
         times.append(time.perf_counter() - started)
         assert done.returncode == 0
     assert min(times) < 0.5

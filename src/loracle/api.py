@@ -109,7 +109,7 @@ class TextRanker(_Estimator):
         kinds = {_evidence(g) for g in items}
         if len(kinds) != 1:
             raise UserError("one kind of evidence in all groups", ", ".join(sorted(kinds)) or "no group", "keep one")
-        self._fit(Examples(task=Task(kind="rank", evidence=kinds.pop()), items=items, columns=Columns()))  # type: ignore[arg-type]
+        self._fit(Examples(task=Task(kind="rank", evidence=kinds.pop()), items=items, columns=Columns()))
         return self
 
     def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
@@ -119,7 +119,7 @@ class TextRanker(_Estimator):
 
 def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
     texts = tuple(group["texts"])
-    known = {name: tuple(group[name]) for name in ("clicks", "impressions", "grades") if name in group}
+    known: dict[str, Any] = {name: tuple(group[name]) for name in ("clicks", "impressions", "grades") if name in group}
     if bad := [name for name, values in known.items() if len(values) != len(texts)]:
         raise UserError(
             f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each"
@@ -140,7 +140,7 @@ def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
     )
 
 
-def _evidence(group: RankGroup) -> str:
+def _evidence(group: RankGroup) -> Any:
     if group.clicks and group.impressions:
         return "clicks"
     if group.grades:

@@ -51,9 +51,9 @@ class Data:
     """The three sides, which share no text, and what was done to get there."""
 
     task: Task
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: list[Any]  # all LabeledText, or all RankGroup
+    validation: list[Any]
+    test: list[Any]
     issues: tuple[Issue, ...] = ()
     checksums: dict[str, str] = field(default_factory=dict)
 
@@ -255,17 +255,14 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
     return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
 
 
-def measure(scores: Sequence[np.ndarray], examples: Sequence[Example], task: Task) -> dict[str, Any]:
+def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -> dict[str, Any]:
     """Metrics with intervals, as JSON has them."""
     found: dict[str, Interval | float]
     if task.kind == "rank":
-        groups = [e for e in examples if isinstance(e, RankGroup)]
-        found = rank_metrics([s[:, 0] for s in scores], groups)
+        found = rank_metrics([s[:, 0] for s in scores], examples)
     else:
-        texts = [e for e in examples if isinstance(e, LabeledText)]
-        found = classification_metrics(
-            np.concatenate(scores), target_array(texts, task), task, groups=[(e.context, e.text) for e in texts]
-        )
+        same = [(e.context, e.text) for e in examples]
+        found = classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same)
     return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
 
 
@@ -275,27 +272,21 @@ def measure_baselines(config: RunConfig, data: Data, scorer: Scorer, encoder: En
     some = _some(data.train, seed)
     seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
     if task.kind == "rank":
-        train_groups, test_groups, some_groups = (
-            [e for e in side if isinstance(e, RankGroup)] for side in (data.train, data.test, some)
-        )
         loss = resolve_loss(task, config.train.loss)
-        how = {"saturation": config.train.saturation, "margin": config.train.margin, "seed": seed}
+        how: dict[str, Any] = {"saturation": config.train.saturation, "margin": config.train.margin, "seed": seed}
         ranked = {
-            "length": baselines.length_ranker(train_groups, test_groups, loss, **how),
-            "tf-idf": baselines.tfidf_ranker(train_groups, test_groups, loss, **how),
-            "frozen": baselines.frozen_ranker(seen, some_groups, unseen, loss, **how),
+            "length": baselines.length_ranker(data.train, data.test, loss, **how),
+            "tf-idf": baselines.tfidf_ranker(data.train, data.test, loss, **how),
+            "frozen": baselines.frozen_ranker(seen, some, unseen, loss, **how),
         }
         return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
-    train_texts, test_texts, some_texts = (
-        [e for e in side if isinstance(e, LabeledText)] for side in (data.train, data.test, some)
-    )
-    targets = target_array(train_texts, task)
-    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (train_texts, test_texts)]
+    targets = target_array(data.train, task)
+    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
     found = {
-        "majority": baselines.majority(targets, len(test_texts), task),
+        "majority": baselines.majority(targets, len(data.test), task),
         "tf-idf": baselines.tfidf_classifier(words[0], targets, words[1], task),
         "frozen": baselines.frozen_classifier(
-            np.concatenate(seen), target_array(some_texts, task), np.concatenate(unseen), task, seed=seed
+            np.concatenate(seen), target_array(some, task), np.concatenate(unseen), task, seed=seed
         ),
     }
     return {name: measure(list(scores[:, None]), data.test, task) for name, scores in found.items()}
@@ -477,7 +468,7 @@ def _by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndar
     return np.split(values, np.cumsum([len(_texts(e)) for e in examples])[:-1])
 
 
-def _some(examples: list[Example], seed: int) -> list[Example]:
+def _some(examples: list[Any], seed: int) -> list[Any]:
     """A seeded part of the examples that holds about ``FROZEN_TEXTS`` texts."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum([len(_texts(examples[i])) for i in order])

@@ -26,7 +26,9 @@ FILES = (
 def trained(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = write(folder / "a.csv", labelled())
-    config = RunConfig.from_flat(QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run")})
+    config = RunConfig.from_flat(
+        QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run")}
+    )
     return recipe.train(config, say=lambda line: None, quiet=True)
 
 
@@ -132,7 +134,11 @@ def test_run_toml_gives_every_field_back(tmp_path):
             assert getattr(section, f.name) != f.default, f"{f.name} is not tried"
     task = Task(kind="single", label_names=("1", "ö 标", "", 'a"b'))
     info = RunInfo(
-        config=config, task=task, base={"source": "x", "sha256": "y"}, load_kwargs={"num_labels": 4}, provenance={"lr": 1e-5}
+        config=config,
+        task=task,
+        base={"source": "x", "sha256": "y"},
+        load_kwargs={"num_labels": 4},
+        provenance={"lr": 1e-5},
     )
     write_info(tmp_path, info)
     assert read_info(tmp_path) == info

@@ -45,13 +45,15 @@ def test_without_a_path_csv_goes_to_the_terminal(capsys):
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     out = tmp_path / "out.csv"
     out.write_text("old")
-    with pytest.raises(ZeroDivisionError), open_output(out) as write:
+    with pytest.raises(ZeroDivisionError), open_output(out) as write:  # noqa: PT012
         write({"a": 1})
         1 / 0  # noqa: B018
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("out.csv", "old")]
 
 
-@pytest.mark.parametrize(("name", "words"), [("out.xlsx", "a .csv, .tsv or .jsonl file"), ("no/out.csv", "no such folder")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("out.xlsx", "a .csv, .tsv or .jsonl file"), ("no/out.csv", "no such folder")]
+)
 def test_where_it_cannot_write_it_says_so(tmp_path, name, words):
     with pytest.raises(UserError, match=words), open_output(tmp_path / name):
         raise AssertionError("not reached")

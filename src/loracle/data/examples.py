@@ -25,7 +25,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledText:
-    """One text and what it is. ``labels`` are indices into ``Task.label_names``: exactly one for ``single``, any for ``multi``."""
+    """One text and what it is. ``labels`` index ``Task.label_names``: exactly one for ``single``, any for ``multi``."""
 
     text: str
     labels: tuple[int, ...]

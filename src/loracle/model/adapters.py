@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from loracle.model.backbone import head_names
 
 
 def add_lora(
-    model: nn.Module, *, r: int, alpha: float, dropout: float, targets: str = "all-linear", rslora: bool = False
+    model: Any, *, r: int, alpha: float, dropout: float, targets: str = "all-linear", rslora: bool = False
 ) -> nn.Module:
     """Wrap a sequence classifier with LoRA on its backbone's linear layers; the adapters are float32 (PEFT sees to it).
 
@@ -32,7 +33,7 @@ def add_lora(
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a fraction is as good, whatever PEFT's annotation says
         lora_dropout=dropout,
         target_modules=_target_pattern(model, targets),
         modules_to_save=list(head_names(model)),
@@ -60,7 +61,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         ) from e
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base: str, revision: str | None) -> None:
+def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
     """Write adapter and head in PEFT's format, naming the base model by where it can be had again."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
@@ -75,7 +76,7 @@ class LeanLinear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
         if self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant:
             return super().forward(x, *args, **kwargs)
         base, p = self.get_base_layer(), getattr(self.lora_dropout[name], "p", 0.0)

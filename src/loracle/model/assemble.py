@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loracle.data.examples import Task
 from loracle.errors import UserError
@@ -129,7 +129,7 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
                 f"{model.config.model_type}, which has a head of its own",
                 "leave out --head",
             )
-        model.score = mlp_head(model.config.hidden_size, model.config.num_labels)
+        model.score = mlp_head(model.config.hidden_size, len(task.label_names) or 1)
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     return model

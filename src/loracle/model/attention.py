@@ -43,7 +43,6 @@ class Block:
     query_at: Tensor  # int64 [B, L], positions; padding holds -1
     key_at: Tensor  # int64 [B, K], positions; padding holds -1
     common_at: Tensor | None  # int64 [A], positions
-    own_from: int  # keys before this column stand above the segment and are seen whole
     masks: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def mask(self, causal: bool, window: int | None) -> tuple[Tensor, Tensor | None]:
@@ -89,13 +88,12 @@ class AttentionPlan:
             key_rows.append(k.ravel())
         q_all, k_all = np.concatenate(query_rows), np.concatenate(key_rows)
         once = np.count_nonzero(k_all >= 0) == batch.tokens
-        to = lambda a: torch.from_numpy(a).to(device, non_blocking=True)  # noqa: E731
         return cls(
             blocks=blocks,
-            query_rows=to(np.maximum(q_all, 0)),
-            query_back=to(_inverse(q_all, batch.tokens)),
-            key_rows=to(np.maximum(k_all, 0)),
-            key_back=to(_inverse(k_all, batch.tokens)) if once else None,
+            query_rows=_to(np.maximum(q_all, 0), device),
+            query_back=_to(_inverse(q_all, batch.tokens), device),
+            key_rows=_to(np.maximum(k_all, 0), device),
+            key_back=_to(_inverse(k_all, batch.tokens), device) if once else None,
         )
 
 
@@ -121,33 +119,38 @@ def _alike(batch: PackedBatch) -> Iterator[list[int]]:
 
 def _block(batch: PackedBatch, members: list[int], queries: int, keys: int, device):
     """One block and the token rows, -1 for padding, of its queries ``[B, L]`` and keys ``[B, K]``."""
-    rows = [np.arange(batch.start[n], batch.start[n] + batch.length[n]) for n in members]
+    rows = [_rows(batch, [n]) for n in members]
     paths = [ancestors(batch.parent, n) for n in members]
     length = max(map(len, rows))
     shared = 0
     if length < FUSED_FROM:
         while all(len(p) > shared for p in paths) and len({p[shared] for p in paths}) == 1:
             shared += 1
-    span = lambda a: np.arange(batch.start[a], batch.start[a] + batch.length[a])  # noqa: E731
-    empty = np.empty(0, dtype=np.int64)
-    above = [np.concatenate([empty, *(span(a) for a in p[shared:])]) for p in paths]
-    common = np.concatenate([empty, *(span(a) for a in paths[0][:shared])])
+    above = [_rows(batch, p[shared:]) for p in paths]
+    common = _rows(batch, paths[0][:shared])
     q = _rectangle(rows, length)
-    own_from = max(map(len, above))
-    k = np.concatenate([_rectangle(above, own_from), q], axis=1)
+    k = np.concatenate([_rectangle(above, max(map(len, above))), q], axis=1)
     at = batch.position_ids
-    to = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True)  # noqa: E731
     block = Block(
         queries=slice(queries, queries + q.size),
         keys=slice(keys, keys + k.size),
         size=(*q.shape, k.shape[1]),
-        common=to(common) if len(common) else None,
-        query_at=to(np.where(q >= 0, at[q], -1)),
-        key_at=to(np.where(k >= 0, at[k], -1)),
-        common_at=to(at[common]) if len(common) else None,
-        own_from=own_from,
+        common=_to(common, device) if len(common) else None,
+        query_at=_to(np.where(q >= 0, at[q], -1), device),
+        key_at=_to(np.where(k >= 0, at[k], -1), device),
+        common_at=_to(at[common], device) if len(common) else None,
     )
     return block, q, k
+
+
+def _rows(batch: PackedBatch, segments: list[int]) -> np.ndarray:
+    """Token rows of some segments, one after the other."""
+    spans = [np.arange(batch.start[n], batch.start[n] + batch.length[n]) for n in segments]
+    return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def _rectangle(rows: list[np.ndarray], width: int) -> np.ndarray:
@@ -226,7 +229,9 @@ def tree_attention(
         mask, shared_mask = block.mask(causal, sliding_window)
         if L >= FUSED_FROM:
             o = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (bq, bk, bv)),
+                bq.transpose(1, 2),
+                bk.transpose(1, 2),
+                bv.transpose(1, 2),
                 attn_mask=mask[:, 0],
                 dropout_p=dropout,
                 scale=scaling,

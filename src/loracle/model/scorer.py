@@ -9,6 +9,7 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,10 @@ class Scorer(nn.Module):
         pooling: ``last`` (decoders: the read token; encoders: their own first token) or ``mean`` over the text's own tokens.
     """
 
-    def __init__(self, model: nn.Module, *, pooling: str = "last"):
+    def __init__(self, model: Any, *, pooling: str = "last"):
         super().__init__()
-        self.model, self.pooling = model, pooling
+        self.model: Any = model
+        self.pooling = pooling
         inner = self.inner
         kind = inner.config.model_type
         self.encoder = is_encoder(inner.config)
@@ -126,7 +128,7 @@ def is_encoder(config) -> bool:
 def mlp_head(hidden: int, labels: int) -> nn.Sequential:
     """The head of the original recipe: hidden-1024-512-labels with ReLU and dropout 0.1."""
     sizes = (hidden, *HIDDEN)
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1))]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.1))]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], labels))
 
 

@@ -72,7 +72,7 @@ def _decoder_template(tokenizer, template: str | None, pad: int) -> Template:
             f"{tokenizer.decode(ids[2])!r}",
             "let --template end in other words",
         )
-    needs = bool(template) and template != "chat" and "{context}" in template
+    needs = template is not None and template != "chat" and "{context}" in template
     return Template(before=(*start, *ids[0]), between=tuple(ids[1]), after=tuple(ids[2]), needs_context=needs)
 
 
@@ -160,7 +160,9 @@ def _read_token(tokenizer, pad: int) -> int:
     for name in ("eos_token_id", "sep_token_id", "bos_token_id"):
         if (token := getattr(tokenizer, name)) is not None and token != pad:
             return token
-    raise UserError("a tokenizer with a line break or an end-of-text token", "neither", "end --template in a cue, such as ' Topic:'")
+    raise UserError(
+        "a tokenizer with a line break or an end-of-text token", "neither", "end --template in a cue, such as ' Topic:'"
+    )
 
 
 def _with_processor(tokenizer, around: Template, pad: int, max_length: int, encoder: bool):

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from loracle.data.examples import Example
+from loracle.data.examples import Example, RankGroup
 from loracle.errors import Interrupted, UserError
 from loracle.model.scorer import Scorer
 from loracle.text.encode import Encoded
@@ -233,7 +233,7 @@ def _better(seen: dict[str, float], progress: Progress) -> bool:
 
 
 def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
-    rows = [row for e in examples for row in (getattr(e, "rows", None) or (e.row,))]
+    rows = [row for e in examples for row in (e.rows if isinstance(e, RankGroup) else (e.row,))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     return UserError(
         "finite numbers",

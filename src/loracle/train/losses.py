@@ -9,17 +9,18 @@ Shapes: E texts, C labels, P pairs, G groups. Ranking scores are flat, ``[E]``: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loracle.data.examples import Example, LabeledText, RankGroup, Task
+from loracle.data.examples import LabeledText, RankGroup, Task
 from loracle.errors import UserError
 from loracle.judge.ranking import grade_gains, group_pairs
 
-Loss = Callable[[Tensor, Sequence[Example]], tuple[Tensor, float]]
+Loss = Callable[[Tensor, Sequence[Any]], tuple[Tensor, float]]  # all LabeledText, or all RankGroup
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, float]:
@@ -80,6 +81,7 @@ def resolve_loss(task: Task, name: str = "auto") -> str:
     Raises:
         UserError: the task's evidence cannot feed it.
     """
+    fits: tuple[str, ...]
     if task.kind == "rank":
         fits = ("bradley-terry", "margin") if task.evidence == "pairs" else ("list", "bradley-terry", "margin")
     else:
@@ -111,7 +113,7 @@ def make_loss(
 
 
 def _classification(task: Task, weights: np.ndarray) -> Loss:
-    def loss(scores: Tensor, examples: Sequence[Example]) -> tuple[Tensor, float]:
+    def loss(scores: Tensor, examples: Sequence[LabeledText]) -> tuple[Tensor, float]:
         hot = np.zeros((len(examples), len(task.label_names)))
         for row, e in zip(hot, examples, strict=True):
             row[list(e.labels)] = 1.0
@@ -126,11 +128,11 @@ def _classification(task: Task, weights: np.ndarray) -> Loss:
 
 
 def _lists(saturation: float) -> Loss:
-    def loss(scores: Tensor, groups: Sequence[Example]) -> tuple[Tensor, float]:
+    def loss(scores: Tensor, groups: Sequence[RankGroup]) -> tuple[Tensor, float]:
         share, offset = zip(*(list_targets(g, saturation) for g in groups), strict=True)
         owner = np.repeat(np.arange(len(groups)), [len(g.texts) for g in groups])
-        flat = [_to(np.concatenate(x), scores) for x in (share, offset)]
-        return list_likelihood(scores.flatten(), _to(owner, scores), *flat, len(groups))
+        shares, offsets = (_to(np.concatenate(x), scores) for x in (share, offset))
+        return list_likelihood(scores.flatten(), _to(owner, scores), shares, offsets, len(groups))
 
     return loss
 
@@ -147,7 +149,7 @@ def list_targets(group: RankGroup, saturation: float) -> tuple[np.ndarray, np.nd
 
 
 def _pairs(function: Callable[..., tuple[Tensor, float]], default_margin: float) -> Loss:
-    def loss(scores: Tensor, groups: Sequence[Example]) -> tuple[Tensor, float]:
+    def loss(scores: Tensor, groups: Sequence[RankGroup]) -> tuple[Tensor, float]:
         winners, margins, weights, first = [], [], [], 0
         for g in groups:
             pairs = group_pairs(g)

@@ -1,0 +1,53 @@
+"""Every command of the guide runs, in its order, on small files and a tiny model; what the README names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from small import labelled, pairs, write
+
+from loracle.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(page):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("reviews.csv"), labelled())
+    write(Path("new.csv"), [{"text": "good number 1"}])
+    write(Path("pairs.jsonl"), pairs())
+    words = ("bad", "so", "good")
+    write(
+        Path("clicks.csv"),
+        [
+            {"test_id": i, "headline": f"{w} headline {i}", "impressions": 1000, "clicks": 10 * c}
+            for i in range(20)
+            for c, w in enumerate(words)
+        ],
+    )
+    found = commands("docs/guide.md")
+    assert len(found) >= 7
+    for line in found:
+        _, *args = shlex.split(line)
+        if args[0] == "train":  # the guide's own model is the embedded one
+            args += ["--model", str(tiny_model("qwen2")), "--test-share", "0.2", "--validation-share", "0.2"]
+        done = CliRunner().invoke(main, args)
+        assert done.exit_code == 0, (line, done.output, done.exception)
+    assert "predicted" in Path("scored.csv").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "CONTRIBUTING.md"])
+def test_flags_and_files_named_in_the_pages_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    known = {opt for command in main.commands.values() for p in command.params for opt in p.opts + p.secondary_opts}
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known - {"--help", "--no-deps"}
+    assert all((ROOT / name).exists() for name in re.findall(r"\]\(([\w/.-]+)\)", text))

@@ -1,0 +1,148 @@
+"""A killed or stopped run goes on as if nothing had happened, and a run that does not reproduce itself fails aloud."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from small import QUICK, labelled, pairs, write
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.errors import UserError
+
+STEPS = 24
+
+
+def config_of(folder, model, **more):
+    data = folder / "data.jsonl"
+    if not data.exists():
+        write(data, labelled(80))
+    flat = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run"), "epochs": 10, "save_steps": 3}
+    return RunConfig.from_flat(flat | {"max_steps": STEPS, "patience": 0} | more)
+
+
+def train(config):
+    return recipe.train(config, say=lambda line: None, quiet=True)
+
+
+def command(config):
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in (
+        ("model", config.model.model), ("out", config.out), ("epochs", 10), ("save-steps", 3), ("max-steps", STEPS),
+        ("patience", 0), ("batch", 8), ("lr", 0.01), ("test-share", 0.2), ("validation-share", 0.2),
+    )]  # fmt: skip
+    return [sys.executable, "-m", "loracle.cli", "train", config.data.data, *flags, "--no-baselines"]
+
+
+def result(run):
+    return (run / "adapter_model.safetensors").read_bytes(), json.loads((run / "metrics.json").read_text())["test"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = config_of(folder, tiny_model("qwen2"))
+    done = subprocess.run(command(config), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def wait_for_step(run, step, process):
+    log = run / "log.jsonl"
+    while process.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tiny_model, tmp_path, unbroken, seed):
+    rng = np.random.default_rng(seed)
+    config = config_of(tmp_path, tiny_model("qwen2"))
+    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "run", int(rng.integers(1, STEPS)), process)
+    time.sleep(rng.random() * 0.05)  # somewhere in a step, or in the writing of a checkpoint
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "run" / "manifest.json").exists():
+        resumed = [sys.executable, "-m", "loracle.cli", "train", "--resume", str(tmp_path / "run")]
+        done = subprocess.run(resumed, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run") == result(unbroken)
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, unbroken):
+    config = config_of(tmp_path, tiny_model("qwen2"))
+    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"loracle train --resume {config.out}" in said
+    recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    assert result(tmp_path / "run")[0] == result(unbroken)[0]
+
+
+def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
+    config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2)
+    run = train(config)
+    with pytest.raises(UserError, match="which is finished"):
+        recipe.resume(run)
+    (run / "manifest.json").unlink()
+    write(tmp_path / "data.jsonl", labelled(81))
+    with pytest.raises(UserError, match="found other bytes"):
+        recipe.resume(run, say=lambda line: None)
+
+
+def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, monkeypatch):
+    """The head is spoilt between training and the check, as several tools have done to their users."""
+    honest = recipe.save_adapter
+
+    def spoilt(model, folder, **how):
+        honest(model, folder, **how)
+        path = folder / "adapter_model.safetensors"
+        save_file({k: v * 0.5 if "score" in k else v for k, v in load_file(path).items()}, path)
+
+    monkeypatch.setattr(recipe, "save_adapter", spoilt)
+    with pytest.raises(RuntimeError, match="does not reproduce itself"):
+        train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_second_run_of_the_same_file_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, tiny_model("qwen2"), max_steps=1, out=None)
+    assert [train(config).name for _ in range(2)] == ["data", "data-2"]
+    shutil.rmtree("runs")
+
+
+def test_the_three_sides_share_no_text(tmp_path):
+    write(tmp_path / "data.jsonl", [*labelled(60), *labelled(20)])
+    sides = recipe.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    texts = [{e.text for e in side} for side in (sides.train, sides.validation, sides.test)]
+    assert all(texts)
+    assert len(set().union(*texts)) == sum(map(len, texts))
+
+
+def test_what_a_test_file_holds_is_taken_out_of_training_and_counted(tmp_path):
+    write(tmp_path / "test.jsonl", labelled(12))
+    said = []
+    data = recipe.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), said.append)
+    assert len(data.test) == 12
+    assert not {e.text for e in data.test} & {e.text for e in [*data.train, *data.validation]}
+    assert any("test" in line and line.startswith("note:") for line in said)
+
+
+def test_pairs_of_one_title_stay_on_one_side(tmp_path):
+    rows = [*pairs(20), *({"chosen": f"good title {i}", "rejected": f"worse title {i}"} for i in range(20))]
+    write(tmp_path / "data.jsonl", rows)
+    sides = recipe.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    titles = [{t for g in side for t in g.texts} for side in (sides.train, sides.test)]
+    assert not titles[0] & titles[1]
