@@ -29,6 +29,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]' -c constraints.txt
 	$(BIN)/python benchmarks/train_speed.py
 
 clean:

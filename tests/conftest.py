@@ -10,12 +10,16 @@ holds them to that), and the windows of Mistral and Gemma are shorter than most 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tiny models gain nothing from a second thread, and lose much where something else runs; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and reads the news",

@@ -33,7 +33,8 @@ def trained(folder, model, rows, *more, name="data.csv"):
 
 
 def rows_of(path):
-    return list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open(encoding="utf-8") as f:
+        return list(csv.DictReader(f))
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def test_a_ranker_from_every_kind_of_evidence(tiny_model, tmp_path, rows, flags)
     assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen"}
     best, *_ = loracle("rank", run, "bad title 3", "good title 3").stdout.splitlines()
     assert best.endswith("good title 3")
-    assert loracle("evaluate", run, tmp_path / "data.jsonl").stdout.count("pair_accuracy") == 1
+    header = loracle("evaluate", run, tmp_path / "data.jsonl").stdout.splitlines()[1]
+    assert header.split()[0] == "pair_accuracy"
 
 
 def test_rank_takes_a_file_of_groups(tiny_model, tmp_path):
@@ -159,7 +161,7 @@ def test_memory_of_predict_does_not_grow_with_the_rows(tiny_model, tmp_path):
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-        assert sum(1 for _ in (tmp_path / "out.csv").open()) == count + 1
+        assert (tmp_path / "out.csv").read_text().count("\n") == count + 1
     assert peaks[1] - peaks[0] < 40  # MiB; 20,000 more rows held whole would be more
 
 
@@ -168,7 +170,7 @@ def test_check_says_what_is_there(tmp_path):
     done = loracle("check", write(tmp_path / "data.csv", rows))
     assert "one label a text" in done.stdout
     assert "rows without a text" in done.stdout
-    assert "twice" in done.stdout or "more than once" in done.stdout or "repeated" in done.stdout
+    assert "rows that repeat an earlier text: 3 (rows 32, 33, 34)" in done.stdout
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

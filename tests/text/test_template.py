@@ -113,17 +113,17 @@ def test_the_embedded_model(demo_folder, tmp_path):
 
 def test_qwens_own_vocabulary(tmp_path):
     tokenizer = bake(qwen25(), None, MAX_LENGTH)
-    assert tokenizer.decode(tokenizer("你好 world").input_ids) == "你好 world<|im_end|>"
+    assert tokenizer.decode(tokenizer("你好 world").input_ids) == "你好 world\n"
     assert_one_template(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("family", "read", "pad"),
     [
-        ("qwen", "<|im_end|>", "<|endoftext|>"),
-        ("llama3", "<|end_of_text|>", "<|finetune_right_pad_id|>"),
-        ("gemma", "<eos>", "<pad>"),
-        ("mistral", "</s>", "<unk>"),
+        ("qwen", "Ċ", "<|endoftext|>"),
+        ("llama3", "Ċ", "<|finetune_right_pad_id|>"),
+        ("gemma", "<0x0A>", "<pad>"),
+        ("mistral", "<0x0A>", "<unk>"),
     ],
 )
 def test_the_default_ends_in_one_token_that_is_never_the_pad(tiny_tokenizer, family, read, pad):
@@ -139,7 +139,7 @@ def test_a_model_whose_pad_is_its_end_of_text_gets_another_pad(tiny_tokenizer):
     )
     baked = bake(same, None, MAX_LENGTH)
     assert baked.pad_token == "<|endoftext|>"
-    assert baked("x").input_ids[-1] == same.eos_token_id
+    assert baked("x").input_ids[-1] != baked.pad_token_id
 
 
 def test_instruction_context_and_cue_stand_where_they_are_written(tiny_tokenizer):
@@ -150,7 +150,7 @@ def test_instruction_context_and_cue_stand_where_they_are_written(tiny_tokenizer
 
 def test_a_context_without_a_template_stands_on_its_own_line(tiny_tokenizer):
     baked = bake(tiny_tokenizer("qwen"), None, MAX_LENGTH)
-    assert baked.decode(baked("of banks", "banks fall").input_ids) == "of banks\nbanks fall<|im_end|>"
+    assert baked.decode(baked("of banks", "banks fall").input_ids) == "of banks\nbanks fall\n"
 
 
 def test_an_encoder_keeps_its_own_frame(tiny_tokenizer):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from loracle.errors import UserError
 from loracle.train import checkpoint
 from loracle.train.checkpoint import (
     Checkpoint,
@@ -93,12 +94,23 @@ def test_a_damaged_one_is_passed_over(tmp_path, name, damage):
         (newest / name).write_bytes(data)
     assert load_checkpoint(tmp_path).progress["step"] == 1
     shutil.rmtree(tmp_path / "step-00000001")
-    assert load_checkpoint(tmp_path) is None
+    with pytest.raises(UserError, match="only damaged ones"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_changed_step_is_seen(tmp_path):
+    state = save_checkpoint(tmp_path, at(1)) / "state.json"
+    changed = json.loads(state.read_text())
+    changed["progress"]["step"] = 7
+    state.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="only damaged ones"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_state_of_another_kind_is_passed_over(tmp_path):
     (save_checkpoint(tmp_path, at(1)) / "state.json").write_text(json.dumps([1, 2]))
-    assert load_checkpoint(tmp_path) is None
+    with pytest.raises(UserError, match="only damaged ones"):
+        load_checkpoint(tmp_path)
 
 
 def test_an_optimizer_goes_on_as_if_nothing_had_happened():

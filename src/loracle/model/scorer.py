@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loracle.model import attention
 from loracle.text.encode import Encoded
@@ -120,9 +121,8 @@ class Scorer(nn.Module):
 
 
 def is_encoder(config) -> bool:
-    """Whether a model reads both ways, as BERT does."""
-    names = " ".join(config.architectures or ())
-    return config.model_type in ENCODERS or "MaskedLM" in names or hasattr(config, "mask_token_id")
+    """Whether a model reads both ways, as BERT does: it can fill in masks."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def mlp_head(hidden: int, labels: int) -> nn.Sequential:

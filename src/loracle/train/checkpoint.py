@@ -6,6 +6,7 @@ so that a kill at any moment leaves the one before it. Random state needs no sav
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loracle.errors import UserError
 from loracle.hub import checksum
 
 STATE = "state.json"
@@ -43,7 +45,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     for name, tensors in files.items():
         save_file(tensors, temporary / f"{name}.safetensors")
     sums = {f"{name}.safetensors": checksum(temporary / f"{name}.safetensors") for name in files}
-    (temporary / STATE).write_text(json.dumps({"progress": checkpoint.progress, "sha256": sums}, indent=1))
+    state = {"progress": checkpoint.progress, "progress_sha256": _digest(checkpoint.progress), "sha256": sums}
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
     for path in temporary.iterdir():
         _flush(path)
     _flush(temporary)
@@ -57,17 +60,30 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint under ``folder``, or None; damaged ones are passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    """The last whole checkpoint under ``folder``, or None where there is none yet; damaged ones are passed over.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
         try:
             state = json.loads((path / STATE).read_text())
+            if _digest(state["progress"]) != state["progress_sha256"]:
+                continue
             if any(checksum(path / name) != digest for name, digest in state["sha256"].items()):
                 continue
             tensors = {name: load_file(path / f"{name}.safetensors") for name in ("weights", "optimizer", "best")}
             return Checkpoint(progress=state["progress"], **tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
+    if found:
+        raise UserError(f"a whole checkpoint in {folder}", f"only damaged ones ({found[0].name})", "start a new run")
     return None
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
