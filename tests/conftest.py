@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma3_text": ("Gemma3TextConfig", DECODER | {"sliding_window": 6, "layer_types": WINDOWS}, "gemma"),
     "bert": ("BertConfig", SIZES, "bert"),
     "roberta": ("RobertaConfig", SIZES, "roberta"),
+    "xlm-roberta": ("XLMRobertaConfig", SIZES, "roberta"),
     # Not proven packable, so padded: one that reads both ways, one that reads forward.
     "distilbert": ("DistilBertConfig", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}, "bert"),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}, "qwen"),
@@ -74,7 +75,7 @@ def tiny_model(tmp_path_factory) -> Callable[[str], Path]:
             eos_token_id=tokenizer.eos_token_id,
             **settings,
         )
-        masked = kind in ("bert", "roberta", "distilbert")
+        masked = kind in ("bert", "roberta", "xlm-roberta", "distilbert")
         auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -23,7 +23,7 @@ from loracle.text.template import bake
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 PAD = 1  # of every tiny model here: what random texts never hold
-BIDIRECTIONAL = ("bert", "roberta")
+BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta")
 PADDED = ("distilbert", "gpt2")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 
@@ -246,7 +246,7 @@ def test_encoders_packed_are_alone(tiny_model, kind):
     for score, text in zip(found, texts, strict=True):
         types = {"token_type_ids": torch.tensor([text.types[0]])} if text.types else {}
         assert_same(score[None], made.model(input_ids=torch.tensor([text.chunks[0]]), **types).logits, 1e-5)
-    assert made.pack(texts).position_ids[0] == (encode.tokenizer.pad_token_id + 1 if kind == "roberta" else 0)
+    assert made.pack(texts).position_ids[0] == (encode.tokenizer.pad_token_id + 1 if "roberta" in kind else 0)
     assert (texts[3].types is not None) == (kind == "bert")
 
 
