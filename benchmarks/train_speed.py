@@ -22,7 +22,7 @@ from pathlib import Path
 
 from results import SHARED, write_table
 
-LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 192, 8, 3, (16, 32, 64)
+LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 192, 8, 2, (16, 32, 64)
 OURS = (32,)
 REFERENCE = "the reference script's way"
 DATA = SHARED / "data" / "n24news" / "abstracts.json"

@@ -21,9 +21,9 @@ from loracle.judge.report import plain_table, result_rows
 from loracle.run.folder import METRICS, RUN
 from loracle.run.predictor import Predictor
 
-# Short texts and few of them: a higher rate than the default, and no more epochs than six minutes allow.
-TOPICS = {"epochs": 3.0, "batch": 16, "lr": 1e-3}
-CLICKS = {"epochs": 3.0, "batch": 8, "lr": 1e-3}
+# As many epochs as six minutes on two cores allow.
+TOPICS = {"epochs": 3.0, "batch": 16}
+CLICKS = {"epochs": 3.0, "batch": 8}
 
 NEW_TEXTS = ("Striker signs for rivals after record bid", "Chip maker unveils faster phone processor")
 NEW_TITLES = ("Bank profits rise on 'strong' demand", "Star wins film award", "Minister quits over tax plan")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -59,5 +57,5 @@ def test_one_step_is_adamw_by_hand():
 
 def test_the_rate_falls_with_the_root_of_the_width_and_tenfold_for_whole_weights():
     assert default_lr(4 * 576, full=False) == pytest.approx(default_lr(576, full=False) / 2)
-    assert default_lr(576, full=True) == pytest.approx(default_lr(576, full=False) / 10)
-    assert math.log10(default_lr(576, full=False)) == pytest.approx(-3.3, abs=0.1)
+    assert default_lr(576, full=True) == pytest.approx(default_lr(576, full=False) / 20)
+    assert default_lr(576, full=False) == 1e-3
