@@ -21,8 +21,9 @@ from loracle.judge.report import plain_table, result_rows
 from loracle.run.folder import METRICS, RUN
 from loracle.run.predictor import Predictor
 
-# As many epochs as six minutes on two cores allow.
-TOPICS = {"epochs": 3.0, "batch": 16}
+# Chosen on validation examples (dev/LOG.md). The cue asks the model for what it knows about topics already.
+CUE = "BBC News headline: {text}\nTopic (business, entertainment, politics, sports or tech):"
+TOPICS = {"epochs": 2.0, "batch": 16, "template": CUE}
 CLICKS = {"epochs": 3.0, "batch": 8}
 
 NEW_TEXTS = ("Striker signs for rivals after record bid", "Chip maker unveils faster phone processor")
