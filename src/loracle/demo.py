@@ -41,24 +41,15 @@ def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None
             "a new folder, or that of an earlier demo", f"{folder} with other files in it", "pick another --out"
         )
     files = write_demo(folder / "data")
-    steps = {} if max_steps is None else {"max_steps": max_steps}
+
+    def train(name: str, data: Path, test: Path, settings: dict[str, Any]) -> Path:
+        where = {"data": str(data), "test": str(test), "out": str(_fresh(folder / name)), "max_steps": max_steps}
+        return recipe.train(RunConfig.from_flat(where | settings), say=say)
 
     say("== 1 of 2: topics of BBC News headlines (2004-05, research use) ==")
-    topics = _fresh(folder / "topics")
-    recipe.train(
-        RunConfig.from_flat(
-            {"data": str(files.topics_train), "test": str(files.topics_test), "out": str(topics), **TOPICS, **steps}
-        ),
-        say=say,
-    )
+    topics = train("topics", files.topics_train, files.topics_test, TOPICS)
     say("\n== 2 of 2: which headline is clicked, from a simulated click log over real headlines ==")
-    clicks = _fresh(folder / "clicks")
-    recipe.train(
-        RunConfig.from_flat(
-            {"data": str(files.clicks_train), "test": str(files.clicks_test), "out": str(clicks), **CLICKS, **steps}
-        ),
-        say=say,
-    )
+    clicks = train("clicks", files.clicks_train, files.clicks_test, CLICKS)
     _show(files, topics, clicks, say)
     return topics, clicks
 

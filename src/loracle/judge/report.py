@@ -27,14 +27,14 @@ def figure(metric: Any, name: str) -> str:
     )
     if value is None:
         return "–"
-    show = (
-        (lambda v: f"{100 * v:.1f}")
-        if name in PERCENT
-        else (lambda v: f"{100 * v:+.1f} %")
-        if name == "ctr_lift"
-        else (lambda v: f"{v:.3f}")
-    )
-    return show(value) if low is None or high is None else f"{show(value)} [{show(low)}, {show(high)}]"
+    shown = _written(value, name)
+    return shown if low is None or high is None else f"{shown} [{_written(low, name)}, {_written(high, name)}]"
+
+
+def _written(value: float, name: str) -> str:
+    if name == "ctr_lift":
+        return f"{100 * value:+.1f} %"
+    return f"{100 * value:.1f}" if name in PERCENT else f"{value:.3f}"
 
 
 def plain_table(rows: list[list[str]]) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -91,8 +89,3 @@ def _text_start(encoding, encoder: bool) -> int:
 def _clean(text: str) -> str:
     """The text in a form that UTF-8 can hold."""
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
-
-
-def lengths(encoded: Sequence[Encoded]) -> np.ndarray:
-    """Tokens of each encoded text, ``int64 [N]``."""
-    return np.fromiter((e.tokens for e in encoded), dtype=np.int64, count=len(encoded))

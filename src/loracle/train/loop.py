@@ -6,13 +6,14 @@ of the examples, the dropout masks, the learning rate. So a checkpoint is weight
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,6 @@ class Fit:
     tokens: int = 0  # as if each text were computed alone, without padding
     computed: int = 0  # rows that went through the model
     seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def fit(
@@ -153,7 +153,7 @@ def fit(
             if progress.step in looks:
                 scorer.eval()
                 seen = look()
-                log.look(progress.step, seen, result)
+                log.look(progress.step, seen)
                 if _better(seen, progress):
                     best = trainable_state(scorer)
                     progress.best_metric, progress.best_loss = seen["metric"], seen["loss"]
@@ -193,7 +193,7 @@ def _step(
     rounds = list(micro_batches([sum(e.tokens for e in unit) for unit in encoded], schedule.micro_tokens))
     total_loss, count, tokens, computed = 0.0, 0.0, 0, 0
     for number, part in enumerate(rounds):
-        packed = _unwrapped(model).pack([e for i in part for e in encoded[i]])
+        packed = accelerator.unwrap_model(model).pack([e for i in part for e in encoded[i]])
         last = number == len(rounds) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             summed, counted = loss(model(packed), [batch[i] for i in part])
@@ -220,8 +220,12 @@ def _step(
 def _batch_indices(examples: int, schedule: Schedule, step: int) -> np.ndarray:
     """Which examples a step sees: every epoch has its own seeded order."""
     epoch, within = divmod(step, schedule.steps_per_epoch(examples))
-    order = np.random.default_rng([schedule.seed, epoch]).permutation(examples)
-    return order[within * schedule.batch : (within + 1) * schedule.batch]
+    return _order(schedule.seed, epoch, examples)[within * schedule.batch : (within + 1) * schedule.batch]
+
+
+@functools.lru_cache(maxsize=1)  # an epoch asks for it at every step
+def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def _derived_seed(seed: int, step: int, rank: int) -> int:
@@ -240,10 +244,6 @@ def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
         f"{what} at step {step} (rows {shown})",
         "look at these rows, or start a new run with a lower --lr; the last checkpoint is kept",
     )
-
-
-def _unwrapped(model: torch.nn.Module) -> Scorer:
-    return model.module if hasattr(model, "module") else model  # type: ignore[return-value]
 
 
 @contextmanager
@@ -304,9 +304,8 @@ class _Log:
         )
         self._write({"step": step, "loss": loss, "lr": lr, **rates})
 
-    def look(self, step: int, seen: dict[str, float], so_far: Fit) -> None:
+    def look(self, step: int, seen: dict[str, float]) -> None:
         record = {"step": step, **{f"validation_{k}": v for k, v in seen.items()}}
-        so_far.curve.append(record)
         if not self.bar.disable:
             self.bar.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in seen.items()))
         self._write(record)
