@@ -124,6 +124,28 @@ def test_rank_takes_a_file_of_groups(tiny_model, tmp_path):
     assert len({r["group"] for r in ranked}) == 2
 
 
+def test_a_context_that_training_inferred_is_looked_for_again(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), prompted(), "--epochs", "1", name="data.jsonl")
+    titles = ("good title 1", "bad title 1")
+    new = [{"prompt": p, "title": t} for p in ("article 1", "article 2") for t in titles]
+    loracle("rank", run, write(tmp_path / "new.jsonl", new), "-o", tmp_path / "ranked.csv")
+    from_file = {(r["group"], r["text"]): float(r["score"]) for r in rows_of(tmp_path / "ranked.csv")}
+    for prompt in ("article 1", "article 2"):
+        for line in loracle("rank", run, *titles, "--context", prompt).stdout.splitlines():
+            _, score, title = line.split(maxsplit=2)
+            assert from_file[prompt, title] == pytest.approx(float(score), abs=2e-3)
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
+    new = write(tmp_path / "new.csv", [{"text": f"good number {i} {'x' * 80}"} for i in range(3000)])
+    command = f"{sys.executable} -m loracle.cli predict {run} {new} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("text,predicted,")
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
 def test_the_original_recipe_is_a_matter_of_flags(tiny_model, tmp_path):
     flags = ["--pooling", "mean", "--head", "mlp", "--loss", "margin", "--targets", "q_proj,v_proj", "--epochs", "1"]
     run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), *flags, name="data.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
         done = CliRunner().invoke(main, args)
         assert done.exit_code == 0, (line, done.output, done.exception)
     assert "predicted" in Path("scored.csv").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_the_examples_work(tiny_model, capsys, path):
+    runpy.run_path(str(path))["main"](str(tiny_model("qwen2")))
+    last = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert any(word in "".join(last) for word in ("good (", "bad (", "7 facts about ships"))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "CONTRIBUTING.md"])

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import tomllib
 import urllib.parse
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -125,17 +126,21 @@ class Hubs:
             "    print(json.dumps([str(folder), hub.revision_of(folder)]))\n"
             "except UserError as error:\n    print(json.dumps(str(error)))\n"
         )
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "HUGGING"))}
-        own = {"HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        own |= {"MODELSCOPE_CACHE": str(self.home / "ms"), "MODELSCOPE_HOME": str(self.home / "ms")}
-        own |= {"MODELSCOPE_ENDPOINT": self.url, "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
-        command = [sys.executable, "-c", script, json.dumps([spec, kind, revision])]
-        done = subprocess.run(command, env=keep | own | env, capture_output=True, text=True, timeout=120)
+        done = self.run("-c", script, json.dumps([spec, kind, revision]), **env)
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout.splitlines()[-1])
         if isinstance(answer, str):
             raise AssertionError(answer)
         return Path(answer[0]), answer[1]
+
+    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Python in a process of its own that knows no hubs but these."""
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "HUGGING"))}
+        own = {"HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        own |= {"MODELSCOPE_CACHE": str(self.home / "ms"), "MODELSCOPE_HOME": str(self.home / "ms")}
+        own |= {"MODELSCOPE_ENDPOINT": self.url, "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
+        command = [sys.executable, *args]
+        return subprocess.run(command, env=keep | own | env, capture_output=True, text=True, timeout=120)
 
     def refusal(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> str:
         with pytest.raises(AssertionError) as refused:
@@ -209,6 +214,35 @@ def test_hugging_face_dataset_keeps_its_folders_and_loses_its_code(hubs):
     assert hubs.refusal("hf:tiny/code", "dataset") == (
         "expected CSV, TSV, JSON or Parquet files in hf:tiny/code; found none. Convert it, or name another data set."
     )
+
+
+@pytest.mark.parametrize("where", ["hf:", "modelscope:"])
+def test_data_and_model_of_a_hub_train_and_predict(hubs, tiny_model, tmp_path, monkeypatch, where):
+    """The whole way from two ids to a scored file, the second part offline."""
+    files = {path.name: path.read_bytes() for path in tiny_model("qwen2").iterdir()}
+    rows = "".join(f"{'good' if i % 2 else 'bad'} number {i},{'pos' if i % 2 else 'neg'}\n" for i in range(60))
+    table = {
+        "data/train.csv": f"text,label\n{rows}".encode(),
+        "data/test.csv": b"text,label\ngood day,pos\nbad day,neg\n",
+    }
+    monkeypatch.setitem(REPOS, "models/tiny/real", {SHA["main"]: files})
+    monkeypatch.setitem(REPOS, "datasets/tiny/table", {SHA["main"]: table})
+    run, new = tmp_path / "run", tmp_path / "new.csv"
+    new.write_text("text\ngood day\n")
+    flags = ["--epochs", "8", "--batch", "8", "--lr", "0.01", "--no-baselines", "--out", str(run)]
+    done = hubs.run("-m", "loracle.cli", "train", f"{where}tiny/table", "--model", f"{where}tiny/real", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 test texts" in done.stdout
+    base = tomllib.loads((run / "run.toml").read_text())["base"]
+    assert base["source"] == f"{where}tiny/real"
+    if where == "hf:":
+        assert base["revision"] == SHA["main"]
+        adapter = json.loads((run / "adapter_config.json").read_text())
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("tiny/real", SHA["main"])
+    offline = {"HF_HUB_OFFLINE": "1"} if where == "hf:" else {}
+    done = hubs.run("-m", "loracle.cli", "predict", str(run), str(new), **offline)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("good day,pos,")
 
 
 def test_modelscope(hubs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from small import QUICK, labelled, pairs, write
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.errors import UserError
+from loracle.run.predictor import Predictor
 
 STEPS = 24
 
@@ -114,6 +116,32 @@ def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, 
     with pytest.raises(RuntimeError, match="does not reproduce itself"):
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_the_lines_of_the_model_card_give_the_same_scores(tiny_model, tmp_path, monkeypatch):
+    """Plain PEFT opens the folder as its README says, several texts at once, in float32."""
+    run = train(config_of(tmp_path, tiny_model("qwen2"), dtype="float32"))
+    card = (run / "README.md").read_text()
+    assert "| loracle |" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(run)
+    said = {}
+    exec(code, said)
+    wanted = Predictor(run).scores(["a text", "another"])
+    np.testing.assert_allclose(said["scores"].detach().numpy(), wanted, rtol=0, atol=1e-5 * max(1, abs(wanted).max()))
+
+
+def test_over_long_texts_are_counted_cut_or_chunked(tiny_model, tmp_path):
+    write(
+        tmp_path / "data.jsonl",
+        [{**r, "text": r["text"] + " and more" * (30 * (i < 5))} for i, r in enumerate(labelled(80))],
+    )
+    for how in ("cut", "chunk"):
+        said = []
+        config = config_of(tmp_path, tiny_model("qwen2"), max_steps=1, max_length=40, long=how, out=str(tmp_path / how))
+        run = recipe.train(config, say=said.append, quiet=True)
+        assert json.loads((run / "metrics.json").read_text())["texts"]["over_length"] == 5
+        assert any(f"5 texts over 40 ({how}" in line for line in said)
 
 
 def test_a_second_run_of_the_same_file_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):

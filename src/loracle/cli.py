@@ -256,8 +256,9 @@ REMEMBERED = (
 
 
 def _remembered(info: Any, table: Any, given: dict[str, Any], only: tuple[str, ...] = REMEMBERED) -> DataConfig:
-    """Columns named in training are looked for again where they are there; flags win."""
-    known = {name: getattr(info.config.data, name) for name in only}
+    """Columns that training named or inferred are looked for again where they are there; flags win."""
+    inferred = info.provenance.get("columns", {})
+    known = {name: inferred.get(name, getattr(info.config.data, name)) for name in only}
     kept = {k: v for k, v in known.items() if _is_there(v, table.columns)}
     return _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
 

@@ -56,6 +56,7 @@ class Data:
     test: list[Any]
     issues: tuple[Issue, ...] = ()
     checksums: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # role -> the columns it was read from, joined by commas
 
 
 def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
@@ -103,7 +104,11 @@ def read_data(config: RunConfig, say: Say) -> Data:
     data = divide(config, found, test, validation)
     for issue in data.issues:
         say(f"note: {issue}")
-    return dataclasses.replace(data, checksums={name: hub.checksum(p) for name, p in files.items()})
+    return dataclasses.replace(
+        data,
+        checksums={name: hub.checksum(p) for name, p in files.items()},
+        columns={role: ",".join(names) for role, names in found.columns.named().items()},
+    )
 
 
 def divide(
@@ -368,12 +373,12 @@ def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config:
 
 def _peft_lines(task: Task) -> list[str]:
     return [
-        "import tomllib",
+        "import pathlib, tomllib",
         "from peft import AutoPeftModelForSequenceClassification",
         "from transformers import AutoTokenizer",
         "",
         "folder = '.'  # this one",
-        "load_kwargs = tomllib.load(open(f'{folder}/run.toml', 'rb'))['load_kwargs']",
+        "load_kwargs = tomllib.loads(pathlib.Path(folder, 'run.toml').read_text())['load_kwargs']",
         "model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **load_kwargs).eval()",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "scores = model(**tokenizer(['a text', 'another'], truncation=True, padding=True, return_tensors='pt')).logits",
@@ -400,7 +405,13 @@ def _info(config: RunConfig, data: Data, base: BaseModel, tokenizer: Any, lr: fl
             "pad_token_id": tokenizer.pad_token_id,
             "dtype": "float32",
         },
-        provenance={"versions": run_folder.provenance(), "data": data.checksums, "counts": counts, "lr": lr},
+        provenance={
+            "versions": run_folder.provenance(),
+            "data": data.checksums,
+            "columns": data.columns,
+            "counts": counts,
+            "lr": lr,
+        },
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from loracle.data.examples import Task
+from loracle.errors import UserError
 from loracle.model import assemble, attention
 from loracle.model.backbone import load_config, load_tokenizer
 from loracle.model.scorer import DECODERS, PACKABLE, Scorer
@@ -321,3 +322,10 @@ def _bf16_alone(made: Scorer, text: Encoded) -> torch.Tensor:
     """Transformers' backbone on one text, our float32 head."""
     states = made.inner.base_model(input_ids=torch.tensor([text.chunks[0]])).last_hidden_state
     return made.inner.score(states[:, -1].float())
+
+
+def test_capped_attention_logits_are_refused():
+    """Gemma 2 hands a cap over, which the tree's attention does not compute: no score is better than another one."""
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(UserError, match="does not cap its attention logits; found a soft cap of 50"):
+        attention.tree_attention(torch.nn.Module(), states, states, states, None, tree=None, softcap=50.0)

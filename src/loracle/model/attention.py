@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from loracle.errors import UserError
 from loracle.text.packing import ROOT, PackedBatch, ancestors
 
 NAME = "loracle_tree"
@@ -209,10 +210,13 @@ def tree_attention(
     """Attention of a packed batch, ``[1, T, H, D]``; the signature is transformers' attention interface.
 
     Raises:
-        NotImplementedError: the model caps its attention logits (Gemma 2), which no supported model does.
+        UserError: the model caps its attention logits, as Gemma 2 does and no supported model. Without this word the cap
+            would end in ``**_`` and the scores would be wrong in silence.
     """
     if softcap is not None:
-        raise NotImplementedError("attention with a soft cap on its logits")
+        raise UserError(
+            "a model that does not cap its attention logits", f"a soft cap of {softcap:g}", "use another --model"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]

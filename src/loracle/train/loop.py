@@ -190,10 +190,14 @@ def _step(
     torch.manual_seed(_derived_seed(schedule.seed, step, rank))
     batch = [examples[i] for i in _batch_indices(len(examples), schedule, step)[rank::world]]
     encoded = encode(batch)
-    rounds = list(micro_batches([sum(e.tokens for e in unit) for unit in encoded], schedule.micro_tokens))
+    sizes = [sum(e.tokens for e in unit) for unit in encoded]
+    scorer = accelerator.unwrap_model(model)
+    # Padding costs least among equals; a packed batch has none, and keeps its order.
+    order = range(len(batch)) if scorer.packed else sorted(range(len(batch)), key=sizes.__getitem__)
+    rounds = [[order[i] for i in part] for part in micro_batches([sizes[i] for i in order], schedule.micro_tokens)]
     total_loss, count, tokens, computed = 0.0, 0.0, 0, 0
     for number, part in enumerate(rounds):
-        packed = accelerator.unwrap_model(model).pack([e for i in part for e in encoded[i]])
+        packed = scorer.pack([e for i in part for e in encoded[i]])
         last = number == len(rounds) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             summed, counted = loss(model(packed), [batch[i] for i in part])

@@ -1,0 +1,26 @@
+"""A ranker from clicks: what was shown how often, and how often it was clicked.
+
+python examples/rank_clicks.py [a base model; the embedded one without it]
+"""
+
+import sys
+import tempfile
+
+from loracle import TextRanker
+
+
+def main(model: str = "demo") -> None:
+    """Learn that a number in a title is clicked more, and rank three new titles."""
+    topics = ["gardens", "trains", "soups", "rivers", "coats", "clocks", "bridges", "apples", "kites", "roofs"] * 4
+    groups = [
+        {"texts": [f"7 facts about {t} {i}", f"All about {t} {i}"], "impressions": [1000, 1000], "clicks": [60, 30]}
+        for i, t in enumerate(topics)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        ranker = TextRanker(model=model, out=f"{folder}/run", epochs=2, batch=8, test_share=0.2).fit(groups)
+        for title, score in ranker.rank(["All about ships", "7 facts about ships", "Ships"]):
+            print(f"{score:+.2f}  {title}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
