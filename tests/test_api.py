@@ -58,6 +58,14 @@ def test_what_cannot_be_used_is_said(tiny_model, tmp_path):
         ranker.fit([{"texts": ["a", "b"], "clicks": [1], "impressions": [2, 3]}])
     with pytest.raises(UserError, match="two or more distinct titles"):
         ranker.fit([{"texts": ["a", "a"], "grades": [1, 2]}])
+    counts = {"clicks": [5, 500], "impressions": [100, 100]}
+    with pytest.raises(UserError, match="no more clicks than impressions"):
+        ranker.fit([{"texts": ["a", "b"], **counts}])
+    for best in (-1, 2, 1.5, "b"):
+        with pytest.raises(UserError, match="best from 0 to 1 in group 1"):
+            ranker.fit([{"texts": ["a", "b"], "best": best}])
+    with pytest.raises(UserError, match="titles that are not blank in group 1"):
+        ranker.fit([{"texts": ["a", " "], "grades": [1, 2]}])
     with pytest.raises(UserError, match="one kind of evidence"):
         ranker.fit([{"texts": ["a", "b"], "grades": [1, 2]}, {"texts": ["c", "d"], "best": 0}])
 

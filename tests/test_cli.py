@@ -154,9 +154,11 @@ def test_the_original_recipe_is_a_matter_of_flags(tiny_model, tmp_path):
     assert "k_proj" not in adapted
 
 
+@pytest.mark.parametrize("how", ["--full", "--no-full"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_encoders_go_the_same_way(tiny_model, tmp_path, kind):
-    run, said, _ = trained(tmp_path, tiny_model(kind), labelled(), "--full", "--epochs", "1")
+def test_encoders_go_the_same_way(tiny_model, tmp_path, kind, how):
+    run, said, _ = trained(tmp_path, tiny_model(kind), labelled(), how, "--epochs", "1")
+    assert "float32 on" in said
     assert ("padded, sorted by length" in said) == (kind == "distilbert")
     assert loracle("evaluate", run, tmp_path / "data.csv").exit_code == 0
 
@@ -250,6 +252,46 @@ def test_other_wrong_words_get_one_clear_line(tiny_model, tmp_path):
     _text(tmp_path / "full" / "x", "x")
     assert "--out" in refused("train", data, "--model", model, "-o", tmp_path / "full")
     assert not (tmp_path / "run").exists()
+
+
+BAD_NUMBERS = [
+    ("--r", 0), ("--alpha", 0), ("--dropout", 1), ("--seed", -1), ("--lr", -1), ("--lr", 0), ("--epochs", "nan"),
+    ("--epochs", "inf"), ("--max-steps", 0), ("--warmup", 2), ("--clip", 0), ("--patience", -1),
+    ("--template", "{text} of {context}"), ("--template", "{context} {context} {text}"), ("--template", "no text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD_NUMBERS)
+def test_values_out_of_range_get_one_clear_line(tmp_path, flag, value):
+    data = write(tmp_path / "data.csv", labelled())
+    assert flag in refused("train", data, flag, value, "-o", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_places_that_cannot_be_written_to_get_one_clear_line(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
+    (tmp_path / "folder.csv").mkdir()
+    done = loracle("predict", run, tmp_path / "data.csv", "-o", tmp_path / "folder.csv", code=2)
+    assert "folder.csv, a folder" in done.stderr.splitlines()[-1]
+    data, inside = tmp_path / "data.csv", tmp_path / "data.csv" / "run"
+    assert "--out" in refused("train", data, "--model", tiny_model("qwen2"), "-o", inside)
+
+
+def test_a_very_long_title_is_a_title(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
+    assert "x" * 300 in loracle("rank", run, "x" * 300).stdout
+    assert "1 repeated titles are ranked once" in loracle("rank", run, "a", "b", "a").stderr
+
+
+def test_short_names_and_long_delimiters_are_remembered(tiny_model, tmp_path):
+    rows = [{"t": r["text"], "y": ", ".join(r["labels"]) or "none"} for r in several()]
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), rows, "--text", "t", "--label", "y", "--label-delimiter", ", ",
+                      "--epochs", "1")  # fmt: skip
+    metrics = json.loads(loracle("evaluate", run, tmp_path / "data.csv", "--json").stdout)
+    assert 0 <= metrics["accuracy"]["value"] <= 1
+    assert metrics["base"] == str(tiny_model("qwen2").resolve())
+    write(tmp_path / "new.csv", [{"text": "good and cheap"}])
+    assert "predicted" in loracle("predict", run, tmp_path / "new.csv").stdout
 
 
 def test_no_network_is_said_in_one_line(tmp_path):

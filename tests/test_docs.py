@@ -46,6 +46,20 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
     assert "predicted" in Path("scored.csv").read_text()
 
 
+def test_the_python_of_the_readme_works(tiny_model, tmp_path, monkeypatch):
+    """As it stands, but for the model; both fits in one folder, as a newcomer runs them."""
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    for name in ("TextClassifier(", "TextRanker("):
+        code = code.replace(f"= {name}", f"= {name}model={str(tiny_model('qwen2'))!r}, verbose=False, ")
+    rows = labelled()
+    groups = [{"texts": [f"Title {i}", f"Other {i}"], "clicks": [12, 30], "impressions": [900, 910]} for i in range(30)]
+    said = {"texts": [r["text"] for r in rows], "labels": [r["label"] for r in rows], "groups": groups}
+    exec(code, said)
+    assert [p.name for p in sorted(Path("runs").iterdir())] == ["run", "run-2"]
+    assert said["classifier"].classes_ == ("mid", "neg", "pos")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_the_examples_work(tiny_model, capsys, path):
     runpy.run_path(str(path))["main"](str(tiny_model("qwen2")))

@@ -174,3 +174,108 @@ def test_pairs_of_one_title_stay_on_one_side(tmp_path):
     sides = recipe.read_data(config_of(tmp_path, "unused"), lambda line: None)
     titles = [{t for g in side for t in g.texts} for side in (sides.train, sides.test)]
     assert not titles[0] & titles[1]
+
+
+def test_the_test_side_is_on_no_other_side_whoever_made_the_splits(tmp_path):
+    """A data set whose own validation repeats its test: early stopping would look at the test."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = labelled(90)
+    for name, some in (("train", rows[:60]), ("validation", rows[60:80]), ("test", rows[70:90])):
+        write(folder / f"{name}.jsonl", some)
+    said = []
+    sides = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    assert not {e.text for e in sides.validation} & {e.text for e in sides.test}
+    assert (len(sides.train), len(sides.validation), len(sides.test)) == (60, 10, 20)
+    assert any("left out: 10" in line for line in said)
+
+
+def test_a_test_file_that_takes_a_whole_class_away_is_said(tmp_path):
+    rows = [{"text": f"text {i}", "label": "x" if i < 30 else "y"} for i in range(36)]
+    write(tmp_path / "data.jsonl", rows)
+    write(tmp_path / "test.jsonl", rows[30:])
+    with pytest.raises(UserError, match="at least 2 classes"):
+        recipe.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), lambda line: None)
+
+
+def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", labelled(60))
+    write(folder / "test.jsonl", [{"text": r["text"] + "!", "label": None} for r in labelled(20)])
+    said = []
+    sides = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    assert sides.test
+    assert any("(test) is not used" in line for line in said)
+
+
+def test_equal_texts_of_other_contexts_are_other_texts(tmp_path):
+    rows = [{"text": "yes", "context": f"question {i}", "label": "xy"[i % 2]} for i in range(60)]
+    write(tmp_path / "data.jsonl", rows)
+    sides = recipe.read_data(config_of(tmp_path, "unused", context="context"), lambda line: None)
+    assert len(sides.train) + len(sides.validation) + len(sides.test) == 60
+
+
+def test_a_template_with_a_context_wants_one_for_every_text(tiny_model, tmp_path):
+    config = config_of(tmp_path, tiny_model("qwen2"), template="About {context}: {text}", max_steps=1)
+    with pytest.raises(UserError, match="a context for every text"):
+        train(config)
+    write(tmp_path / "data.jsonl", [{**r, "context": "sport"} for r in labelled(80)])
+    run = train(
+        config_of(tmp_path, tiny_model("qwen2"), template="About {context}: {text}", max_steps=1, context="context")
+    )
+    assert Predictor(run).scores(["a"], ["sport"]).shape == (1, 3)
+    with pytest.raises(UserError, match="a context for every text"):
+        Predictor(run).scores(["a"])
+
+
+def test_a_model_of_few_positions_cuts_sooner_and_says_so(tiny_model, tmp_path):
+    """BERT has 512 positions; asked for more, it would fail in the middle of a run."""
+    write(
+        tmp_path / "data.jsonl",
+        [{**r, "text": r["text"] + " and more" * (600 * (i == 3))} for i, r in enumerate(labelled(80))],
+    )
+    for kind, room in (("bert", 512), ("roberta", 510)):
+        said = []
+        config = config_of(tmp_path, tiny_model(kind), max_length=1024, max_steps=1, out=str(tmp_path / kind))
+        run = recipe.train(config, say=said.append, quiet=True)
+        assert any(f"--max-length 1024 becomes {room}" in line for line in said)
+        assert json.loads((run / "metrics.json").read_text())["texts"]["max"] == room
+
+
+def test_scores_that_are_no_numbers_stop_a_look_with_step_and_rows(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"finite numbers; found a validation loss of nan at step 1 \(rows \d+"):
+        train(config_of(tmp_path, tiny_model("qwen2"), lr=1e30, max_steps=1, save_steps=1))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
+    config = config_of(tmp_path, tiny_model("qwen2"))
+    process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "run", 7, process)
+    process.kill()
+    process.wait()
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    assert result(tmp_path / "run")[0] == result(unbroken)[0]
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeypatch):
+    """The manifest says that a run is whole; until then the checkpoint is all there is."""
+    monkeypatch.setattr(recipe.run_folder, "write_manifest", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
+    monkeypatch.undo()
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    run = recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    assert not (run / "checkpoints").exists()
+
+
+def test_data_of_a_folder_that_changed_are_seen(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", labelled(60))
+    first = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
+    write(folder / "train.jsonl", labelled(63))
+    assert recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first

@@ -11,6 +11,7 @@ import numpy as np
 
 from loracle import recipe
 from loracle.config import RunConfig
+from loracle.data.clicks import Shown, check_counts
 from loracle.data.columns import Columns
 from loracle.data.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.schema import Examples
@@ -21,14 +22,14 @@ from loracle.run.predictor import Predictor
 class _Estimator:
     """What classifier and ranker share: settings in, a run folder and a predictor out."""
 
-    def __init__(self, *, out: str | Path = "runs/python", verbose: bool = True, **settings: Any):
+    def __init__(self, *, out: str | Path | None = None, verbose: bool = True, **settings: Any):
         known = {f.name for section in RunConfig.SECTIONS for f in dataclasses.fields(getattr(RunConfig(), section))}
-        if unknown := sorted(settings.keys() - known):
+        if unknown := sorted(settings.keys() - known - {"baselines"}):
             raise UserError("settings that config.py knows", ", ".join(unknown), "see `loracle train --help`")
         self.out, self.verbose, self.settings = out, verbose, settings
 
     def _fit(self, examples: Examples) -> None:
-        config = RunConfig.from_flat({**self.settings, "out": str(self.out)})
+        config = RunConfig.from_flat({**self.settings, "out": None if self.out is None else str(self.out)})
         say: Callable[[str], None] = print if self.verbose else lambda line: None
         data = recipe.divide(config, examples)
         self.run_ = recipe.learn(config, data, recipe.new_folder(config), say=say, quiet=not self.verbose)
@@ -46,8 +47,8 @@ class TextClassifier(_Estimator):
     """Fine-tunes an LLM on texts with labels.
 
     Args:
-        out: folder of the run. verbose: say what happens. settings: any flag of ``loracle train`` (``model="Qwen/…"``,
-            ``epochs=3``, ``lr=2e-4`` …).
+        out: folder of the run; by default the next free ``runs/run``. verbose: say what happens.
+        settings: any dial of ``loracle train`` by its name (``model="Qwen/…"``, ``epochs=3``, ``lr=2e-4`` …).
 
     Attributes:
         classes_: label names, in the order of the columns of ``predict_proba``. run_: the run folder.
@@ -124,11 +125,18 @@ def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
         raise UserError(
             f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each"
         )
+    if not all(isinstance(t, str) and t.strip() for t in texts):
+        raise UserError(f"titles that are not blank in group {number}", repr(list(texts)), "leave such titles out")
     if len(set(texts)) < max(2, len(texts)):
         raise UserError(
             "two or more distinct titles in a group", f"group {number}: {list(texts)}", "merge equal titles"
         )
+    if "clicks" in known and "impressions" in known:
+        counts = zip(texts, known["clicks"], known["impressions"], strict=True)
+        check_counts([Shown(number, *count) for count in counts], "the groups")
     best = group.get("best")
+    if best is not None and best not in range(len(texts)):
+        raise UserError(f"best from 0 to {len(texts) - 1} in group {number}", repr(best), "give the index of a title")
     pairs = () if best is None else tuple(Preference(winner=best, loser=i) for i in range(len(texts)) if i != best)
     return RankGroup(
         group=str(number),

@@ -185,7 +185,7 @@ def rank(
     from loracle.run.folder import read_info
 
     info = read_info(run)
-    if len(titles) == 1 and Path(titles[0]).is_file():
+    if len(titles) == 1 and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
         from loracle.data.schema import read_unlabelled_groups
         from loracle.data.sources import open_table
@@ -197,6 +197,8 @@ def rank(
             click.echo(f"note: {issue}", err=True)
     else:
         distinct = tuple(dict.fromkeys(titles))
+        if len(distinct) < len(titles):
+            click.echo(f"note: {len(titles) - len(distinct)} repeated titles are ranked once", err=True)
         groups = [RankGroup(group="", texts=distinct, rows=tuple(range(1, 1 + len(distinct))), context=context)]
     _calm()
     from loracle.run.output import open_output
@@ -242,7 +244,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     scores = recipe.score_examples(predictor.scorer, predictor.encoder, examples.items)
     metrics = recipe.measure(scores, examples.items, info.task)
     if as_json:
-        click.echo(json.dumps(metrics, indent=1))
+        click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return
     click.echo(f"{len(examples.items):,} {'groups' if info.task.kind == 'rank' else 'texts'} of {data}")
     click.echo(plain_table(result_rows({"test": metrics}, info.task.kind)))
@@ -259,12 +261,22 @@ def _remembered(info: Any, table: Any, given: dict[str, Any], only: tuple[str, .
     """Columns that training named or inferred are looked for again where they are there; flags win."""
     inferred = info.provenance.get("columns", {})
     known = {name: inferred.get(name, getattr(info.config.data, name)) for name in only}
-    kept = {k: v for k, v in known.items() if _is_there(v, table.columns)}
+    kept = {k: v for k, v in known.items() if _is_there(k, v, table.columns)}
     return _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
 
 
-def _is_there(value: Any, columns: tuple[str, ...]) -> bool:
-    return not isinstance(value, str) or len(value) == 1 or all(c.strip() in columns for c in value.split(","))
+def _is_there(name: str, value: Any, columns: tuple[str, ...]) -> bool:
+    """Whether a remembered setting still fits: columns if the table has them, what names no column always."""
+    if name in ("label_delimiter", "min_impressions") or value is None:
+        return True
+    return all(c.strip() in columns for c in value.split(","))
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a title too long to be a name
+        return False
 
 
 @main.command()

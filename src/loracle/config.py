@@ -7,31 +7,55 @@ leaves behind, so that a name means the same thing in all three. Classes elsewhe
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loracle.errors import UserError
 
 
-def dial(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A config field: its default, what it does (shown by ``--help``) and, where it is an enumeration, its values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def dial(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A config field: its default, what it does (shown by ``--help``) and which values it may take.
+
+    ``choices`` of an enumeration; of a number, that it is more than ``above``, ``least`` or more, and less than ``below``.
+    """
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "above": above, "least": least, "below": below}
+    )
 
 
-def _check_choices(config: Any) -> None:
+def _check(config: Any) -> None:
+    """Refuse values outside of what the fields' dials say."""
     for f in dataclasses.fields(config):
-        choices = f.metadata.get("choices")
-        if choices and (value := getattr(config, f.name)) not in choices:
-            raise UserError(
-                f"{f.name} to be one of {', '.join(choices)}", repr(value), f"pick one of these for --{f.name}"
-            )
+        value, may, flag = getattr(config, f.name), f.metadata, "--" + f.name.replace("_", "-")
+        if value is None or not may:
+            continue
+        if may["choices"] and value not in may["choices"]:
+            listed = ", ".join(may["choices"])
+            raise UserError(f"{f.name} to be one of {listed}", repr(value), f"pick one of these for {flag}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"a finite number for {f.name}", str(value), f"pass another {flag}")
+        if may["above"] is not None and value <= may["above"]:
+            raise UserError(f"{f.name} above {may['above']:g}", str(value), f"pass a positive {flag}")
+        if may["least"] is not None and value < may["least"]:
+            raise UserError(f"{f.name} of {may['least']:g} or more", str(value), f"pass a larger {flag}")
+        if may["below"] is not None and value >= may["below"]:
+            raise UserError(f"{f.name} below {may['below']:g}", str(value), f"pass a smaller {flag}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where the examples are and what their columns mean."""
 
-    data: str = dial("", "file, hf:owner/name, modelscope:owner/name, or 'demo' data")
+    data: str = dial("", "file, folder, hf:owner/name or modelscope:owner/name")
     test: str | None = dial(None, "file with the test examples; without it a seeded part of the data is held out")
     text: str | None = dial(None, "column with the text (a title, when ranking)")
     label: str | None = dial(None, "column with the label, or the list of labels")
@@ -41,7 +65,7 @@ class DataConfig:
     impressions: str | None = dial(None, "column with the number of impressions")
     grade: str | None = dial(None, "column with a graded relevance, for ranking")
     label_delimiter: str | None = dial(None, "character between several labels of one cell; makes the task multi-label")
-    min_impressions: int = dial(100, "titles of a click log shown less often are left out, and counted")
+    min_impressions: int = dial(100, "titles of a click log shown less often are left out, and counted", least=0)
     test_share: float = dial(
         0.1, "share of the examples (of the groups, when ranking) held out when there is no --test"
     )
@@ -53,6 +77,7 @@ class DataConfig:
                 raise UserError(
                     f"a share between 0 and 1 for {name}", str(value), f"pass --{name.replace('_', '-')} 0.1"
                 )
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +94,9 @@ class ModelConfig:
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
     dtype: str = dial(
-        "auto", "dtype of the frozen base; auto is bfloat16, float32 with --full", ("auto", "bfloat16", "float32")
+        "auto",
+        "dtype of a frozen decoder; auto is bfloat16; float32 with --full and for encoders",
+        ("auto", "bfloat16", "float32"),
     )
     device: str = dial("auto", "cpu, cuda, mps, or auto")
 
@@ -80,61 +107,72 @@ class ModelConfig:
                 repr(self.template),
                 "write for example --template 'Topic of this headline: {text}'",
             )
+        before, _, after = (self.template or "").partition("{text}")
+        if before.count("{context}") + 2 * after.count("{context}") > 1:
+            raise UserError(
+                "{context} at most once in --template, and before {text}",
+                repr(self.template),
+                "write for example --template 'Brief: {context} Title: {text}'",
+            )
         if self.max_length < 8:
             raise UserError("room for at least 8 tokens", f"max_length {self.max_length}", "pass --max-length 512")
-        _check_choices(self)
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: int = dial(16, "rank of the adapters")
-    alpha: float = dial(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)")
-    dropout: float = dial(0.05, "dropout before the adapters")
+    r: int = dial(16, "rank of the adapters", least=1)
+    alpha: float = dial(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)", above=0)
+    dropout: float = dial(0.05, "dropout before the adapters", least=0, below=1)
     targets: str = dial(
         "all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)"
     )
     rslora: bool = dial(False, "rank-stabilised scaling (arXiv:2312.03732)")
     full: bool = dial(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
 
+    def __post_init__(self) -> None:
+        _check(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long, how fast and towards what."""
 
-    epochs: float = dial(3.0, "passes over the training examples")
-    max_steps: int | None = dial(None, "stop after this many optimizer steps, whatever the epochs")
-    batch: int = dial(16, "examples (groups, when ranking) a step, however many tokens they hold")
-    lr: float | None = dial(None, "peak learning rate; by default derived from the model's width and said aloud")
-    warmup: float = dial(0.06, "share of the steps over which the learning rate rises; a cosine takes it to 0")
-    weight_decay: float = dial(0.0, "decoupled weight decay of AdamW on matrices")
-    clip: float = dial(1.0, "largest gradient norm")
+    epochs: float = dial(3.0, "passes over the training examples", above=0)
+    max_steps: int | None = dial(None, "stop after this many optimizer steps, whatever the epochs", least=1)
+    batch: int = dial(16, "examples (groups, when ranking) a step, however many tokens they hold", above=0)
+    lr: float | None = dial(
+        None, "peak learning rate; by default derived from the model's width and said aloud", above=0
+    )
+    warmup: float = dial(
+        0.06, "share of the steps over which the learning rate rises; a cosine takes it to 0", least=0, below=1
+    )
+    weight_decay: float = dial(0.0, "decoupled weight decay of AdamW on matrices", least=0)
+    clip: float = dial(1.0, "largest gradient norm", above=0)
     loss: str = dial(
         "auto",
         "auto picks by task; bradley-terry and margin learn from pairs, list from groups",
         ("auto", "cross-entropy", "binary", "bradley-terry", "margin", "list"),
     )
     margin: float = dial(
-        1.0, "distance that the margin loss wants between chosen and rejected, where the data name none"
+        1.0, "distance that the margin loss wants between chosen and rejected, where the data name none", least=0
     )
     class_weights: str = dial(
         "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
     )
-    saturation: float = dial(200.0, "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates")
-    evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept")
-    patience: int = dial(3, "looks without progress after which training stops; 0 never stops")
-    save_steps: int = dial(50, "steps between checkpoints")
-    micro_tokens: int = dial(4096, "tokens that go through the model at once; a step takes as many rounds as it needs")
-    seed: int = dial(0, "seed of splits, order, dropout and head")
+    saturation: float = dial(200.0, "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates", above=0)
+    evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept", above=0)
+    patience: int = dial(3, "looks without progress after which training stops; 0 never stops", least=0)
+    save_steps: int = dial(50, "steps between checkpoints", above=0)
+    micro_tokens: int = dial(
+        4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
+    )
+    seed: int = dial(0, "seed of splits, order, dropout and head", least=0)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "micro_tokens", "evaluations", "save_steps", "saturation"):
-            if getattr(self, name) <= 0:
-                raise UserError(
-                    f"{name} above 0", str(getattr(self, name)), f"pass a positive --{name.replace('_', '-')}"
-                )
-        _check_choices(self)
+        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from loracle import hub
-from loracle.config import RunConfig
+from loracle.config import DataConfig, RunConfig
 from loracle.data.audit import refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.schema import Examples, read_examples
-from loracle.data.sources import open_splits, open_table
+from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import split
+from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
 from loracle.judge.metrics import Interval, classification_metrics, headline_metric, probabilities, target_array
@@ -35,7 +35,7 @@ from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
-from loracle.text.template import bake
+from loracle.text.template import bake, check_contexts
 from loracle.train.loop import Fit, Schedule, fit
 from loracle.train.losses import Loss, class_weights, make_loss, resolve_loss
 from loracle.train.optim import default_lr
@@ -80,13 +80,16 @@ def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
         raise UserError("an interrupted run", f"{folder}, which is finished", "start a new one, or use it as it is")
     if not info.config.data.data:
         raise UserError("a run that read its data from a file", f"{folder}, trained in memory", "train it anew")
-    data = read_data(info.config, say)
+    config = info.config
+    if pinned := info.base.get("revision"):  # a branch may have moved on since; the commit can still be had
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, revision=pinned))
+    data = read_data(config, say)
     if data.checksums != info.provenance["data"]:
         raise UserError(f"the data that {folder} began with", "other bytes", "restore the file or start a new run")
-    base = resolve_base(info.config.model.model, info.config.model.revision)
+    base = resolve_base(config.model.model, config.model.revision)
     if base.checksum() != info.base["sha256"]:
         raise UserError(f"the base model that {folder} began with", "other weights", "restore them or start a new run")
-    return learn(info.config, data, folder, say=say, quiet=quiet)
+    return learn(config, data, folder, say=say, quiet=quiet)
 
 
 def read_data(config: RunConfig, say: Say) -> Data:
@@ -96,19 +99,31 @@ def read_data(config: RunConfig, say: Say) -> Data:
     found = read_examples(tables["train"], where)
     for line in found.columns.said:
         say(line)
-    test_table = open_table(where.test) if where.test else tables.get("test")
-    test = read_examples(test_table, where, task=found.task) if test_table else None
-    validation_table = tables.get("validation")
-    validation = read_examples(validation_table, where, task=found.task) if validation_table else None
-    files = {name: Path(p) for name, p in (("train", where.data), ("test", where.test)) if p and Path(p).is_file()}
+    test: Examples | None
+    if where.test:
+        test = read_examples(open_table(where.test), where, task=found.task)
+    else:
+        test = _labelled_split(tables.get("test"), where, found.task, say)
+    validation = _labelled_split(tables.get("validation"), where, found.task, say)
     data = divide(config, found, test, validation)
     for issue in data.issues:
         say(f"note: {issue}")
     return dataclasses.replace(
         data,
-        checksums={name: hub.checksum(p) for name, p in files.items()},
+        checksums={name: fingerprint(p) for name, p in (("train", where.data), ("test", where.test)) if p},
         columns={role: ",".join(names) for role, names in found.columns.named().items()},
     )
+
+
+def _labelled_split(table: Table | None, where: DataConfig, task: Task, say: Say) -> Examples | None:
+    """A split that a data set brings along, unless it has no labels, as the test splits of some benchmarks."""
+    if table is None:
+        return None
+    try:
+        return read_examples(table, where, task=task)
+    except UserError as e:
+        say(f"note: {table.name} is not used, a part of the training side is held out instead ({e.found})")
+        return None
 
 
 def divide(
@@ -117,24 +132,27 @@ def divide(
     """Three sides without a common text; only what the user gave no file for is split off, seeded."""
     refuse(found)
     seed, task = config.train.seed, found.task
-    items: list[Example] = list(found.items)
+    items: list[Any] = list(found.items)
     issues = [*found.issues, *(test.issues if test else ()), *(validation.issues if validation else ())]
     if test:
         items, leaks = without_leaks(items, test.items)
-        held: list[Example] = list(test.items)
+        held: list[Any] = list(test.items)
         issues += leaks
     else:
         parts = split(items, config.data.test_share, seed, task)
         items, held, issues = parts.train, parts.held, [*issues, *parts.notes]
     if validation:
-        items, leaks = without_leaks(items, validation.items)
-        watched: list[Example] = list(validation.items)
+        watched, leaks = without_leaks(validation.items, held)
+        issues += leaks
+        items, leaks = without_leaks(items, watched)
         issues += leaks
     else:
         parts = split(items, config.data.validation_share, seed + 1, task)
         items, watched, issues = parts.train, parts.held, [*issues, *parts.notes]
-    if not items:
-        raise UserError("training examples", "none left beside validation and test", "give more data")
+    if not items or not watched:
+        side = "validation" if items else "training"
+        raise UserError(f"{side} examples", "none left once what the test side has too is out", "give more data")
+    refuse(dataclasses.replace(found, items=items))
     return Data(task=task, train=items, validation=watched, test=held, issues=tuple(issues))
 
 
@@ -168,7 +186,11 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     # Model, tokenizer with the template baked in, and the first look at lengths.
     base = resolve_base(model.model, model.revision)
     base_config = load_config(base.folder)
-    tokenizer = bake(load_tokenizer(base.folder), model.template, model.max_length, encoder=is_encoder(base_config))
+    encoder_type, room = is_encoder(base_config), min(model.max_length, _positions(base_config))
+    if room < model.max_length:
+        say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
+    check_contexts(model.template, (e.context for side in (data.train, data.validation, data.test) for e in side))
+    tokenizer = bake(load_tokenizer(base.folder), model.template, room, encoder=encoder_type)
     dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
     scorer = assemble.new_scorer(
         base.folder,
@@ -182,23 +204,27 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         seed=schedule.seed,
     )
     encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
-    lr = schedule.lr or default_lr(base_config.hidden_size, full=config.lora.full)
+    lr = default_lr(base_config.hidden_size, full=config.lora.full) if schedule.lr is None else schedule.lr
     lengths = _lengths(encoder, data)
-    say(f"model: {base.note or base.source}; {_trained(scorer)}; {dtype} on {device}; learning rate {lr:g}")
+    say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
     say(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
-        f"{lengths['over_length']:,} texts over {model.max_length} ({'cut' if model.long == 'cut' else 'chunked'})"
+        f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
     )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"a place for the run folder {folder}", e.strerror or str(e), "pick another --out") from e
     run_folder.write_info(folder, _info(config, data, base, tokenizer, lr))
     save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
     results: dict[str, Any] = {}
     if config.baselines:
-        say("baselines …")
+        count = sum(len(_texts(e)) for e in _some(data.train, schedule.seed))
+        say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
         results = measure_baselines(config, data, scorer, encoder)
 
     # Training; the best look at the validation examples wins.
@@ -227,6 +253,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     }
     save(folder, config, scorer, base, data, scores, metrics)
     reproduce(folder, base, data.test, scorer, encoder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say("")
     say(plain_table(result_rows(metrics, task.kind)))
     if base.note:
@@ -254,6 +281,8 @@ def score_examples(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]
 def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
     """The validation metric that is watched, and the loss."""
     scores = score_examples(scorer, encoder, examples)
+    if not all(np.isfinite(s).all() for s in scores):
+        return {"metric": -np.inf, "loss": np.nan}
     summed, count = loss(torch.from_numpy(np.concatenate(scores)), examples)
     metric = measure(scores, examples, task)[headline_metric(task)]["value"]
     # None: nothing in the validation side tells right from wrong, so the loss alone decides.
@@ -266,7 +295,7 @@ def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -
     if task.kind == "rank":
         found = rank_metrics([s[:, 0] for s in scores], examples)
     else:
-        same = [(e.context, e.text) for e in examples]
+        same = [e.identity for e in examples]
         found = classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same)
     return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
 
@@ -315,7 +344,6 @@ def save(
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
     _write_predictions(folder / "predictions.csv", data, scores)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run_folder.write_manifest(folder)
 
 
@@ -500,6 +528,16 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 def _unit(task: Task) -> str:
     return "groups" if task.kind == "rank" else "texts"
+
+
+def _positions(config: Any) -> int:
+    """How many tokens a model has positions for; RoBERTa's first ones stand for padding."""
+    known = getattr(config, "max_position_embeddings", None) or 2**31
+    return known - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+
+
+def _dtypes(scorer: Scorer) -> str:
+    return str(next(scorer.inner.base_model.parameters()).dtype).removeprefix("torch.")
 
 
 def _trained(scorer: Scorer) -> str:

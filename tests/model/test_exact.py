@@ -304,8 +304,15 @@ def test_the_embedded_model(demo_folder, record_property):
     batch = made.pack(texts)
     assert batch.tokens < batch.useful_tokens
     packed = made(batch)
+    order = [3, 0, 4, 2, 1]
+    assert_same(made(made.pack([texts[i] for i in order])), packed[order], 1e-4)
+    made.share_from = None
+    assert_same(made(made.pack(texts)), packed, 1e-4)
     made.inner.set_attn_implementation("sdpa")
     assert_same(packed, alone(made.inner, texts), 1e-4)
+    made.inner.config.pad_token_id = PAD
+    for side in ("left", "right"):
+        assert_same(packed, made.inner(**padded(texts, side)).logits, 1e-4)
     made.inner.base_model.bfloat16()
     each = torch.cat([_bf16_alone(made, text) for text in texts])
     made.inner.set_attn_implementation(attention.NAME)
@@ -316,6 +323,30 @@ def test_the_embedded_model(demo_folder, record_property):
     sure = (top[:, 0] - top[:, 1]) > 2 * max(noise, (low - packed).abs().max().item())
     assert 0 < noise < 0.5 * packed.std().item() + 0.5
     assert torch.equal(low.argmax(1)[sure], packed.argmax(1)[sure])
+
+
+def test_gradients_of_the_embedded_model(demo_folder):
+    """Adapters and head, two texts behind an instruction: packed and shared as alone through transformers' attention."""
+    tokenizer = bake(load_tokenizer(demo_folder), "Sort this headline by the topic of its article, please.\n{text}", 64)
+    texts = Encoder(tokenizer)(HEADLINES[:2])
+    made = scorer(demo_folder, lora=LORA)
+    made.share_from = 8
+    batch = made.pack(texts)
+    assert batch.tokens < batch.useful_tokens
+    weights = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, -1.0]])
+
+    def gradients(scores):
+        made.zero_grad()
+        (scores * weights).sum().backward()
+        return {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+
+    ours = gradients(made(batch))
+    made.inner.set_attn_implementation("sdpa")
+    theirs = gradients(alone(made.inner, texts))
+    assert ours.keys() == theirs.keys()
+    assert any("lora_A" in name for name in ours)
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-4 * max(1e-3, gradient.abs().max()), name
 
 
 def _bf16_alone(made: Scorer, text: Encoded) -> torch.Tensor:

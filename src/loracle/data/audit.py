@@ -144,10 +144,10 @@ def without_leaks(train_items: Sequence[Example], test_items: Sequence[Example])
     if groups:
         tested_titles = {text.strip() for text, _ in _texts(test_items)}
         return without_titles(groups, tested_titles, "leak", "titles that the test file has too")
-    tested = {_identity(item) for item in test_items if isinstance(item, LabeledText)}
+    tested = {item.identity for item in test_items if isinstance(item, LabeledText)}
     labelled = [item for item in train_items if isinstance(item, LabeledText)]
-    leaked = [item.row for item in labelled if _identity(item) in tested]
-    kept = [item for item in labelled if _identity(item) not in tested]
+    leaked = [item.row for item in labelled if item.identity in tested]
+    kept = [item for item in labelled if item.identity not in tested]
     return kept, issue_of("leak", "texts that the test file has too, left out", leaked)
 
 
@@ -162,7 +162,7 @@ def _class_counts(items: Sequence[LabeledText], task: Task) -> dict[str, int]:
 def _label_issues(items: Sequence[LabeledText], task: Task) -> Iterator[Issue]:
     by_text: dict[Hashable, list[LabeledText]] = {}
     for item in items:
-        by_text.setdefault(_identity(item), []).append(item)
+        by_text.setdefault(item.identity, []).append(item)
     several = [same for same in by_text.values() if len(same) > 1]
     conflicts = [same for same in several if len({item.labels for item in same}) > 1]
     yield from issue_of("duplicate", "rows that repeat an earlier text", (i.row for same in several for i in same[1:]))
@@ -175,7 +175,7 @@ def _label_issues(items: Sequence[LabeledText], task: Task) -> Iterator[Issue]:
 
 
 def _refuse_texts(items: Sequence[LabeledText], task: Task) -> None:
-    texts = {item.text.strip() for item in items}
+    texts = {item.identity for item in items}
     if len(texts) < 2:
         raise UserError("at least 2 distinct texts", f"{len(texts)} in {len(items)} rows", "add examples")
     if len({item.labels for item in items}) > 1:
@@ -263,10 +263,6 @@ def _odd_texts(texts: Sequence[tuple[str, int]]) -> Iterator[Issue]:
     yield from issue_of("very-long", f"texts of more than {VERY_LONG:,} characters", very_long)
 
 
-def _identity(item: LabeledText) -> Hashable:
-    return item.text.strip(), (item.context or "").strip()
-
-
 def _leaks(items: Iterable[Example], test_items: Iterable[Example]) -> tuple[Issue, ...]:
     """What ``without_leaks`` would leave out."""
     tested = {known for item in test_items for known, _ in _known_by(item)}
@@ -277,7 +273,7 @@ def _leaks(items: Iterable[Example], test_items: Iterable[Example]) -> tuple[Iss
 def _known_by(item: Example) -> Iterator[tuple[Hashable, int]]:
     """By what a text is the same in another table, with its row: a title by itself, else with its context."""
     if isinstance(item, LabeledText):
-        yield _identity(item), item.row
+        yield item.identity, item.row
     else:
         yield from _titles(item)
 

@@ -33,6 +33,11 @@ class LabeledText:
     context: str | None = None
     weight: float = 1.0
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What makes two of them the same text, whatever their labels: text and context, stripped."""
+        return self.text.strip(), (self.context or "").strip()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:

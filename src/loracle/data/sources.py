@@ -6,11 +6,13 @@ that names the file and the line; a row that leaves a table can always be encode
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from loracle import hub
 from loracle.data.delimited import open_delimited, open_lines
 from loracle.data.folders import find_splits
 from loracle.data.json_rows import open_json
@@ -43,16 +45,26 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
         UserError: the file is missing, empty, damaged or of no known format; a folder holds no such file.
     """
     if spec.startswith(("hf:", "modelscope:")):
-        from loracle.hub import download
-
         source, _, config = spec.partition("#")
-        return _open_folder(download(source, kind="dataset", revision=revision), spec, config)
+        return _open_folder(hub.download(source, kind="dataset", revision=revision), spec, config)
     path = Path(spec)
     if path.is_dir():
         return _open_folder(path, spec, "")
     if not path.is_file():
         raise _missing(path, spec)
     return {"train": _open_file(File(path, spec))}
+
+
+def fingerprint(spec: str) -> str:
+    """SHA-256 of what a spec stands for: of the file, or of names and contents of all files of a folder or hub id."""
+    from_hub = spec.startswith(("hf:", "modelscope:"))
+    root = hub.download(spec.partition("#")[0], kind="dataset") if from_hub else Path(spec)
+    if root.is_file():
+        return hub.checksum(root)
+    names = sorted(
+        p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")
+    )
+    return hashlib.sha256("".join(f"{name} {hub.checksum(root / name)}\n" for name in names).encode()).hexdigest()
 
 
 def _missing(path: Path, spec: str) -> UserError:

@@ -78,9 +78,9 @@ def split_texts(items: Sequence[LabeledText], share: float, seed: int, task: Tas
 
 
 def _equal_texts(items: Sequence[LabeledText]) -> list[list[int]]:
-    units: dict[str, list[int]] = {}
+    units: dict[Hashable, list[int]] = {}
     for i, item in enumerate(items):
-        units.setdefault(item.text.strip(), []).append(i)
+        units.setdefault(item.identity, []).append(i)
     return list(units.values())
 
 

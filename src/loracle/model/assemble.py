@@ -15,7 +15,7 @@ from loracle.data.examples import Task
 from loracle.errors import UserError
 from loracle.model.adapters import add_lora, load_adapter
 from loracle.model.backbone import head_names, load_config, load_sequence_classifier
-from loracle.model.scorer import PACKABLE, Scorer, is_encoder, mlp_head
+from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head
 from loracle.text.encode import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
 
@@ -112,8 +112,10 @@ def _order(texts: Sequence[Encoded]) -> list[int]:
 
 def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str) -> Any:
     """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
-    if load_config(folder).model_type not in PACKABLE:
-        dtype = torch.float32  # its own forward would hand bfloat16 states to the float32 head
+    if load_config(folder).model_type not in DECODERS:
+        dtype = torch.promote_types(
+            dtype, torch.float32
+        )  # its own forward hands states to the head, BERT's to the pooler
     model = load_sequence_classifier(
         folder,
         num_labels=len(task.label_names) or 1,

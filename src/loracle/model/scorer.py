@@ -9,10 +9,12 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -71,8 +73,9 @@ class Scorer(nn.Module):
         """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
         if self.packed:
             return _by_text(_mean(self.states(batch), batch), batch)
-        ids, mask = self._rectangle(batch)
-        states = self.inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        inputs = self._rectangle(batch)
+        mask = inputs["attention_mask"]
+        states = self.inner.base_model(**inputs).last_hidden_state.float()
         return _by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
     def states(self, batch: PackedBatch) -> Tensor:
@@ -106,18 +109,23 @@ class Scorer(nn.Module):
 
     def _padded(self, batch: PackedBatch) -> Tensor:
         """The model's own forward on a padded rectangle, for architectures that nobody has proven packable."""
-        ids, mask = self._rectangle(batch)
-        return self.model(input_ids=ids, attention_mask=mask).logits
+        return self.model(**self._rectangle(batch)).logits
 
-    def _rectangle(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        rows = [
-            torch.from_numpy(batch.input_ids[s : s + n])
-            for s, n in zip(batch.start[batch.scored], batch.length[batch.scored], strict=True)
-        ]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.inner.config.pad_token_id)
-        lengths = torch.tensor([len(r) for r in rows])
-        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        return ids.to(self.device), mask.long().to(self.device)
+    def _rectangle(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """What transformers' own forward takes: ids and mask, and token types where the model knows them."""
+        start, length = batch.start[batch.scored], batch.length[batch.scored]
+
+        def padded(tokens: np.ndarray, fill: int) -> Tensor:
+            rows = [torch.from_numpy(tokens[s : s + n]) for s, n in zip(start, length, strict=True)]
+            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(self.device)
+
+        inputs = {
+            "input_ids": padded(batch.input_ids, self.inner.config.pad_token_id),
+            "attention_mask": padded(np.ones_like(batch.input_ids), 0),
+        }
+        if batch.token_types is not None and "token_type_ids" in inspect.signature(self.inner.forward).parameters:
+            inputs["token_type_ids"] = padded(batch.token_types, 0)
+        return inputs
 
 
 def is_encoder(config) -> bool:

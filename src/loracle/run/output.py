@@ -28,6 +28,8 @@ def open_output(path: Path | None) -> Iterator[Write]:
         return
     if path.suffix not in (".csv", ".tsv", ".jsonl", ".ndjson"):
         raise UserError("a .csv, .tsv or .jsonl file to write", str(path), "give --out such a name")
+    if path.is_dir():
+        raise UserError("a file to write", f"{path}, a folder", "pick another --out")
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} to write to", "no such folder", "make it, or pick another --out")
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")

@@ -13,6 +13,7 @@ from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.run.folder import read_info, verify
 from loracle.text.encode import Encoder
+from loracle.text.template import check_contexts
 
 
 class Predictor:
@@ -56,6 +57,7 @@ class Predictor:
         """Scores before any softmax, ``float32 [N, C]``; C is 1 for rankers."""
         if not len(texts):
             return np.zeros((0, len(self.task.label_names) or 1), dtype=np.float32)
+        check_contexts(self.info.config.model.template, contexts or [None] * len(texts))
         return score(self.scorer, self.encoder(texts, contexts))
 
     def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:

@@ -15,6 +15,7 @@ follows it. Encoders keep their tokenizer's own type ids, which they were traine
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,25 @@ class Template:
     between: tuple[int, ...]
     after: tuple[int, ...]
     needs_context: bool = False
+
+
+def needs_context(template: str | None) -> bool:
+    """Whether every text must come with a context: the template says where it stands."""
+    return template is not None and "{context}" in template
+
+
+def check_contexts(template: str | None, contexts: Iterable[str | None]) -> None:
+    """That there is a context wherever the template wants one.
+
+    Raises:
+        UserError: there is none for some text.
+    """
+    if needs_context(template) and (missing := sum(context is None for context in contexts)):
+        raise UserError(
+            f"a context for every text, since the template is {template!r}",
+            f"{missing} without one",
+            "name its column with --context, or train with a template without {context}",
+        )
 
 
 def bake(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int, *, encoder: bool = False):
@@ -75,8 +95,12 @@ def _decoder_template(tokenizer, backend, template: str | None, pad: int) -> Tem
             f"{tokenizer.decode(ids[2])!r}",
             "let --template end in other words",
         )
-    needs = template is not None and template != "chat" and "{context}" in template
-    return Template(before=(*start, *ids[0]), between=tuple(ids[1]), after=tuple(ids[2]), needs_context=needs)
+    return Template(
+        before=(*start, *ids[0]),
+        between=tuple(ids[1]),
+        after=tuple(ids[2]),
+        needs_context=needs_context(template),
+    )
 
 
 def _encoder_template(tokenizer, backend, template: str | None) -> Template:
@@ -89,7 +113,7 @@ def _encoder_template(tokenizer, backend, template: str | None) -> Template:
         before=(*start, *before),
         between=(*separators, *between),
         after=(*after, *end),
-        needs_context=bool(template and "{context}" in template),
+        needs_context=needs_context(template),
     )
 
 

@@ -152,7 +152,9 @@ def fit(
             log.step(progress.step, value, optimizer.param_groups[0]["lr"], result)
             if progress.step in looks:
                 scorer.eval()
-                seen = look()
+                if not math.isfinite((seen := look())["loss"]):
+                    last = [examples[i] for i in _batch_indices(len(examples), schedule, progress.step - 1)]
+                    raise _diverged(progress.step, last, f"a validation loss of {seen['loss']}")
                 log.look(progress.step, seen)
                 if _better(seen, progress):
                     best = trainable_state(scorer)
@@ -326,6 +328,11 @@ class _Log:
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop log lines of steps that a resumed run takes again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # a line that a crash cut short
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
