@@ -22,7 +22,7 @@ from pathlib import Path
 
 from results import SHARED, write_table
 
-LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 192, 8, 2, (16, 32, 64)
+LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 320, 24, 3, (16, 32, 64)
 OURS = (32,)
 REFERENCE = "the reference script's way"
 DATA = SHARED / "data" / "n24news" / "abstracts.json"
@@ -95,15 +95,16 @@ def reference_way() -> dict[str, float]:
     ).bfloat16()  # fmt: skip
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5)
-    started = time.perf_counter()
+    started = 0.0
     for i in range(0, len(texts), 8):
+        started = time.perf_counter() if i == 8 else started  # the first step warms up
         batch = tokenizer(texts[i : i + 8], padding="max_length", truncation=True, max_length=512, return_tensors="pt")
         states = model(**batch, output_hidden_states=True).hidden_states[-1]
         loss = torch.nn.functional.cross_entropy(head(states.mean(1)).float(), torch.tensor(labels[i : i + 8]))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"examples_per_s": len(texts) / (time.perf_counter() - started)}
+    return {"examples_per_s": (len(texts) - 8) / (time.perf_counter() - started)}
 
 
 def peer(batch: int) -> dict[str, float]:
@@ -136,7 +137,7 @@ def main() -> None:
         f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, {LIMIT} examples, one epoch, "
         f"{ROUNDS} rounds in turn; model load left out.",
         f"Ours / best Trainer: **{mine / best_peer:.2f}×**; ours / the reference script's way "
-        f"({REFERENCE_LIMIT} examples): **{mine / median[REFERENCE]:.1f}×**.",
+        f"({REFERENCE_LIMIT} examples, the first 8 not timed): **{mine / median[REFERENCE]:.1f}×**.",
     ]
     write_table("train_speed", rows, notes)
 

@@ -168,6 +168,15 @@ def test_what_a_test_file_holds_is_taken_out_of_training_and_counted(tmp_path):
     assert any("test" in line and line.startswith("note:") for line in said)
 
 
+def test_what_the_audit_sees_is_said_while_training(tmp_path):
+    rows = [*labelled(60), {"text": labelled(1)[0]["text"], "label": "neg"}]
+    write(tmp_path / "data.jsonl", rows)
+    said = []
+    recipe.read_data(config_of(tmp_path, "unused"), said.append)
+    assert any("repeat an earlier text" in line for line in said)
+    assert any("label" in line and "61" in line for line in said)
+
+
 def test_pairs_of_one_title_stay_on_one_side(tmp_path):
     rows = [*pairs(20), *({"chosen": f"good title {i}", "rejected": f"worse title {i}"} for i in range(20))]
     write(tmp_path / "data.jsonl", rows)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from loracle.config import DataConfig, RunConfig
-from loracle.data.audit import refuse, without_leaks
+from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.schema import Examples, read_examples
@@ -133,7 +133,7 @@ def divide(
     refuse(found)
     seed, task = config.train.seed, found.task
     items: list[Any] = list(found.items)
-    issues = [*found.issues, *(test.issues if test else ()), *(validation.issues if validation else ())]
+    issues = [*audit(found).issues, *(test.issues if test else ()), *(validation.issues if validation else ())]
     if test:
         items, leaks = without_leaks(items, test.items)
         held: list[Any] = list(test.items)
