@@ -112,15 +112,15 @@ def peer(batch: int) -> dict[str, float]:
     from loracle.model.backbone import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT, "--batch", batch]
-    return _last_json(command)
+    return last_json(command)
 
 
 def main() -> None:
     """All ways in turn, several rounds; medians and ratios."""
     me = [sys.executable, __file__]
     ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b) for b in BATCHES}
-    ways |= {f"loracle, batch {b}": lambda b=b: _last_json([*me, "--ours", b]) for b in OURS}
-    ways[REFERENCE] = lambda: _last_json([*me, "--reference"])
+    ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b]) for b in OURS}
+    ways[REFERENCE] = lambda: last_json([*me, "--reference"])
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, measure in ways.items():
@@ -142,7 +142,7 @@ def main() -> None:
     write_table("train_speed", rows, notes)
 
 
-def _last_json(command: list) -> dict[str, float]:
+def last_json(command: list) -> dict[str, float]:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])

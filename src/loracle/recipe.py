@@ -31,13 +31,23 @@ from loracle.judge.report import markdown_table, plain_table, result_rows
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.model.likelihood import log_likelihood
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
 from loracle.train.loop import Fit, Schedule, fit
-from loracle.train.losses import Loss, class_weights, make_loss, resolve_loss
+from loracle.train.losses import (
+    CLICKWISE,
+    Loss,
+    class_weights,
+    click_rate,
+    fit_saturation,
+    make_loss,
+    numpy_objective,
+    resolve_loss,
+)
 from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
@@ -179,9 +189,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     """From examples to a finished run folder."""
     started = time.perf_counter()
     task, model, schedule = data.task, config.model, config.train
-    weights = class_weights(data.train, task, schedule.class_weights) if task.kind != "rank" else None
-    loss = make_loss(task, name=schedule.loss, weights=weights, margin=schedule.margin, saturation=schedule.saturation)
+    loss, chosen = choose_loss(config, data)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
+    say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
     base = resolve_base(model.model, model.revision)
@@ -217,7 +227,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"a place for the run folder {folder}", e.strerror or str(e), "pick another --out") from e
-    run_folder.write_info(folder, _info(config, data, base, tokenizer, lr))
+    run_folder.write_info(folder, _info(config, data, base, tokenizer, lr, chosen))
     save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
@@ -225,7 +235,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     if config.baselines:
         count = sum(len(_texts(e)) for e in _some(data.train, schedule.seed))
         say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        results = measure_baselines(config, data, scorer, encoder)
+        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=schedule.seed)
 
     # Training; the best look at the validation examples wins.
     outcome = fit(
@@ -283,7 +293,7 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
     scores = score_examples(scorer, encoder, examples)
     if not all(np.isfinite(s).all() for s in scores):
         return {"metric": -np.inf, "loss": np.nan}
-    summed, count = loss(torch.from_numpy(np.concatenate(scores)), examples)
+    summed, count = loss(examples)(torch.from_numpy(np.concatenate(scores)))
     metric = measure(scores, examples, task)[headline_metric(task)]["value"]
     # None: nothing in the validation side tells right from wrong, so the loss alone decides.
     return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
@@ -300,19 +310,47 @@ def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -
     return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
 
 
-def measure_baselines(config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder) -> dict[str, Any]:
+def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
+    """The loss of a run, and what was settled about it: its name and, of clicks, the saturation m0.
+
+    m0 is fitted on the validation groups, around the scores of a TF-IDF ranker that has not seen them: what words leave
+    unexplained is not far from what a model will, and it costs a second.
+    """
+    task, schedule = data.task, config.train
+    name = resolve_loss(task, schedule.loss, click_rate(data.train) if task.evidence == "clicks" else 0.0)
+    if task.kind != "rank":
+        weights = class_weights(data.train, task, schedule.class_weights)
+        return make_loss(task, name=name, weights=weights), {"name": name}
+    if name not in CLICKWISE or name == "soft-bradley-terry" or task.evidence != "clicks":
+        return make_loss(task, name=name, margin=schedule.margin), {"name": name}
+    m0 = schedule.saturation
+    if m0 is None:
+        objective = numpy_objective(make_loss(task, name="list"))
+        scores = baselines.tfidf_ranker(data.train, data.validation, objective, seed=schedule.seed)
+        m0 = fit_saturation(scores, data.validation)
+    return make_loss(task, name=name, saturation=m0), {"name": name, "saturation": m0}
+
+
+def measure_baselines(
+    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int
+) -> dict[str, Any]:
     """What simpler methods reach on the same split, with the same loss when ranking."""
-    task, seed = data.task, config.train.seed
-    some = _some(data.train, seed)
+    task, some = data.task, _some(data.train, seed)
     seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
     if task.kind == "rank":
-        loss = resolve_loss(task, config.train.loss)
-        how: dict[str, Any] = {"saturation": config.train.saturation, "margin": config.train.margin, "seed": seed}
+        objective = numpy_objective(loss)
         ranked = {
-            "length": baselines.length_ranker(data.train, data.test, loss, **how),
-            "tf-idf": baselines.tfidf_ranker(data.train, data.test, loss, **how),
-            "frozen": baselines.frozen_ranker(seen, some, unseen, loss, **how),
+            "length": baselines.length_ranker(data.train, data.test, objective, seed=seed),
+            "tf-idf": baselines.tfidf_ranker(data.train, data.test, objective, seed=seed),
+            "frozen": baselines.frozen_ranker(seen, some, unseen, objective, seed=seed),
         }
+        untuned = (
+            None
+            if encoder.encoder
+            else log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
+        )
+        if untuned is not None:
+            ranked["untuned"] = _by_example(untuned, data.test)
         return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
     targets = target_array(data.train, task)
     words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
@@ -422,7 +460,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     run_folder.write_text(path, json.dumps(settings, indent=2, ensure_ascii=False))
 
 
-def _info(config: RunConfig, data: Data, base: BaseModel, tokenizer: Any, lr: float) -> run_folder.RunInfo:
+def _info(
+    config: RunConfig, data: Data, base: BaseModel, tokenizer: Any, lr: float, loss: dict[str, Any]
+) -> run_folder.RunInfo:
     counts = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
     return run_folder.RunInfo(
         config=config,
@@ -439,6 +479,7 @@ def _info(config: RunConfig, data: Data, base: BaseModel, tokenizer: Any, lr: fl
             "columns": data.columns,
             "counts": counts,
             "lr": lr,
+            "loss": loss,
         },
     )
 

@@ -5,26 +5,23 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from scipy.special import log_softmax
 
 from loracle.data.examples import Preference, RankGroup, Task
-from loracle.errors import UserError
 from loracle.judge.baselines import (
     frozen_classifier,
     frozen_ranker,
     length_ranker,
     linear_ranker,
     majority,
-    rank_loss,
     tfidf_classifier,
     tfidf_ranker,
 )
 from loracle.judge.metrics import classification_metrics, probabilities
 from loracle.judge.ranking import rank_metrics
+from loracle.train.losses import make_loss, numpy_objective, resolve_loss
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 MULTI = Task(kind="multi", label_names=("a", "b", "c"))
-SETTINGS = {"saturation": 200.0, "margin": 1.0}
 
 
 def group(texts=("x", "y", "z"), name="g", **evidence):
@@ -44,81 +41,9 @@ PAIRS = [
 ]
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
-@pytest.mark.parametrize("groups", [CLICKS, GRADES, PAIRS], ids=["clicks", "grades", "pairs"])
-def test_gradient_agrees_with_finite_differences(groups, loss):
-    objective = rank_loss(groups, loss, **SETTINGS)
-    scores, step = np.random.default_rng(0).normal(size=7), 1e-6
-    _, gradient = objective(scores)
-    numeric = [(objective(scores + step * e)[0] - objective(scores - step * e)[0]) / (2 * step) for e in np.eye(7)]
-    np.testing.assert_allclose(gradient, numeric, atol=1e-8)
-    assert np.abs(gradient).max() > 0.01
-
-
-def test_list_loss_of_clicks_by_hand():
-    """Each group's click shares times m/(1 + m/m0), divided once by the total weight; p is softmax(s + log n)."""
-    scores = np.array([0.3, -0.2, 0.1, 1.0, -1.0, 0.0, 0.0])
-    p = np.exp(scores[:3]) * [1000, 700, 300]
-    q = np.exp(scores[3:5]) * [9000, 8000]
-    first, second = 15 / (1 + 15 / 200), 2 * 500 / (1 + 500 / 200)
-    expected = -first * np.array([10, 5]) / 15 @ np.log(p / p.sum())[:2] - second * np.array([0.6, 0.4]) @ np.log(
-        q / q.sum()
-    )
-    assert rank_loss(CLICKS, "list", **SETTINGS)(scores)[0] == pytest.approx(expected / (first + second))
-
-
-def test_list_loss_of_grades_by_hand():
-    scores = np.array([0.3, -0.2, 0.1, 1.0, -1.0, 0.0, 0.0])
-    expected = -np.array([0.75, 0, 0.25]) @ log_softmax(scores[:3]) - log_softmax(scores[3:5])[1]
-    assert rank_loss(GRADES, "list", **SETTINGS)(scores)[0] == pytest.approx(expected / 2)
-
-
-def test_pair_losses_by_hand():
-    scores = np.array([0.5, 0.0, 1.0, 0.2, 0.3, 0.0, 0.0])
-    leads, weights = np.array([0.5, 1.0, 0.1]), np.array([1, 1, 0.5])
-    bradley_terry = weights @ np.log1p(np.exp(-(leads - [0, 0.4, 2.0]))) / 2.5
-    assert rank_loss(PAIRS, "bradley-terry", **SETTINGS)(scores)[0] == pytest.approx(bradley_terry)
-    margin = weights @ np.maximum(0, np.array([1.0, 0.4, 2.0]) - leads) / 2.5
-    assert rank_loss(PAIRS, "margin", **SETTINGS)(scores)[0] == pytest.approx(margin)
-
-
-def test_a_preference_is_a_list_of_two():
-    scores = np.random.default_rng(0).normal(size=7)
-    assert rank_loss(PAIRS, "list", **SETTINGS)(scores)[0] == rank_loss(PAIRS, "bradley-terry", **SETTINGS)(scores)[0]
-    pair = [group(("u", "v"), preferences=(Preference(winner=0, loser=1),))]
-    graded = [group(("u", "v"), grades=(1.0, 0.0))]
-    as_pair, as_list = (rank_loss(g, "list", **SETTINGS)(scores[:2])[0] for g in (pair, graded))
-    assert as_pair == pytest.approx(as_list)
-
-
-def test_list_loss_is_least_at_the_log_odds_of_the_click_rates():
-    objective = rank_loss(CLICKS[1:2], "list", **SETTINGS)
-    best = np.log(np.array([300, 200]) / [9000, 8000])
-    value, gradient = objective(best)
-    np.testing.assert_allclose(gradient, 0, atol=1e-12)
-    assert all(objective(best + np.array([shift, 0]))[0] > value for shift in (-0.1, 0.1))
-
-
-@pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
-def test_losses_ignore_a_shift_of_a_group_and_survive_huge_scores(loss):
-    objective, scores = rank_loss(CLICKS, loss, **SETTINGS), np.random.default_rng(0).normal(size=7)
-    assert objective(scores + np.array([5, 5, 5, -3, -3, 0, 0]))[0] == pytest.approx(objective(scores)[0])
-    value, gradient = objective(scores * 1e5)
-    assert np.isfinite(value)
-    assert np.isfinite(gradient).all()
-
-
-def test_list_loss_refuses_mixed_evidence():
-    with pytest.raises(UserError, match="one kind of evidence in all groups; found clicks and pairs"):
-        rank_loss([CLICKS[0], PAIRS[0]], "list", **SETTINGS)
-
-
-def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match="loss 'auto' is none of list, bradley-terry, margin"):
-        rank_loss(CLICKS, "auto", **SETTINGS)
+def objective(evidence="clicks", loss="auto"):
+    task = Task(kind="rank", evidence=evidence)
+    return numpy_objective(make_loss(task, name=resolve_loss(task, loss)))
 
 
 # --- rankers ----------------------------------------------------------------------------------------------------------
@@ -139,24 +64,22 @@ def click_log(groups=300, seed=0, h=4, true=(1.0, -0.5, 0.0, 0.0)):
 
 def test_linear_ranker_recovers_the_weights_behind_the_clicks():
     groups, features = click_log()
-    weights = linear_ranker(np.concatenate(features), groups, "list", **SETTINGS)
+    weights = linear_ranker(np.concatenate(features), groups, objective())
     np.testing.assert_allclose(weights, [1.0, -0.5, 0.0, 0.0], atol=0.08)
 
 
 def test_linear_ranker_is_the_same_on_sparse_features():
     groups, features = click_log(groups=60)
     dense = np.concatenate(features)
-    expected = linear_ranker(dense, groups, "list", **SETTINGS)
-    np.testing.assert_allclose(
-        linear_ranker(csr_matrix(dense), groups, "list", **SETTINGS), expected, rtol=1e-4, atol=1e-5
-    )
+    expected = linear_ranker(dense, groups, objective())
+    np.testing.assert_allclose(linear_ranker(csr_matrix(dense), groups, objective()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
 def test_frozen_ranker_learns_with_each_loss_whatever_the_units(loss):
     groups, features = click_log()
     features = [x * [1, 1000, 1, 1] + [0, 0, 5, 0] for x in features]
-    scores = frozen_ranker(features[:200], groups[:200], features[200:], loss, **SETTINGS)
+    scores = frozen_ranker(features[:200], groups[:200], features[200:], objective(loss=loss))
     assert [s.shape for s in scores] == [(len(g.texts),) for g in groups[200:]]
     assert rank_metrics(scores, groups[200:])["pair_accuracy"].value > 0.85
 
@@ -167,8 +90,8 @@ def test_arm_order_does_not_matter():
         dataclasses.replace(g, texts=g.texts[::-1], clicks=g.clicks[::-1], impressions=g.impressions[::-1])
         for g in groups
     ]
-    expected = frozen_ranker(features, groups, features, "list", **SETTINGS)
-    found = frozen_ranker([x[::-1] for x in features], flipped, features, "list", **SETTINGS)
+    expected = frozen_ranker(features, groups, features, objective())
+    found = frozen_ranker([x[::-1] for x in features], flipped, features, objective())
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-3)
 
 
@@ -193,7 +116,7 @@ def random_titles(count=120, seed=0, chinese=False):
 @pytest.mark.parametrize("chinese", [False, True])
 def test_tfidf_ranker_finds_the_word_that_wins(chinese):
     groups = titled(random_titles(chinese=chinese), lambda texts: 0 if ("好" in texts[0] or "great" in texts[0]) else 1)
-    scores = tfidf_ranker(groups[:80], groups[80:], "bradley-terry", **SETTINGS)
+    scores = tfidf_ranker(groups[:80], groups[80:], objective("pairs"))
     assert rank_metrics(scores, groups[80:])["pair_accuracy"].value == 1
 
 
@@ -204,31 +127,36 @@ def test_length_ranker_sees_length_and_nothing_else():
         for a, b in zip(rng.integers(1, 9, 100), rng.integers(10, 19, 100), strict=True)
     ]
     groups = titled(pairs, lambda texts: 1)
-    scores = length_ranker(groups[:70], groups[70:], "bradley-terry", **SETTINGS)
+    scores = length_ranker(groups[:70], groups[70:], objective("pairs"))
     assert rank_metrics(scores, groups[70:])["pair_accuracy"].value == 1
     same_length = titled([("abc", "xyz")], lambda texts: 0)
-    first, second = length_ranker(groups, same_length, "bradley-terry", **SETTINGS)[0]
+    first, second = length_ranker(groups, same_length, objective("pairs"))[0]
     assert first == second
 
 
-@pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
+@pytest.mark.parametrize("loss", ["auto", "bradley-terry", "margin"])
 @pytest.mark.parametrize(
-    "groups", [CLICKS[2:], GRADES[2:], PAIRS[2:], CLICKS[:1], CLICKS, GRADES, PAIRS], ids=lambda groups: groups[0].group
+    ("evidence", "groups"),
+    [
+        *(("clicks", g) for g in (CLICKS[2:], CLICKS[:1], CLICKS)),
+        *(("grades", g) for g in (GRADES[2:], GRADES)),
+        *(("pairs", g) for g in (PAIRS[2:], PAIRS)),
+    ],
 )
-def test_rankers_survive_tiny_data_and_none(groups, loss):
-    test = [group(("p", "q"))]
+def test_rankers_survive_tiny_data_and_none(evidence, groups, loss):
+    test, fit = [group(("p", "q"))], objective(evidence, loss)
     features = [np.ones((len(g.texts), 2)) for g in groups]
     for scores in (
-        length_ranker(groups, test, loss, **SETTINGS),
-        tfidf_ranker(groups, test, loss, **SETTINGS),
-        frozen_ranker(features, groups, [np.ones((2, 2))], loss, **SETTINGS),
+        length_ranker(groups, test, fit),
+        tfidf_ranker(groups, test, fit),
+        frozen_ranker(features, groups, [np.ones((2, 2))], fit),
     ):
         assert [s.shape for s in scores] == [(2,)]
         assert np.isfinite(scores[0]).all()
 
 
 def test_without_evidence_the_scorer_is_constant():
-    scores = frozen_ranker([np.eye(2)], CLICKS[2:], [np.eye(2)], "list", **SETTINGS)[0]
+    scores = frozen_ranker([np.eye(2)], CLICKS[2:], [np.eye(2)], objective())[0]
     assert scores.tolist() == [0, 0]
 
 

@@ -137,9 +137,9 @@ def gradients(examples, loss, labels: int, micro_tokens: int) -> tuple[dict, flo
     """Gradients of one step (plain descent with rate 1 leaves them as the difference), its loss, and its rounds."""
     scorer, calls = new_scorer(labels=labels), []
 
-    def counted(scores, part):
+    def counted(part):
         calls.append(len(part))
-        return loss(scores, part)
+        return loss(part)
 
     before = trainable_state(scorer)
     optimizer = torch.optim.SGD([p for p in scorer.parameters() if p.requires_grad], lr=1.0)
@@ -345,11 +345,11 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     _, expected = run(tmp_path / "whole")
     plain, calls = make_loss(SINGLE), []
 
-    def press(scores, examples):
+    def press(examples):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(scores, examples)
+        return plain(examples)
 
     folder = tmp_path / "cut"
     with pytest.raises(Interrupted) as stopped:
@@ -361,7 +361,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_a_second_ctrl_c_breaks_at_once(tmp_path):
-    def press(scores, examples):
+    def press(examples):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
@@ -385,10 +385,15 @@ def test_it_runs_in_a_thread(tmp_path):
 def spoilt(step: int, spoil):
     plain, calls = make_loss(SINGLE), []
 
-    def loss(scores, examples):
+    def loss(examples):
         calls.append(None)
-        summed, count = plain(scores, examples)
-        return (spoil(summed, scores) if len(calls) == step else summed), count
+        bound, now = plain(examples), len(calls) == step
+
+        def spoilt_now(scores):
+            summed, count = bound(scores)
+            return (spoil(summed, scores) if now else summed), count
+
+        return spoilt_now
 
     return loss
 

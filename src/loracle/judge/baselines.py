@@ -12,26 +12,24 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, issparse
-from scipy.special import expit, log_expit, log_softmax
+from scipy.special import log_expit, log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from loracle.data.examples import RankGroup, Task
-from loracle.errors import UserError
 from loracle.judge.metrics import Array
-from loracle.judge.ranking import evidence_of, grade_gains, group_pairs
 
 Features: TypeAlias = "np.ndarray | csr_matrix"  # [N, H] or [T, H]
-LOSSES = ("list", "bradley-terry", "margin")
+RankLoss = Callable[[Array], tuple[float, Array]]  # scores [T] -> mean loss, its gradient [T]
+Objective = Callable[[Sequence[RankGroup]], RankLoss]
 
 logger = logging.getLogger(__name__)
 
@@ -129,31 +127,19 @@ def _log_loss(logits: Array, targets: np.ndarray, task: Task) -> float:
 
 
 def length_ranker(
-    train_groups: Sequence[RankGroup],
-    test_groups: Sequence[RankGroup],
-    loss: str,
-    *,
-    saturation: float,
-    margin: float,
-    seed: int = 0,
+    train_groups: Sequence[RankGroup], test_groups: Sequence[RankGroup], objective: Objective, *, seed: int = 0
 ) -> list[Array]:
     """Scores ``[n_i]`` of each test group from a title's number of characters and of words alone."""
     train, test = ([_lengths(group.texts) for group in groups] for groups in (train_groups, test_groups))
-    return frozen_ranker(train, train_groups, test, loss, saturation=saturation, margin=margin, seed=seed)
+    return frozen_ranker(train, train_groups, test, objective, seed=seed)
 
 
 def tfidf_ranker(
-    train_groups: Sequence[RankGroup],
-    test_groups: Sequence[RankGroup],
-    loss: str,
-    *,
-    saturation: float,
-    margin: float,
-    seed: int = 0,
+    train_groups: Sequence[RankGroup], test_groups: Sequence[RankGroup], objective: Objective, *, seed: int = 0
 ) -> list[Array]:
     """Scores ``[n_i]`` of each test group linear in the TF-IDF of its titles; a context is shared, so it has no say."""
     train, test = _tfidf(_titles(train_groups), _titles(test_groups))
-    weights = linear_ranker(train, train_groups, loss, saturation=saturation, margin=margin, seed=seed)
+    weights = linear_ranker(train, train_groups, objective, seed=seed)
     return _by_group(test @ weights, test_groups)
 
 
@@ -161,35 +147,23 @@ def frozen_ranker(
     train_features: Sequence[np.ndarray],
     train_groups: Sequence[RankGroup],
     test_features: Sequence[np.ndarray],
-    loss: str,
+    objective: Objective,
     *,
-    saturation: float,
-    margin: float,
     seed: int = 0,
 ) -> list[Array]:
     """Scores ``[n_i]`` of each test group linear in standardised features ``[n_i, H]`` of a frozen model."""
     sizes = [len(part) for part in test_features]
     train, test = _standardised(np.concatenate(train_features), np.concatenate(test_features))
-    weights = linear_ranker(train, train_groups, loss, saturation=saturation, margin=margin, seed=seed)
+    weights = linear_ranker(train, train_groups, objective, seed=seed)
     return np.split(test @ weights, np.cumsum(sizes)[:-1])
 
 
-def linear_ranker(
-    features: Features,
-    groups: Sequence[RankGroup],
-    loss: str,
-    *,
-    saturation: float,
-    margin: float,
-    seed: int = 0,
-) -> Array:
+def linear_ranker(features: Features, groups: Sequence[RankGroup], objective: Objective, *, seed: int = 0) -> Array:
     """Weights ``[H]`` of a linear ranker, fitted by L-BFGS with an L2 penalty chosen on a fifth of the groups.
 
     Args:
         features: ``[T, H]``, dense or sparse, one row a title, in the order of the groups.
-        loss: see ``rank_loss``.
-        saturation: m0, clicks at which a group has half of the weight that it can reach.
-        margin: of the margin loss, in units of the score, where a preference names none.
+        objective: the loss to minimise, the model's own (``train.losses.numpy_objective``).
 
     Returns:
         Zeros, a constant scorer, where no group has evidence.
@@ -198,140 +172,32 @@ def linear_ranker(
     fit, held = (sorted(part) for part in _held_out(len(groups), seed))
     rows = np.split(np.arange(features.shape[0]), np.cumsum([len(group.texts) for group in groups])[:-1])
 
-    def objective(chosen: Sequence[int]) -> tuple[Features, RankLoss]:
+    def part(chosen: Sequence[int]) -> tuple[Features, RankLoss]:
         taken = np.concatenate([rows[i] for i in chosen])
-        return features[taken], rank_loss([groups[i] for i in chosen], loss, saturation=saturation, margin=margin)
+        return features[taken], objective([groups[i] for i in chosen])
 
     strength = RANKER_L2[len(RANKER_L2) // 2]
     weights = np.zeros(features.shape[1])
     if held:
-        fit_features, fit_loss = objective(fit)
-        held_features, held_loss = objective(held)
+        fit_features, fit_loss = part(fit)
+        held_features, held_loss = part(held)
         losses = []
         for candidate in RANKER_L2:  # from strong to weak, each from where the last one ended
             weights = _minimise(fit_features, fit_loss, candidate * scale, weights)
             losses.append(held_loss(held_features @ weights)[0])
         strength = RANKER_L2[int(np.argmin(losses))]
-    return _minimise(features, rank_loss(groups, loss, saturation=saturation, margin=margin), strength * scale, weights)
-
-
-RankLoss = Callable[[Array], tuple[float, Array]]  # scores [T] -> loss, its gradient [T]
-
-
-def rank_loss(groups: Sequence[RankGroup], loss: str, *, saturation: float, margin: float) -> RankLoss:
-    """The loss of scores ``[T]`` and its gradient: summed over the groups, then divided once by the total weight.
-
-    - ``list``: −Σ_i w_i log p_i with p_i = softmax(s_i + log offset_i) within the group. Clicks: offset = impressions,
-      w_i = clicks_i/m · m/(1 + m/m0), the conditional click likelihood, tempered by m0 since evidence saturates
-      (McFadden 1974). Grades: offset 1, w_i = (2^grade_i − 1)/Σ (ListNet, Cao et al. 2007). A preference is a list
-      of two, which makes this Bradley-Terry.
-    - ``bradley-terry``: −log σ(s_winner − s_loser − margin), margin 0 where a preference names none (1952).
-    - ``margin``: max(0, margin − (s_winner − s_loser)), ``margin`` where a preference names none.
-
-    Raises:
-        UserError: the list loss is asked for groups that hold different kinds of evidence.
-        ValueError: there is no such loss; ``auto`` is resolved elsewhere.
-    """
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}")
-    if loss == "list" and (kinds := {kind for group in groups if (kind := evidence_of(group))}) != {"pairs"}:
-        if "pairs" in kinds:
-            raise UserError("one kind of evidence in all groups", " and ".join(sorted(kinds)), "train on one of them")
-        return _ListLoss.of(groups, saturation)
-    return _PairLoss.of(groups, "bradley-terry" if loss == "list" else loss, margin)
-
-
-@dataclass(frozen=True, slots=True)
-class _ListLoss:
-    """Weighted log-likelihood of a softmax within each group."""
-
-    starts: npt.NDArray[np.intp]  # [G], first title of each group
-    sizes: npt.NDArray[np.intp]  # [G], titles of each group
-    weights: Array  # [T]
-    offsets: Array  # [T], log
-
-    @classmethod
-    def of(cls, groups: Sequence[RankGroup], saturation: float) -> _ListLoss:
-        sizes = np.array([len(group.texts) for group in groups])
-        weights = np.concatenate([group.weight * _list_weights(group, saturation) for group in groups])
-        shown = np.concatenate([group.impressions or np.ones(len(group.texts)) for group in groups]).astype(np.float64)
-        # An arm never shown cannot have been clicked: its log offset is far below all scores, yet finite.
-        return cls(np.cumsum(sizes) - sizes, sizes, weights, np.log(np.maximum(shown, np.finfo(np.float64).tiny)))
-
-    def __call__(self, scores: Array) -> tuple[float, Array]:
-        total = self.weights.sum()
-        if total == 0:
-            return 0.0, np.zeros_like(scores)
-        logits = scores + self.offsets
-        logits = logits - np.repeat(np.maximum.reduceat(logits, self.starts), self.sizes)
-        powers = np.exp(logits)
-        sums = np.repeat(np.add.reduceat(powers, self.starts), self.sizes)
-        group_weight = np.repeat(np.add.reduceat(self.weights, self.starts), self.sizes)
-        loss = self.weights @ (np.log(sums) - logits)
-        return float(loss / total), (group_weight * powers / sums - self.weights) / total
-
-
-@dataclass(frozen=True, slots=True)
-class _PairLoss:
-    """Bradley-Terry or margin loss over pairs."""
-
-    winner: npt.NDArray[np.intp]  # [P], rows of the scores
-    loser: npt.NDArray[np.intp]  # [P]
-    weights: Array  # [P]
-    margins: Array  # [P]
-    hinge: bool
-
-    @classmethod
-    def of(cls, groups: Sequence[RankGroup], loss: str, margin: float) -> _PairLoss:
-        default = margin if loss == "margin" else 0.0
-        pairs = [group_pairs(group) for group in groups]
-        starts = np.cumsum([0] + [len(group.texts) for group in groups[:-1]])
-        winner, loser = np.concatenate([part + start for part, start in zip(pairs, starts, strict=True)]).T
-        counts = [len(part) for part in pairs]
-        margins = [_margins(group, count, default) for group, count in zip(groups, counts, strict=True)]
-        weights = np.repeat([group.weight for group in groups], counts)
-        return cls(winner, loser, weights, np.concatenate(margins), loss == "margin")
-
-    def __call__(self, scores: Array) -> tuple[float, Array]:
-        total = self.weights.sum()
-        if total == 0:
-            return 0.0, np.zeros_like(scores)
-        lead = scores[self.winner] - scores[self.loser] - self.margins
-        losses, slopes = (
-            (np.maximum(0, -lead), (lead < 0).astype(np.float64)) if self.hinge else (-log_expit(lead), expit(-lead))
-        )
-        slopes = slopes * self.weights / total
-        gradient = np.zeros_like(scores)
-        np.add.at(gradient, self.loser, slopes)
-        np.subtract.at(gradient, self.winner, slopes)
-        return float(losses @ self.weights / total), gradient
-
-
-def _list_weights(group: RankGroup, saturation: float) -> Array:
-    """Weight of each title in the list likelihood; zeros where nothing was clicked or every gain is 0."""
-    if group.clicks is not None:
-        clicks = np.asarray(group.clicks, dtype=np.float64)
-        return clicks / (1 + clicks.sum() / saturation)
-    gains = grade_gains(group.grades) if group.grades is not None else np.zeros(len(group.texts))
-    return gains / gains.sum() if gains.any() else gains
-
-
-def _margins(group: RankGroup, count: int, default: float) -> Array:
-    if evidence_of(group) != "pairs":
-        return np.full(count, default)
-    named = [preference.margin for preference in group.preferences]
-    return np.array([default if margin is None else margin for margin in named], dtype=np.float64)
+    return _minimise(features, objective(groups), strength * scale, weights)
 
 
 def _minimise(features: Features, loss: RankLoss, penalty: float, start: Array) -> Array:
     """Weights ``[H]`` that minimise ``loss(features @ w) + penalty/2 · |w|²``."""
 
-    def objective(weights: Array) -> tuple[float, Array]:
+    def cost(weights: Array) -> tuple[float, Array]:
         value, gradient = loss(features @ weights)
         return value + penalty / 2 * float(weights @ weights), features.T @ gradient + penalty * weights
 
     with _one_thread():
-        return minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}).x
+        return minimize(cost, start, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}).x
 
 
 def _one_thread() -> threadpool_limits:

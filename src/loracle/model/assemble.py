@@ -78,17 +78,18 @@ def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192)
 
     Texts of similar length go together, which the attention likes; results come back in the order given.
     """
-    return _in_rounds(scorer, scorer.forward, texts, micro_tokens)
+    return in_rounds(scorer, scorer.forward, texts, micro_tokens)
 
 
 def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192) -> np.ndarray:
     """Mean last hidden states of encoded texts, ``float32 [E, H]``."""
-    return _in_rounds(scorer, scorer.features, texts, micro_tokens)
+    return in_rounds(scorer, scorer.features, texts, micro_tokens)
 
 
-def _in_rounds(
-    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int
+def in_rounds(
+    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 8192
 ) -> np.ndarray:
+    """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients."""
     was_training = scorer.training
     scorer.eval()
     results: list[np.ndarray] = []

@@ -67,16 +67,16 @@ class Scorer(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
         scores = self._head(self.states(batch), batch) if self.packed else self._padded(batch)
-        return _by_text(_wide(scores), batch)
+        return by_text(_wide(scores), batch)
 
     def features(self, batch: PackedBatch) -> Tensor:
         """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
         if self.packed:
-            return _by_text(_mean(self.states(batch), batch), batch)
+            return by_text(_mean(self.states(batch), batch), batch)
         inputs = self._rectangle(batch)
         mask = inputs["attention_mask"]
         states = self.inner.base_model(**inputs).last_hidden_state.float()
-        return _by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
+        return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states of all rows, ``[T, H]``."""
@@ -150,7 +150,7 @@ def _mean(states: Tensor, batch: PackedBatch) -> Tensor:
     return total / torch.from_numpy(counts).to(states.device)[:, None]
 
 
-def _by_text(values: Tensor, batch: PackedBatch) -> Tensor:
+def by_text(values: Tensor, batch: PackedBatch) -> Tensor:
     """Values of segments ``[S, X]`` to values of texts ``[E, X]``: equal texts read the same row, chunks are averaged."""
     chunks = values[torch.from_numpy(batch.chunk_segment).to(values.device)]
     if len(batch.chunk_text) == batch.texts:

@@ -63,6 +63,12 @@ class Encoder:
         self._backend.encode_special_tokens = True
         return [self._encoded(e) for e in self._backend.encode_batch(inputs)]
 
+    @property
+    def after(self) -> int:
+        """Tokens that stand behind every text of a decoder: the cue, or the read token."""
+        (alone,) = self([""])
+        return alone.tokens - alone.starts[0]
+
     def _encoded(self, encoding) -> Encoded:
         start = _text_start(encoding, self.encoder)
         pieces = [encoding]

@@ -202,7 +202,7 @@ def _step(
         packed = scorer.pack([e for i in part for e in encoded[i]])
         last = number == len(rounds) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            summed, counted = loss(model(packed), [batch[i] for i in part])
+            summed, counted = loss([batch[i] for i in part])(model(packed))
             if not math.isfinite(value := summed.item()):
                 raise _diverged(step + 1, [batch[i] for i in part], f"a loss of {value}")
             accelerator.backward(summed)

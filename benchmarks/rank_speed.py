@@ -1,0 +1,137 @@
+"""Ranking speed beside what a user runs today: TRL's RewardTrainer + PEFT on pairs, same A/B tests, alternating rounds.
+
+    python benchmarks/rank_speed.py                 # a dated table in benchmarks/results/
+    python benchmarks/rank_speed.py --ours          # one measurement of ours, as a JSON line
+
+Both train one epoch on the pairs of the same tests (``bench/peer_rank.py``), LoRA r 16 on every linear layer, bf16 base. The
+peer runs two forwards a pair; ours scores each title of a group once and forms the pairs from the scores. Ours has the
+peer's dropout (0) and its Bradley-Terry loss, and ends each title with the end-of-text token as the peer does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import gzip
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results import SHARED, write_table
+from train_speed import last_json
+
+TESTS, ROUNDS, BATCHES, GROUPS = 60, 3, (8, 16, 32), 8
+DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
+PEER = SHARED / "bench" / "peer_rank.py"
+
+
+def arms(tests: int) -> list[dict[str, tuple[int, int]]]:
+    """``{headline: (clicks, impressions)}`` of each test and image, in the peer's order."""
+    groups: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
+    with gzip.open(DATA, "rt", encoding="utf-8") as f:
+        for row in csv.DictReader(f):
+            if (shown := int(row["impressions"])) >= 100:
+                of_group, title = groups[row["clickability_test_id"], row["eyecatcher_id"]], row["headline"].strip()
+                clicks, before = of_group.get(title, (0, 0))
+                of_group[title] = clicks + int(row["clicks"]), before + shown
+    by_test = collections.defaultdict(list)
+    for (test, _), of_group in groups.items():
+        if len(of_group) > 1:
+            by_test[test].append(of_group)
+    order = sorted(by_test, key=lambda test: hashlib.sha256(test.encode()).hexdigest())
+    return [of_group for test in order[:tests] for of_group in by_test[test]]
+
+
+def ours() -> dict[str, float]:
+    """One epoch of ours over the peer's pairs."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from loracle.data.examples import RankGroup, Task
+    from loracle.judge.ranking import group_pairs
+    from loracle.model.assemble import new_scorer
+    from loracle.model.backbone import demo_model_folder
+    from loracle.text.encode import Encoded
+    from loracle.train.loop import Schedule, fit
+    from loracle.train.losses import make_loss
+
+    groups = [
+        RankGroup(
+            group=str(i), texts=tuple(of_group), rows=(i,) * len(of_group),
+            clicks=tuple(c for c, _ in of_group.values()), impressions=tuple(n for _, n in of_group.values()),
+        )
+        for i, of_group in enumerate(arms(TESTS), 1)
+    ]  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
+    titles = sorted({t for g in groups for t in g.texts})
+    ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
+    task = Task(kind="rank", evidence="clicks")
+    scorer = new_scorer(
+        demo_model_folder(), task, pad_token_id=0, dtype=torch.bfloat16, device=torch.device("cpu"),
+        lora={"r": 16, "alpha": 32, "dropout": 0.0},
+    )  # fmt: skip
+    pairs = sum(len(group_pairs(g)) for g in groups)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        fit(
+            scorer,
+            groups,
+            lambda some: [[Encoded(chunks=(ids[t],), starts=(0,)) for t in g.texts] for g in some],
+            make_loss(task, name="bradley-terry"),
+            lambda: {"metric": 0.0, "loss": 0.0},
+            schedule=Schedule(epochs=1, batch=GROUPS, lr=2e-4, save_steps=10**9),
+            folder=Path(folder),
+            quiet=True,
+        )
+        wall = time.perf_counter() - started
+    return {"pairs": pairs, "pairs_per_s": pairs / wall, "titles_per_s": len(titles) / wall}
+
+
+def peer(batch: int) -> dict[str, float]:
+    """One epoch of RewardTrainer + PEFT."""
+    from loracle.model.backbone import demo_model_folder
+
+    command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--tests", TESTS, "--batch", batch]
+    return last_json(command)
+
+
+def main() -> None:
+    """All ways in turn, several rounds; medians and the ratio."""
+    ways = {f"TRL RewardTrainer + PEFT, {b} pairs a step": lambda b=b: peer(b) for b in BATCHES}
+    mine = f"loracle, {GROUPS} groups a step"
+    ways[mine] = lambda: last_json([sys.executable, __file__, "--ours"])
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, measure in ways.items():
+            found[name].append(measure())
+            print(f"{name}: {found[name][-1]['pairs_per_s']:.2f} pairs/s", flush=True)
+    counts = {int(r["pairs"]) for rounds in found.values() for r in rounds}
+    if len(counts) != 1:
+        raise SystemExit(f"the ways saw different pairs: {counts}")
+    median = {name: statistics.median(r["pairs_per_s"] for r in rounds) for name, rounds in found.items()}
+    best = max(rate for name, rate in median.items() if name != mine)
+    rows = [["way", "pairs/s, median", "all rounds", "ratio to the best peer"]]
+    for name, rounds in found.items():
+        each = ", ".join(f"{r['pairs_per_s']:.2f}" for r in rounds)
+        rows.append([name, f"{median[name]:.2f}", each, f"{median[name] / best:.2f}×"])
+    notes = [
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {TESTS} Upworthy tests, {counts.pop():,} pairs, one "
+        f"epoch, {ROUNDS} rounds in turn; model load left out. No context: what is saved is scoring each title once, and "
+        "padding.",
+        f"Ours / best peer: **{median[mine] / best:.2f}×**.",
+    ]
+    write_table("rank_speed", rows, notes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ours", action="store_true")
+    if parser.parse_args().ours:
+        print(json.dumps(ours()))
+    else:
+        main()
