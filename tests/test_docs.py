@@ -46,6 +46,36 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
     assert "predicted" in Path("scored.csv").read_text()
 
 
+def test_the_page_on_clicks_works(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("bad", "so", "good")
+    log = [
+        {"test_id": i // 2, "image": i % 2, "week": 201401 + i, "headline": f"{w} headline {i}", "impressions": 1000 + c,
+         "clicks": 10 * c + 5}
+        for i in range(40)
+        for c, w in enumerate(words)
+    ]  # fmt: skip
+    write(Path("log.csv"), log)
+    write(Path("groups.csv"), log[:6])
+    shown = [{"slot": i, "title": f"{w} title {i}", "clicked": int(n < c + 1)}
+             for i in range(4) for c, w in enumerate(words) for n in range(120)]  # fmt: skip
+    write(Path("events.csv"), shown)
+    Path("new_titles.txt").write_text("a good headline\na bad one\n", encoding="utf-8")
+    found = commands("docs/clicks.md")
+    assert len(found) >= 8
+    said = []
+    for line in found:
+        _, *args = shlex.split(line)
+        if args[0] == "train":
+            args += ["--model", str(tiny_model("qwen2")), "--test-share", "0.2", "--validation-share", "0.2"]
+        done = CliRunner().invoke(main, args)
+        assert done.exit_code == 0, (line, done.output, done.exception)
+        said.append(done.output)
+    assert any("score lost without the word" in text for text in said)
+    assert "lift_low" in Path("ranked.csv").read_text()
+    assert Path("plan.png").stat().st_size > 1000
+
+
 def test_the_python_of_the_readme_works(tiny_model, tmp_path, monkeypatch):
     """As it stands, but for the model; both fits in one folder, as a newcomer runs them."""
     monkeypatch.chdir(tmp_path)
@@ -67,7 +97,7 @@ def test_the_examples_work(tiny_model, capsys, path):
     assert any(word in "".join(last) for word in ("good (", "bad (", "7 facts about ships"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/clicks.md", "CONTRIBUTING.md"])
 def test_flags_and_files_named_in_the_pages_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     known = {opt for command in main.commands.values() for p in command.params for opt in p.opts + p.secondary_opts}

@@ -25,6 +25,7 @@ ORDER = [
     "run",
     "serve",
     "recipe",
+    "planning",
     "demo",
     "api",
     "cli",

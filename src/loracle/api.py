@@ -115,7 +115,7 @@ class TextRanker(_Estimator):
 
     def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
         """Titles with their scores, best first."""
-        return self.predictor_.rank(titles, context)
+        return [(ranked.text, ranked.score) for ranked in self.predictor_.rank(titles, context)]
 
 
 def _group(number: int, group: Mapping[str, Any]) -> RankGroup:

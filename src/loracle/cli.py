@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 import loracle
-from loracle.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from loracle.config import DataConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
 from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
@@ -169,6 +169,7 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 @options(DataConfig, only=("text", "group"))
 @click.option("--context", help="what the titles are for; with a file: the column that says it")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: the terminal")
+@click.option("--explain", is_flag=True, help="also say what each word adds to the score: what is lost without it")
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
 def rank(
@@ -176,16 +177,57 @@ def rank(
     titles: tuple[str, ...],
     context: str | None,
     out: Path | None,
+    explain: bool,
     base: str | None,
     device: str,
     **columns: Any,
 ) -> None:
-    """Rank TITLES, best first, with the ranker in RUN; or one file of titles, group by group."""
-    from loracle.data.examples import RankGroup
+    """Rank TITLES, best first, with the ranker in RUN; or one file of titles, group by group; or - for one a line.
+
+    A ranker that learnt from clicks also says how likely each title is to beat each other one, and which lift over the mean
+    of those offered to expect.
+    """
     from loracle.run.folder import read_info
 
-    info = read_info(run)
-    if len(titles) == 1 and _is_file(titles[0]):
+    groups = _titles_to_rank(read_info(run), titles, context, columns)
+    _calm()
+    from loracle.run.explain import leave_one_out
+    from loracle.run.output import open_output
+    from loracle.run.predictor import Predictor
+
+    predictor = Predictor(run, base=base, device=device)
+
+    def words_of(group: Any, ranked: list) -> list[list[tuple[str, float]]] | None:
+        return leave_one_out(predictor, [r.text for r in ranked], group.context) if explain else None
+
+    ranked = ((group, predictor.rank(group.texts, group.context)) for group in groups)
+    if out is None and len(groups) == 1:
+        group, best_first = next(ranked)
+        click.echo("\n".join(_ranking_lines(best_first, words_of(group, best_first))))
+        return
+    with open_output(out) as write:
+        for group, best_first in ranked:
+            words = words_of(group, best_first)
+            for position, r in enumerate(best_first, 1):
+                row: dict[str, Any] = {
+                    "group": group.group,
+                    "rank": position,
+                    "score": round(r.score, 6),
+                    "text": r.text,
+                }
+                if predictor.spread is not None:
+                    row |= {name: _rounded(getattr(r, name)) for name in ("lift", "lift_low", "lift_high")}
+                    row["beats"] = [round(p, 4) for p in r.beats or ()]
+                if words is not None:
+                    row["words"] = [[word, round(value, 4)] for word, value in words[position - 1]]
+                write(row)
+
+
+def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, columns: dict[str, Any]) -> list[Any]:
+    """Groups from the command line, from standard input (-), or from a file."""
+    from loracle.data.examples import RankGroup
+
+    if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
         from loracle.data.schema import read_unlabelled_groups
         from loracle.data.sources import open_table
@@ -195,25 +237,45 @@ def rank(
         groups, issues = read_unlabelled_groups(table, infer_text_column(table, named))
         for issue in issues:
             click.echo(f"note: {issue}", err=True)
-    else:
-        distinct = tuple(dict.fromkeys(titles))
-        if len(distinct) < len(titles):
-            click.echo(f"note: {len(titles) - len(distinct)} repeated titles are ranked once", err=True)
-        groups = [RankGroup(group="", texts=distinct, rows=tuple(range(1, 1 + len(distinct))), context=context)]
-    _calm()
-    from loracle.run.output import open_output
-    from loracle.run.predictor import Predictor
+        return groups
+    if titles == ("-",):
+        titles = tuple(line.strip() for line in click.get_text_stream("stdin", encoding="utf-8") if line.strip())
+        if not titles:
+            raise UserError(
+                "titles on standard input, one a line", "none", "pipe some in: loracle rank run - < titles.txt"
+            )
+    distinct = tuple(dict.fromkeys(titles))
+    if len(distinct) < len(titles):
+        click.echo(f"note: {len(titles) - len(distinct)} repeated titles are ranked once", err=True)
+    return [RankGroup(group="", texts=distinct, rows=tuple(range(1, 1 + len(distinct))), context=context)]
 
-    predictor = Predictor(run, base=base, device=device)
-    ranked = ((group, predictor.rank(group.texts, group.context)) for group in groups)
-    if out is None and len(groups) == 1:
-        for position, (title, value) in enumerate(next(ranked)[1], 1):
-            click.echo(f"{position:>3}  {value:+.3f}  {title}")
-        return
-    with open_output(out) as write:
-        for group, order in ranked:
-            for position, (title, value) in enumerate(order, 1):
-                write({"group": group.group, "rank": position, "score": round(value, 6), "text": title})
+
+MATRIX = 10  # titles up to which the terminal shows each one's chance against each other
+
+
+def _ranking_lines(ranked: list, words: list[list[tuple[str, float]]] | None) -> list[str]:
+    """A ranking for the terminal; below it, if asked for, what each word of a title adds."""
+    from loracle.judge.report import plain_table
+
+    rows = []
+    if told := ranked[0].lift is not None:
+        against = [f"beats {j}" for j in range(1, len(ranked) + 1)] if len(ranked) <= MATRIX else []
+        rows.append(["", "score", "lift", "95 %", *against, "title"])
+    for position, r in enumerate(ranked, 1):
+        chances = [f"{p:.0%}" if j != position else "" for j, p in enumerate(r.beats or (), 1)]
+        lift = [f"{r.lift:+.0%}", f"{r.lift_low:+.0%} to {r.lift_high:+.0%}"] if told else []
+        rows.append([f"{position:>3}", f"{r.score:+.3f}", *lift, *(chances if len(ranked) <= MATRIX else []), r.text])
+    lines = plain_table(rows).splitlines()
+    if words is not None:
+        lines += ["", "score lost without the word:"]
+        for position, of_title in enumerate(words, 1):
+            by_size = sorted(of_title, key=lambda word: -abs(word[1]))
+            lines.append(f"{position:>3}  " + "  ".join(f"{word} {value:+.3f}" for word, value in by_size))
+    return lines
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 @main.command()
@@ -253,16 +315,25 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
 
 
 REMEMBERED = (
-    "text", "label", "group", "context", "clicks", "impressions", "grade", "label_delimiter", "min_impressions",
+    "text", "label", "group", "compare", "context", "clicks", "impressions", "clicked", "grade", "label_delimiter",
+    "min_impressions",
 )  # fmt: skip
 
 
 def _remembered(info: Any, table: Any, given: dict[str, Any], only: tuple[str, ...] = REMEMBERED) -> DataConfig:
-    """Columns that training named or inferred are looked for again where they are there; flags win."""
+    """Columns that training named or inferred are looked for again where they are there; flags win.
+
+    Not those that only training minds: weight and date.
+    """
     inferred = info.provenance.get("columns", {})
     known = {name: inferred.get(name, getattr(info.config.data, name)) for name in only}
     kept = {k: v for k, v in known.items() if _is_there(k, v, table.columns)}
-    return _data_config(**{**kept, **{k: v for k, v in given.items() if v is not None}})
+    flags = {k: v for k, v in given.items() if v is not None}
+    if "clicked" in flags:
+        kept = {k: v for k, v in kept.items() if k not in ("clicks", "impressions")}
+    elif "clicks" in flags or "impressions" in flags:
+        kept.pop("clicked", None)
+    return _data_config(**{**kept, **flags})
 
 
 def _is_there(name: str, value: Any, columns: tuple[str, ...]) -> bool:
@@ -301,6 +372,55 @@ def check(data: str, as_json: bool, **given: Any) -> None:
     else:
         click.echo("\n".join([*found.columns.said, *report.lines()]))
     refuse(found)
+
+
+@main.command()
+@options(PlanConfig)
+@click.option(
+    "--data", help="a click log whose rate, spread, titles and impressions are taken, with a learning curve of it"
+)
+@options(
+    DataConfig, only=("group", "compare", "text", "context", "clicks", "impressions", "clicked", "min_impressions")
+)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="also draw it: a .png, .svg or .pdf file")
+@click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
+def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any) -> None:
+    """Say how many tests and impressions a click log needs, from a simulated one; no model is trained.
+
+    Titles of a test differ by SPREAD in their true log-odds of a click; noise decides what their click rates show of it.
+    """
+    import json
+
+    from loracle import planning
+
+    settings = {f.name: v for f in dataclasses.fields(PlanConfig) if (v := given.pop(f.name)) is not None}
+    plan, learnt = PlanConfig(**settings), []
+    if data is not None:
+        groups = _click_groups(data, given)
+        plan = dataclasses.replace(planning.of_log(groups, plan), **settings)
+        learnt = planning.learning_curve(groups, plan.seed)
+    elif columns := [name for name, value in given.items() if value is not None]:
+        raise UserError("--data beside columns", f"--{columns[0].replace('_', '-')} alone", "name the click log")
+    curves = planning.plan(plan)
+    if picture is not None:
+        planning.plot(curves, learnt, picture)
+    if as_json:
+        points = {name: [dataclasses.asdict(p) for p in points] for name, points in curves.items()}
+        click.echo(json.dumps({"process": dataclasses.asdict(plan), **points, "learning_curve": learnt}, indent=1))
+    else:
+        click.echo("\n".join(planning.lines(plan, curves, learnt)))
+
+
+def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
+    from loracle.data.schema import read_examples
+    from loracle.data.sources import open_splits
+
+    found = read_examples(open_splits(data)["train"], _data_config(data=data, **given))
+    for line in (*found.columns.said, *(f"note: {issue}" for issue in found.issues)):
+        click.echo(line, err=True)
+    if found.task.evidence != "clicks":
+        raise UserError("a click log for simulate --data", f"{data}, which has none", "name --clicks and --impressions")
+    return list(found.items)
 
 
 @main.command()

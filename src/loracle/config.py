@@ -60,10 +60,18 @@ class DataConfig:
     text: str | None = dial(None, "column with the text (a title, when ranking)")
     label: str | None = dial(None, "column with the label, or the list of labels")
     group: str | None = dial(None, "column, or several joined by commas, that say which titles compete")
+    compare: str | None = dial(
+        None, "column, or several joined by commas (image, position), in which titles must be equal to be compared"
+    )
     context: str | None = dial(None, "column with the context (brief, product, query, prompt) that a group shares")
     clicks: str | None = dial(None, "column with the number of clicks")
     impressions: str | None = dial(None, "column with the number of impressions")
+    clicked: str | None = dial(None, "column that says of one impression, a row each, whether it was clicked (0 or 1)")
     grade: str | None = dial(None, "column with a graded relevance, for ranking")
+    weight: str | None = dial(None, "column with the weight of an example (one a group, when ranking)")
+    date: str | None = dial(
+        None, "column with the date (2014-11-03, 201446) of a group; held out are then the latest, not random ones"
+    )
     label_delimiter: str | None = dial(None, "character between several labels of one cell; makes the task multi-label")
     min_impressions: int = dial(100, "titles of a click log shown less often are left out, and counted", least=0)
     test_share: float = dial(
@@ -153,8 +161,11 @@ class TrainConfig:
     clip: float = dial(1.0, "largest gradient norm", above=0)
     loss: str = dial(
         "auto",
-        "auto picks by task; bradley-terry and margin learn from pairs, list from groups",
-        ("auto", "cross-entropy", "binary", "bradley-terry", "margin", "list"),
+        "auto picks by task; of a click log the list likelihood, or binomial above a click rate of 10 %",
+        (
+            "auto", "cross-entropy", "binary", "bradley-terry", "margin",
+            "list", "dirichlet", "binomial", "soft-bradley-terry",
+        ),
     )
     margin: float = dial(
         1.0, "distance that the margin loss wants between chosen and rejected, where the data name none", least=0
@@ -162,7 +173,11 @@ class TrainConfig:
     class_weights: str = dial(
         "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
     )
-    saturation: float = dial(200.0, "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates", above=0)
+    saturation: float | None = dial(
+        None,
+        "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates; by default fitted on validation groups",
+        above=0,
+    )
     evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept", above=0)
     patience: int = dial(3, "looks without progress after which training stops; 0 never stops", least=0)
     save_steps: int = dial(50, "steps between checkpoints", above=0)
@@ -170,6 +185,21 @@ class TrainConfig:
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
     )
     seed: int = dial(0, "seed of splits, order, dropout and head", least=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """A click log to come, as ``loracle simulate`` draws it."""
+
+    tests: int = dial(500, "tests (groups of titles)", least=2)
+    arms: int = dial(4, "titles a test", least=2)
+    shown: int = dial(3000, "impressions a title", least=1)
+    rate: float = dial(0.015, "click rate", above=0, below=1)
+    spread: float = dial(0.3, "standard deviation of the true log-odds within a test", least=0)
+    seed: int = dial(0, "seed of the draws", least=0)
 
     def __post_init__(self) -> None:
         _check(self)

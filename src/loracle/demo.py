@@ -76,8 +76,8 @@ def _show(files: DemoFiles, topics: Path, clicks: Path, say: Callable[[str], Non
     for text, p in zip(NEW_TEXTS, classifier.predict_proba(NEW_TEXTS), strict=True):
         say(f"  {classifier.task.label_names[p.argmax()]:<14} {p.max():.0%}  {text}")
     say("New titles, best first:")
-    for title, value in Predictor(clicks).rank(NEW_TITLES):
-        say(f"  {value:+.2f}  {title}")
+    for ranked in Predictor(clicks).rank(NEW_TITLES):
+        say(f"  {ranked.score:+.2f}  {ranked.text}")
     say(f"\nrun folders: {topics}, {clicks}")
     say(f"next:  loracle predict {topics} {files.topics_test} -o scored.csv")
     say(f'       loracle rank {clicks} "Title A" "Title B"')

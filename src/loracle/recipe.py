@@ -28,6 +28,7 @@ from loracle.judge import baselines
 from loracle.judge.metrics import Interval, classification_metrics, headline_metric, probabilities, target_array
 from loracle.judge.ranking import rank_metrics
 from loracle.judge.report import markdown_table, plain_table, result_rows
+from loracle.judge.spread import Spread, fit_spread
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
@@ -249,6 +250,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         quiet=quiet,
     )
 
+    # What the scores mean is settled on the validation examples too.
+    spread = fit_meaning(scorer, encoder, data)
+
     # The test examples, once.
     scores = score_examples(scorer, encoder, data.test)
     metrics = {
@@ -256,11 +260,14 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         "base": base.note or base.source,
         "train": _speed(outcome, time.perf_counter() - started),
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
+        "calibration": {"slope": spread.slope, "spread": spread.spread} if spread else None,
         "test": measure(scores, data.test, task),
         "baselines": results,
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
+    if spread:
+        run_folder.write_calibration(folder, spread)
     save(folder, config, scorer, base, data, scores, metrics)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -329,6 +336,14 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
         scores = baselines.tfidf_ranker(data.train, data.validation, objective, seed=schedule.seed)
         m0 = fit_saturation(scores, data.validation)
     return make_loss(task, name=name, saturation=m0), {"name": name, "saturation": m0}
+
+
+def fit_meaning(scorer: Scorer, encoder: Encoder, data: Data) -> Spread | None:
+    """How much a point of score moves the log-odds of a click, and how far titles differ beyond it; only clicks tell."""
+    if data.task.evidence != "clicks":
+        return None
+    spread = fit_spread(data.validation, [s[:, 0] for s in score_examples(scorer, encoder, data.validation)])
+    return spread if spread.groups else None
 
 
 def measure_baselines(

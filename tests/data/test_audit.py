@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,8 +212,45 @@ class TestLines:
             "characters        min 1 · median 3 · p95 3 · max 3",
             "test examples     0",
             "",
+            "allocation",
+            "  0.0% (0 of 1) of the groups were not shown in equal shares (p < 0.001)",
+            "  what was clicked more was not shown more than chance has it (z = +0.0)",
+            "  so click rates within a group can be compared",
+            "",
             "nothing unusual noticed",
         ]
+
+    def test_of_a_log_that_chance_did_not_deal_out(self) -> None:
+        groups = [
+            replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500 if i == 3 else 1000)}), date=f"{i}")
+            for i in range(2, 5)
+        ]
+        assert audit(examples(CLICKS, groups)).issues == ()
+        groups = [
+            replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500)}), date=f"{201400 + i // 10}")
+            for i in range(2, 52)
+        ]
+        found = audit(examples(CLICKS, groups))
+        assert noticed(found) == {"uneven-allocation": (50, (2, 3, 4, 5, 6))}
+        assert found.lines()[8:] == [
+            "allocation",
+            "  100.0% (50 of 50) of the groups were not shown in equal shares (p < 0.001)",
+            "    201400 to 201405: 100.0% (50 of 50)",
+            "  what was clicked more was shown less, beyond chance (z = -7.1)",
+            "  Pair accuracy, significance, CTR lift and the noise ceiling all take it that chance decided who saw what.",
+            "  Where it did not, a click rate also tells when and to whom a title was shown, not only how good it is.",
+            "  Leave the groups of these times out, or read figures with and without them.",
+            "",
+            "noticed",
+            "  groups not shown in equal shares, so that chance may not have dealt them out: 50 (rows 2, 3, 4, 5, 6, ...)",
+        ]
+        as_json = json.loads(json.dumps(found.to_json()))["allocation"]
+        assert (as_json["groups"], as_json["failing"], len(as_json["dates"])) == (50, 50, 6)
+        assert as_json["periods"] == [{"start": "201400", "end": "201405", "groups": 50, "failing": 50}]
+
+    def test_one_title_in_two_strata_of_a_group_is_in_one_group(self) -> None:
+        groups = [replace(clicked("1", row, a=(5, 100), b=(9, 100)), stratum=f"{row}") for row in (2, 4)]
+        assert noticed(audit(examples(CLICKS, groups))) == {}
 
     def test_many_classes_and_names_that_would_break_the_table(self) -> None:
         names = ("x" * 50, "two\nlines", *(f"c{i}" for i in range(18)))

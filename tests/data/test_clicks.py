@@ -18,7 +18,9 @@ def group_of(shown, min_impressions=100):
 
 def test_a_group_keeps_the_order_of_the_log():
     made, issues = group_of([Shown(2, "a", 3, 100), Shown(3, "b", 0, 250)])
-    assert made == RankGroup(group="g", texts=("a", "b"), rows=(2, 3), clicks=(3, 0), impressions=(100, 250))
+    assert made == RankGroup(
+        group="g", texts=("a", "b"), rows=(2, 3), clicks=(3, 0), impressions=(100, 250), repeats=(1, 1)
+    )
     assert issues == {}
 
 
@@ -26,6 +28,7 @@ def test_counts_of_a_repeated_title_are_added_before_rare_titles_are_left_out():
     shown = [Shown(2, "a", 3, 60), Shown(3, "b", 1, 200), Shown(4, "a", 2, 60), Shown(5, "rare", 9, 99)]
     made, issues = group_of(shown)
     assert (made.texts, made.rows, made.clicks, made.impressions) == (("a", "b"), (2, 3), (5, 1), (120, 200))
+    assert made.repeats == (2, 1)
     assert issues == {"repeated-title": (1, (4,)), "few-impressions": (1, (5,))}
 
 
@@ -58,7 +61,7 @@ def test_impossible_counts_are_refused_by_row(wrong, expected):
         str(error.value)
         == f"expected {expected}; found other counts in row 7 of x.csv. Correct or remove what is wrong there."
     )
-    with pytest.raises(UserError, match=r"in rows 7, 7, 7, 7, 7, \.\.\. of x\.csv"):
+    with pytest.raises(UserError, match=r"in rows 7, 7, 7, 7, 7, \.\.\. \(6 in all\) of x\.csv"):
         check_counts([wrong] * 6, "x.csv")
 
 
@@ -78,3 +81,4 @@ def test_nothing_is_lost_without_a_filter(log):
         assert sum(made.clicks) == sum(s.clicks for s in shown)
         assert sum(made.impressions) == sum(s.impressions for s in shown)
         assert len(made.texts) == distinct == len(set(made.rows))
+        assert sum(made.repeats) == len(shown)

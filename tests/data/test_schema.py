@@ -465,12 +465,86 @@ def test_a_click_log_makes_groups(log):
     examples = read(log, group="test,image")
     assert examples.task == Task(kind="rank", evidence="clicks")
     assert examples.items == [
-        RankGroup(group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200))
+        RankGroup(
+            group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200), repeats=(2, 1)
+        )
     ]
     assert counted(examples.issues) == {
         "no-group": (1, (6,)), "no-count": (1, (7,)), "repeated-title": (1, (5,)), "single-title": (1, (4,)),
         "few-impressions": (1, (8,)),
     }  # fmt: skip
+
+
+def test_only_what_is_equal_in_the_compared_columns_competes(tmp_path):
+    lines = ["t1,i2,E,500,2", "t1,i2,B,500,2", "t2,i1,A,500,1", "t2,i1,B,500,2", "t1,,A,9,1"]
+    (tmp_path / "clicks.csv").write_text(CLICKS + "\n".join(lines) + "\n")
+    examples = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare="image")
+    assert [(g.group, g.stratum, g.texts, g.rows) for g in examples.items] == [
+        ("t1", "i1", ("A", "B"), (2, 3)), ("t1", "i2", ("A", "E", "B"), (4, 9, 10)), ("t2", "i1", ("A", "B"), (11, 12)),
+    ]  # fmt: skip
+    assert counted(examples.issues)["no-compare"] == (2, (6, 13))
+    assert [(arms.group, arms.impressions) for arms in examples.arms] == [
+        ("t1", (60, 200, 60)), ("t1", (500, 500, 500)), ("t2", (99, 500, 500)),
+    ]  # fmt: skip
+    several = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare="image,impressions")
+    assert [(g.stratum, g.texts) for g in several.items] == [("i2|500", ("A", "E", "B")), ("i1|500", ("A", "B"))]
+
+
+def test_grades_are_compared_within_columns_too():
+    rows = [{"group": 1, "at": at, "title": t, "grade": n} for at in (1, 2) for n, t in enumerate("ab")]
+    assert [(g.group, g.stratum) for g in read(rows, compare="at").items] == [("1", "1"), ("1", "2")]
+    words = "expected clicks or grades beside --compare; found chosen and rejected. Leave --compare out."
+    assert error_of([{"at": 1, "chosen": "a", "rejected": "b"}], compare="at") == words
+    assert "found labels. Leave --compare out" in error_of(texts(1, 2), compare="label")
+    assert "expected a column 'of', as --compare says" in error_of(rows, compare="at,of")
+
+
+def weighed(*weights, pair=False):
+    evidence = [{"chosen": f"a{i}", "rejected": "b"} if pair else {"title": f"{i}", "grade": i} for i in range(9)]
+    return [{"g": 1, "w": w, **known} for w, known in zip(weights, evidence, strict=False)]
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["grades", "pairs"])
+def test_a_group_has_one_weight(pair):
+    assert [g.weight for g in read(weighed(2, "2.0", pair=pair), group="g", weight="w").items] == [2]
+    assert [g.weight for g in read(weighed(None, 1, pair=pair), group="g", weight="w").items] == [1]
+    assert error_of(weighed(2, 1, 2, 1, pair=pair), group="g", weight="w") == (
+        "expected one weight a group; found another than in its first row in rows 2, 4 of x.json. "
+        "Give all rows of a group the same weight."
+    )
+    assert "in rows 2, 3, 4, 5, 6, ... (6 in all) of x.json" in error_of(
+        weighed(2, *[1] * 6, pair=pair), group="g", weight="w"
+    )
+    assert "expected a weight of 0 or more; found -1.0 in row 1" in error_of(weighed(-1, pair=pair), group="g", weight="w")
+
+
+def test_labelled_texts_have_weights_by_any_name():
+    rows = [{"text": LONG, "label": i % 2, "how_much": i, "sample_weight": 9} for i in range(4)]
+    assert [item.weight for item in read(rows, weight="how_much").items] == [0, 1, 2, 3]
+    assert "expected a column 'much', as --weight says" in error_of(rows, weight="much")
+    rows = [{"text": f"{LONG} {i}", "kind": "ab"[i % 2], "w": 1} for i in range(9)]  # only one column is left to guess
+    assert read(rows, weight="w").columns.label == "kind"
+
+
+@pytest.mark.parametrize(
+    ("dates", "date"), [((9, 10, 2), "10"), (("2014-02-03", "2014-11-03", "2014-03-01"), "2014-11-03")]
+)
+def test_the_date_of_a_group_is_its_latest(dates, date):
+    rows = [{"group": 1, "day": day, "title": f"{i}", "grade": i} for i, day in enumerate(dates)]
+    assert [g.date for g in read(rows, date="day").items] == [date]
+    pairs = [{"prompt": "p", "day": day, "chosen": f"{day}", "rejected": "x"} for day in dates]
+    assert [g.date for g in read(pairs, date="day").items] == [date]
+
+
+def test_dates_that_do_not_sort_are_refused():
+    rows = [{"group": 1, "day": day, "title": f"{i}", "grade": i} for i, day in enumerate((201401, None))]
+    assert error_of(rows, date="day") == (
+        "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03; found none in row 2 of x.json. "
+        "Correct or remove that row, or drop --date."
+    )
+    rows[1]["day"] = "2014-01"
+    assert "expected dates that are all numbers, or all ISO; found '2014-01' in row 2" in error_of(rows, date="day")
+    assert "expected titles to rank beside --date; found labels" in error_of(texts(1, 2), date="label")
 
 
 def test_min_impressions_counts(log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -33,6 +34,11 @@ def clicked(name: str, *titles: str, row: int = 1) -> RankGroup:
 
 def apart(n: int) -> list[RankGroup]:
     return [clicked(f"g{i}", f"{i} x", f"{i} y", row=2 * i + 1) for i in range(n)]
+
+
+def dated(*dates: str, **known: str) -> list[RankGroup]:
+    groups = [clicked(f"g{i}", f"{i} x", f"{i} y", row=2 * i + 1) for i in range(len(dates))]
+    return [dataclasses.replace(g, date=date, **known) for g, date in zip(groups, dates, strict=True)]
 
 
 def titles_of(groups: list[RankGroup]) -> set[str]:
@@ -203,6 +209,71 @@ class TestGroups:
         assert sides.train
         assert sides.held
         assert not titles_of(sides.train) & titles_of(sides.held)
+        counts = {note.kind: note.count for note in sides.notes}
+        assert len(sides.train) + len(sides.held) + counts.get("shared-title-group", 0) == len(groups)
+
+
+class TestDates:
+    def test_the_latest_are_held_out_whatever_the_seed(self) -> None:
+        groups = dated(*[str(i) for i in (3, 11, 2, 9, 10, 1, 8, 7, 6, 5)])  # as texts, 9 would be the latest
+        for seed in range(3):
+            sides = split_groups(groups, 0.2, seed)
+            assert ([g.date for g in sides.held], sides.notes) == (["11", "10"], ())
+        again = split_groups(sides.train, 0.1, 1)  # as recipe.divide does for the validation side
+        assert [g.date for g in again.held] == ["9"]
+
+    def test_a_date_is_on_one_side(self) -> None:
+        sides = split_groups(dated(*["2014-01"] * 6, *["2014-02"] * 3, "2014-03"), 0.3, 0)
+        assert {g.date for g in sides.held} == {"2014-02", "2014-03"}
+        assert {g.date for g in split_groups(dated(*["2014-01"] * 6, *["2014-02"] * 3, "2014-03"), 0.1, 0).held} == {
+            "2014-03"
+        }
+
+    def test_strata_of_one_group_go_by_its_latest_date(self) -> None:
+        groups = dated("1", "2", "3", "4", "5")
+        groups.append(dataclasses.replace(groups[4], date="1", stratum="other", texts=("u", "v")))
+        sides = split_groups(groups, 0.2, 0)
+        assert [(g.group, g.date) for g in sides.held] == [("g4", "5"), ("g4", "1")]
+
+    def test_titles_that_come_again_leave_the_held_out_side(self) -> None:
+        groups = dated("1", "2", "3", "4", "5")
+        groups[3] = dataclasses.replace(groups[3], texts=("0 x ", "new", "newer"), rows=(7, 8, 9),
+                                        clicks=(1, 2, 3), impressions=(100, 100, 100), repeats=(3, 2, 1),
+                                        stratum="s", weight=2.0)  # fmt: skip
+        groups[4] = dataclasses.replace(groups[4], texts=("1 x", "newest"))
+        sides = split_groups(groups, 0.4, 0)
+        assert [g.date for g in sides.train] == ["1", "2", "3"]
+        (rest,) = sides.held
+        assert (rest.texts, rest.repeats, rest.stratum, rest.weight, rest.date) == (
+            ("new", "newer"), (2, 1), "s", 2.0, "4",
+        )  # fmt: skip
+        assert {note.kind: note.count for note in sides.notes} == {"shared-title": 2, "shared-title-group": 1}
+
+    def test_one_date_cannot_be_split(self) -> None:
+        with pytest.raises(UserError, match=r"expected groups of at least 2 dates, .*; found 3 that end with 7\."):
+            split_groups(dated("7", "7", "7"), 0.1, 0)
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.sets(st.integers(0, 30), min_size=2, max_size=4), st.integers(0, 9), st.integers(0, 12)), min_size=2
+        ),
+        st.floats(0.05, 0.9),
+    )
+    def test_the_future_never_trains(self, drawn: list[tuple[set[int], int, int]], share: float) -> None:
+        groups = [
+            dataclasses.replace(clicked(f"g{name}", *(f"title {t}" for t in sorted(titles)), row=10 * i), date=str(date))
+            for i, (titles, date, name) in enumerate(drawn)
+        ]
+        try:
+            sides = split_groups(groups, share, 0)
+        except UserError:
+            return
+        assert sides.train
+        assert not titles_of(sides.train) & titles_of(sides.held)
+        assert not {g.group for g in sides.train} & {g.group for g in sides.held}
+        latest = {g.group: max(int(h.date or 0) for h in groups if h.group == g.group) for g in groups}
+        assert max(latest[g.group] for g in sides.train) < min(latest[g.group] for g in sides.held)
         counts = {note.kind: note.count for note in sides.notes}
         assert len(sides.train) + len(sides.held) + counts.get("shared-title-group", 0) == len(groups)
 

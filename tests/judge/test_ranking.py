@@ -5,12 +5,24 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import expit
+from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score
 
 from loracle.data.examples import Preference, RankGroup
 from loracle.errors import UserError
 from loracle.judge.metrics import Interval
-from loracle.judge.ranking import evidence_of, grade_gains, group_pairs, rank_metrics, significant
+from loracle.judge.pairs import rate_gap
+from loracle.judge.ranking import (
+    evidence_of,
+    grade_gains,
+    group_pairs,
+    paired_difference,
+    rank_metrics,
+    significant,
+)
+from loracle.judge.spread import fit_spread, posterior_log_odds
+from loracle.judge.tallies import GAPS, true_rates
 
 
 def group(name="g", n=3, **evidence):
@@ -30,6 +42,17 @@ def random_clicks(seed=0, groups=40):
     sizes = rng.integers(2, 6, size=groups)
     made = [clicked(rng.binomial(1000, 0.02, n).tolist(), [1000] * n, f"g{i}") for i, n in enumerate(sizes)]
     return made, [rng.integers(4, size=n).astype(np.float32) for n in sizes]  # few values: with tied scores
+
+
+def simulated_clicks(seed, groups, *, shown, level=-4.0, spread=0.3):
+    """Groups of four with a normal spread of true log-odds, and these log-odds."""
+    rng = np.random.default_rng(seed)
+    made, truth = [], []
+    for g in range(groups):
+        log_odds = level + 0.7 * rng.normal() + spread * rng.normal(size=4)
+        made.append(clicked(rng.binomial(shown, expit(log_odds)).tolist(), [shown] * 4, f"g{g}"))
+        truth.append(log_odds)
+    return made, truth
 
 
 def random_grades(seed=0, groups=20):
@@ -98,11 +121,100 @@ def test_ndcg_by_hand_and_by_scikit_learn():
     assert value(rank_metrics(scores, groups), "ndcg") == pytest.approx(np.mean(expected))
 
 
+def test_gaps_by_hand():
+    made = clicked([0, 20, 21, 24, 26, 60], [1000] * 6)
+    gaps = {(2, 1): 0.05, (3, 1): 0.2, (4, 3): 1 / 12, (4, 1): 0.3, (5, 4): 60 / 26 - 1, (1, 0): math.inf}
+    assert rate_gap(made, np.array(list(gaps))) == pytest.approx(list(gaps.values()))
+    # The order 5 4 3 2 1 0 is right, but for 2 above 3 (a gap of 1/7) and 1 tied with 2 (a gap of 1/20).
+    found = rank_metrics([np.array([0.0, 3.0, 3.0, 2.0, 4.0, 5.0])], [made])
+    under_10, from_10, from_25, from_50 = (value(found, f"pair_accuracy_gap_{name}") for name in GAPS)
+    assert under_10 == pytest.approx(1.5 / 2)  # (2, 1), (4, 3)
+    assert from_10 == pytest.approx(1 / 3)  # (3, 1), (3, 2), (4, 2): 2 and 1 stand above 3
+    assert (from_25, from_50) == (1, 1)  # (4, 1); five over 0 and four under 5
+
+
+def test_gaps_share_out_all_pairs():
+    groups, scores = random_clicks()
+    for g in groups:
+        gap = rate_gap(g, group_pairs(g))
+        assert (sum((low <= gap) & (gap < high) for low, high in GAPS.values()) == 1).all()
+    assert {f"pair_accuracy_gap_{name}" for name in GAPS} < rank_metrics(scores, groups).keys()
+
+
+def test_kendall_tau_by_scipy_and_ties_by_mean_over_their_breaking():
+    groups, _ = random_clicks(1)
+    groups = [g for g in groups if len(set(g.clicks)) == len(g.clicks)]
+    rng = np.random.default_rng(0)
+    scores = [rng.permutation(len(g.clicks)).astype(float) for g in groups]
+    expected = np.mean([kendalltau(s, g.clicks).statistic for s, g in zip(scores, groups, strict=True)])
+    assert value(rank_metrics(scores, groups), "kendall_tau") == pytest.approx(expected)
+    graded = group(n=3, grades=(2.0, 0.0, 1.0))
+    tied, *broken = (
+        value(rank_metrics([np.array(s)], [graded]), "kendall_tau") for s in ([1, 1, 0], [2, 1, 0], [1, 2, 0])
+    )
+    assert tied == pytest.approx(np.mean(broken)) == 0
+
+
+def test_ndcg_of_clicks_by_scikit_learn():
+    groups, scores = random_clicks(2)
+    expected = [ndcg_score([g.clicks], [s]) for g, s in zip(groups, scores, strict=True) if len(set(g.clicks)) > 1]
+    assert value(rank_metrics(scores, groups), "ndcg") == pytest.approx(np.mean(expected))
+
+
+def test_regret_from_the_posterior():
+    groups, _ = simulated_clicks(0, 30, shown=800)
+    drawn = [expit(x) for x in posterior_log_odds(groups, fit_spread(groups))]
+    best = sum(rates.max(axis=1).mean() for rates in drawn)
+    for pick in (0, 3):
+        found = rank_metrics([np.eye(4)[pick]] * 30, groups)
+        assert value(found, "regret") == pytest.approx(1 - sum(r[:, pick].mean() for r in drawn) / best, abs=2e-3)
+    by_clicks = rank_metrics([np.array(g.clicks, dtype=float) for g in groups], groups)
+    assert 0 < value(by_clicks, "regret") < value(found, "regret")
+
+
+@pytest.mark.parametrize(("shown", "between"), [(400, (0.55, 0.7)), (3000, (0.68, 0.82)), (300_000, (0.94, 1.0))])
+def test_ceiling_by_simulation(shown, between):
+    """It is what the true log-odds score, which the metric never saw; so the truth has gone all of the way."""
+    runs = []
+    for seed in range(4):
+        groups, truth = simulated_clicks(seed, 300, shown=shown)
+        found = rank_metrics(truth, groups)
+        runs.append([value(found, n) for n in ("pair_accuracy", "ceiling", "significant_pair_accuracy", "way")])
+        assert found["ceiling"].low < value(found, "ceiling") < found["ceiling"].high
+        assert value(found, "significant_ceiling") >= value(found, "ceiling")
+        assert value(found, "significant_ceiling") == pytest.approx(runs[-1][2], abs=0.05)
+    accuracy, ceiling, _, way = np.mean(runs, axis=0)
+    assert between[0] < accuracy < between[1]
+    assert ceiling == pytest.approx(accuracy, abs=0.012)
+    assert way == pytest.approx(1, abs=0.06)
+
+
+def test_the_way_is_a_share_of_the_ceiling():
+    groups, scores = random_clicks()
+    found = rank_metrics(scores, groups)
+    way = (value(found, "pair_accuracy") - 0.5) / (value(found, "ceiling") - 0.5)
+    assert value(found, "way") == pytest.approx(way)
+
+
+def test_true_rates_of_equal_counts_are_equal():
+    groups, _ = simulated_clicks(0, 20, shown=800)
+    twins = clicked([12, 9, 12, 9], [800] * 4)
+    truth = true_rates((*groups, twins))[-1]
+    assert (truth.rate[0], truth.rate[1]) == (truth.rate[2], truth.rate[3])
+    assert truth.rate[0] > truth.rate[1]
+    np.testing.assert_allclose(truth.above + truth.above.T + np.eye(4), 1)
+    assert true_rates((*groups, group("bare", 2)))[-1] is None
+
+
 def test_constant_scorer_gets_chance():
     groups, scores = random_clicks()
     found = rank_metrics([np.zeros_like(s) for s in scores], groups)
-    for name in ("pair_accuracy", "significant_pair_accuracy"):
+    for name in ("pair_accuracy", "significant_pair_accuracy", *(f"pair_accuracy_gap_{name}" for name in GAPS)):
         assert found[name] == Interval(0.5, 0.5, 0.5)
+    for name in ("kendall_tau", "way"):
+        assert found[name] == Interval(0, 0, 0)
+    at_random = [rank_metrics([np.eye(len(s))[i % len(s)] for s in scores], groups) for i in range(60)]  # 60 = 3·4·5
+    assert value(found, "regret") == pytest.approx(np.mean([value(m, "regret") for m in at_random]))
     assert value(found, "ctr_lift") == pytest.approx(0, abs=1e-12)
     bests = [
         np.mean(np.array(g.clicks) == max(g.clicks)) for g in groups if len(set(g.clicks)) > 1
@@ -146,7 +258,10 @@ def test_reversed_scores_mirror_the_accuracy():
 def test_knowing_the_answer_is_perfect():
     groups, _ = random_clicks()
     found = rank_metrics([np.array(g.clicks, dtype=float) for g in groups], groups)
-    assert all(value(found, name) == 1 for name in ("pair_accuracy", "significant_pair_accuracy", "top1"))
+    assert all(
+        value(found, name) == 1 for name in ("pair_accuracy", "significant_pair_accuracy", "top1", "kendall_tau")
+    )
+    assert value(found, "ndcg") == pytest.approx(1)
 
 
 def test_groups_without_evidence_change_nothing_but_their_count():
@@ -155,13 +270,13 @@ def test_groups_without_evidence_change_nothing_but_their_count():
     found, expected = rank_metrics([*scores, *[np.arange(2.0)] * 3], [*groups, *silent]), rank_metrics(scores, groups)
     assert found["groups"] == expected["groups"] + 3
     assert found["pairs"] == expected["pairs"]
-    for name in ("pair_accuracy", "significant_pair_accuracy", "top1"):
+    for name in ("pair_accuracy", "significant_pair_accuracy", "top1", "kendall_tau", "ndcg"):
         assert value(found, name) == pytest.approx(value(expected, name))
 
 
 def test_without_any_pair_the_accuracy_is_nan():
     found = rank_metrics([np.arange(2.0)], [clicked([0, 0], [100, 100])])
-    assert all(np.isnan(value(found, name)) for name in ("pair_accuracy", "top1", "ctr_lift"))
+    assert all(np.isnan(metric.value) for metric in found.values() if isinstance(metric, Interval))
     assert (found["pairs"], found["significant_pairs"]) == (0, 0)
 
 
@@ -186,6 +301,44 @@ def test_interval_covers_the_truth_at_its_nominal_rate():
         interval = rank_metrics(scores, groups, seed=run)["pair_accuracy"]
         covered += interval.low <= 0.6 <= interval.high
     assert 0.88 <= covered / runs <= 0.99
+
+
+@pytest.mark.parametrize("clicks", [[1, 0], [0, 7, 0], [100, 99], [100, 100]])
+def test_one_group_does_not_crash(clicks):
+    found = rank_metrics([np.arange(len(clicks), dtype=float)], [clicked(clicks, [100] * len(clicks))])
+    assert found["groups"] == 1
+    assert np.isnan(value(found, "ceiling")) == (len(set(clicks)) == 1)
+
+
+def test_groups_of_one_id_are_one_unit():
+    """Copies under one id are no more evidence than one of them; under ids of their own, or none, they would be."""
+    groups, scores = random_clicks()
+    one, same = (rank_metrics(scores * k, groups * k) for k in (1, 4))
+    nameless = rank_metrics(scores * 4, [dataclasses.replace(g, group="") for g in groups * 4])
+    for name in ("pair_accuracy", "top1", "ctr_lift"):
+        assert dataclasses.astuple(same[name]) == pytest.approx(dataclasses.astuple(one[name]))
+        width, narrow = (m[name].high - m[name].low for m in (one, nameless))
+        assert narrow == pytest.approx(width / 2, rel=0.2)
+    assert same["groups"] == 4 * one["groups"]
+
+
+def test_paired_difference():
+    groups, a = random_clicks(3, 150)
+    rng = np.random.default_rng(0)
+    b = [np.where(rng.random(len(s)) < 0.15, rng.integers(4, size=len(s)), s) for s in a]
+    found, back = paired_difference(a, b, groups), paired_difference(b, a, groups)
+    of_a, of_b = rank_metrics(a, groups), rank_metrics(b, groups)
+    assert found.keys() == {n for n, m in of_a.items() if isinstance(m, Interval)} - {"ceiling", "significant_ceiling"}
+    for name, difference in found.items():
+        assert difference.value == pytest.approx(value(of_a, name) - value(of_b, name))
+        assert (back[name].low, back[name].high) == pytest.approx((-difference.high, -difference.low))
+    # Nearly the same scores: what one draw of groups does to both of them cancels.
+    assert found["pair_accuracy"].high - found["pair_accuracy"].low < 0.7 * (
+        of_a["pair_accuracy"].high - of_a["pair_accuracy"].low
+    )
+    assert all(dataclasses.astuple(d) == (0, 0, 0) for d in paired_difference(a, a, groups).values())
+    with pytest.raises(ValueError, match="scores of 149 groups for 150 groups"):
+        paired_difference(a, b[1:], groups)
 
 
 def test_gains_are_proportional_to_two_to_the_grade_and_never_overflow():

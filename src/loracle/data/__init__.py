@@ -9,10 +9,13 @@ issues     rows that were not used as they stood
 columns    which column is what
 examples   LabeledText, RankGroup, Task
 cells      a cell -> text, number, labels
+dates      a cell -> a date that sorts
+events     a row an impression -> a row a title
 clicks     click log -> RankGroup
 groups     titles that compete -> RankGroup, from clicks, grades or pairs
 schema     table -> examples
-splits     seeded, stratified, group-safe
+splits     seeded, stratified, group-safe, or by date
+allocation whether chance dealt out the impressions
 audit      duplicates, conflicts, leaks, counted
 demo       the embedded data
 """

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from loracle.data.examples import Example, LabeledText, RankGroup, Task
+from loracle.data.allocation import Allocation, allocation
+from loracle.data.examples import Arms, Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.schema import Examples
 from loracle.data.splits import issue_of, without_titles
@@ -54,6 +55,7 @@ class Audit:
     impressions: int
     test_examples: int | None  # None without a test table
     issues: tuple[Issue, ...]
+    allocation: Allocation | None = None  # of a click log
 
     def lines(self) -> list[str]:
         """What ``loracle check`` prints: a name and a fact a line, then each class, then each issue with its rows."""
@@ -61,7 +63,8 @@ class Audit:
         facts += [("characters", str(self.characters))]
         if self.test_examples is not None:
             facts.append(("test examples", f"{self.test_examples:,}"))
-        return [*_aligned(facts), *self._class_lines(), *self._issue_lines()]
+        dealt = ["", "allocation", *(f"  {line}" for line in self.allocation.lines())] if self.allocation else []
+        return [*_aligned(facts), *self._class_lines(), *dealt, *self._issue_lines()]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the fields."""
@@ -107,6 +110,7 @@ def audit(examples: Examples, test: Examples | None = None) -> Audit:
     labelled = [item for item in items if isinstance(item, LabeledText)]
     texts = list(_texts(items))
     found = _group_issues(groups) if task.kind == "rank" else _label_issues(labelled, task)
+    dealt = allocation(examples.arms or _arms(groups)) if task.evidence == "clicks" else None
     return Audit(
         task=task,
         examples=len(items),
@@ -118,8 +122,11 @@ def audit(examples: Examples, test: Examples | None = None) -> Audit:
         clicks=sum(sum(group.clicks or ()) for group in groups),
         impressions=sum(sum(group.impressions or ()) for group in groups),
         test_examples=None if test is None else len(test.items),
-        issues=(*examples.issues, *_odd_texts(texts), *found, *(_leaks(items, test.items) if test else ())),
-    )
+        issues=(
+            *examples.issues, *_odd_texts(texts), *found, *_uneven(dealt), *(_leaks(items, test.items) if test else ()),
+        ),
+        allocation=dealt,
+    )  # fmt: skip
 
 
 def refuse(examples: Examples) -> None:
@@ -191,12 +198,27 @@ def _refuse_texts(items: Sequence[LabeledText], task: Task) -> None:
 
 
 def _group_issues(groups: Sequence[RankGroup]) -> Iterator[Issue]:
-    groups_of = Counter(text.strip() for group in groups for text in {*group.texts})
+    groups_of = Counter(text for text, _ in {(text.strip(), group.group) for group in groups for text in group.texts})
     several = {text: row for group in groups for text, row in _titles(group) if groups_of[text] > 1}
     yield from issue_of("several-groups", "titles that stand in more than one group", several.values())
     alike = [group.rows[0] for group in groups if not _tells_apart(group)]
     yield from issue_of("no-difference", "groups in which no title did better than another", alike)
     yield from issue_of("contradiction-across", "pairs that another group orders the other way", _contradicted(groups))
+
+
+def _arms(groups: Sequence[RankGroup]) -> list[Arms]:
+    """What groups show that came from no log."""
+    return [
+        Arms(group=group.group, row=group.rows[0], clicks=group.clicks, impressions=group.impressions, date=group.date)
+        for group in groups
+        if group.clicks is not None and group.impressions is not None
+    ]
+
+
+def _uneven(dealt: Allocation | None) -> Iterator[Issue]:
+    if dealt is not None and dealt.uneven:
+        message = f"groups not shown in equal shares, so that chance may not have dealt them out: {dealt.failing:,}"
+        yield Issue("uneven-allocation", message, dealt.failing, dealt.rows)
 
 
 def _contradicted(groups: Sequence[RankGroup]) -> list[int]:

@@ -106,6 +106,14 @@ def as_number(value: Any, what: str) -> float | None:
     raise CellError(f"a number as {what}", _kind_of(value))
 
 
+def as_weight(value: Any) -> float:
+    """A weight cell; 1 where it is null or blank."""
+    weight = as_number(value, "weight")
+    if weight is not None and weight < 0:
+        raise CellError("a weight of 0 or more", str(weight))
+    return 1.0 if weight is None else weight
+
+
 def as_context(value: Any) -> str | None:
     """A context cell: text, or chat messages joined."""
     return as_text("\n".join(content for _, content in _contents(value)) if isinstance(value, list) else value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracle.data.examples import RankGroup
-from loracle.data.issues import Issue, IssueLog, rows_named
+from loracle.data.issues import IssueLog, all_rows_named
 from loracle.errors import UserError
 
 CLICK_ISSUES = {
@@ -14,6 +14,7 @@ CLICK_ISSUES = {
     "few-impressions": "titles with too few impressions, left out",
     "single-title": "groups with one title, skipped since nothing competes with it",
     "zero-clicks": "groups without any click, skipped since they prefer nothing",
+    "no-clicked": "impressions that do not say whether they were clicked, skipped",
 }
 
 
@@ -25,6 +26,7 @@ class Shown:
     text: str
     clicks: float
     impressions: float
+    repeats: int = 1  # lines that were added up to this one
 
 
 def check_counts(shown: Sequence[Shown], source: str) -> None:
@@ -39,8 +41,9 @@ def check_counts(shown: Sequence[Shown], source: str) -> None:
         ("no more clicks than impressions", lambda s: s.clicks > s.impressions),
     ):
         if rows := [s.row for s in shown if wrong(s)]:
-            named = rows_named(rows[: Issue.ROWS_NAMED], len(rows))
-            raise UserError(expected, f"other counts in {named} of {source}", "correct or remove what is wrong there")
+            raise UserError(
+                expected, f"other counts in {all_rows_named(rows)} of {source}", "correct or remove what is wrong there"
+            )
 
 
 def click_group(
@@ -59,7 +62,8 @@ def click_group(
     for s in shown:
         if first := merged.get(s.text):
             issues.add("repeated-title", s.row)
-            s = Shown(first.row, s.text, first.clicks + s.clicks, first.impressions + s.impressions)
+            clicks, impressions = first.clicks + s.clicks, first.impressions + s.impressions
+            s = Shown(first.row, s.text, clicks, impressions, first.repeats + s.repeats)
         merged[s.text] = s
     for s in merged.values():
         if s.impressions < min_impressions:
@@ -80,4 +84,5 @@ def click_group(
         rows=tuple(s.row for s in titles),
         clicks=tuple(int(s.clicks) for s in titles),
         impressions=tuple(int(s.impressions) for s in titles),
+        repeats=tuple(s.repeats for s in titles),
     )

@@ -47,14 +47,17 @@ class Columns:
     text: str | None = None
     label: str | None = None
     group: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()  # only titles that are equal in these are compared
     context: str | None = None
     clicks: str | None = None
     impressions: str | None = None
+    clicked: str | None = None  # of one impression, a row each
     grade: str | None = None
     chosen: str | None = None
     rejected: str | None = None
     margin: str | None = None
     weight: str | None = None
+    date: str | None = None
     said: tuple[str, ...] = field(default=(), compare=False)
 
     def named(self) -> dict[str, tuple[str, ...]]:
@@ -65,7 +68,7 @@ class Columns:
     @property
     def evidence(self) -> Literal["pairs", "grades", "clicks"] | None:
         """What a ranker would learn from; None for labels, or for no evidence at all."""
-        return "pairs" if self.chosen else "clicks" if self.clicks else "grades" if self.grade else None
+        return "pairs" if self.chosen else "clicks" if self.clicks or self.clicked else "grades" if self.grade else None
 
 
 def cell_of(row: dict[str, Any], column: str | None) -> Any:
@@ -85,11 +88,21 @@ def infer_columns(table: Table, data: DataConfig, task: Task | None = None) -> t
     Raises:
         UserError: a named column is not there, or nothing tells which column is the text or the label.
     """
-    if data.label and (data.clicks or data.impressions or data.grade):
+    if data.label and (data.clicks or data.impressions or data.clicked or data.grade):
         raise UserError("one thing to learn from", "--label beside --clicks or --grade", "leave one of them out")
+    if data.clicked and (data.clicks or data.impressions):
+        raise UserError(
+            "sums of clicks and impressions, or one impression a row", "--clicked beside --clicks or --impressions",
+            "leave one of them out",
+        )  # fmt: skip
     columns = None
     if (task is None or task.kind == "rank") and not data.label:
-        columns = _pair_columns(table, data) or _click_columns(table, data) or _grade_columns(table, data)
+        columns = (
+            _pair_columns(table, data)
+            or _click_columns(table, data)
+            or _event_columns(table, data)
+            or _grade_columns(table, data)
+        )
     if columns is None and task is not None and task.kind == "rank":
         raise UserError(
             "chosen and rejected, clicks and impressions, or a grade for each title of a group",
@@ -99,11 +112,21 @@ def infer_columns(table: Table, data: DataConfig, task: Task | None = None) -> t
         raise UserError(
             "something to rank by beside --group",
             _columns_of(table),
-            "name it with --clicks and --impressions, or --grade",
+            "name it with --clicks and --impressions, --clicked, or --grade",
         )
     columns = columns or _label_columns(table, data)
+    _refuse_idle(columns, data)
     found = task_of(table, columns, data)
     return found, dataclasses.replace(columns, said=_said(found, columns))
+
+
+def _refuse_idle(columns: Columns, data: DataConfig) -> None:
+    """Say no to flags that would do nothing."""
+    if data.compare and not columns.compare:
+        learnt = "chosen and rejected" if columns.evidence else "labels"
+        raise UserError("clicks or grades beside --compare", learnt, "leave --compare out")
+    if data.date and not columns.date:
+        raise UserError("titles to rank beside --date", "labels", "leave --date out, or pass --test FILE")
 
 
 def infer_text_column(table: Table, data: DataConfig) -> Columns:
@@ -131,6 +154,8 @@ def _said(task: Task | None, columns: Columns) -> tuple[str, ...]:
         said.append(f"task: {kinds.get(task.kind) or f'ranking from {task.evidence}'}")
     for role, names in columns.named().items():
         said.append(f"{role} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}")
+    if columns.clicked:
+        said.append("one impression a row: summed to clicks and impressions of each title")
     return tuple(said)
 
 
@@ -163,15 +188,22 @@ def _group_columns(table: Table, data: DataConfig) -> tuple[str, ...]:
     if data.group is None:
         name = _common(table, GROUP_NAMES)
         return (name,) if name else ()
-    names = (data.group,) if data.group in table.columns else tuple(name.strip() for name in data.group.split(","))
+    return _several(table, data.group, "group")
+
+
+def _several(table: Table, flagged: str | None, flag: str) -> tuple[str, ...]:
+    """The columns that a flag names, joined by commas."""
+    if flagged is None:
+        return ()
+    names = (flagged,) if flagged in table.columns else tuple(name.strip() for name in flagged.split(","))
     for name in names:
-        _flagged(table, name, "group")
+        _flagged(table, name, flag)
     return names
 
 
 def _pair_columns(table: Table, data: DataConfig) -> Columns | None:
     chosen, rejected = _common(table, ["chosen"]), _common(table, ["rejected"])
-    if not (chosen and rejected) or data.text or data.clicks or data.impressions or data.grade:
+    if not (chosen and rejected) or data.text or data.clicks or data.impressions or data.clicked or data.grade:
         return None
     return Columns(
         chosen=chosen,
@@ -179,6 +211,8 @@ def _pair_columns(table: Table, data: DataConfig) -> Columns | None:
         group=_group_columns(table, data) if data.group else (),
         context=_flagged(table, data.context, "context") or _common(table, ["prompt", "context"]),
         margin=_common(table, ["margin"]),
+        weight=_flagged(table, data.weight, "weight"),
+        date=_flagged(table, data.date, "date"),
     )
 
 
@@ -186,12 +220,26 @@ def _click_columns(table: Table, data: DataConfig) -> Columns | None:
     clicks = _flagged(table, data.clicks, "clicks") or _common(table, ["clicks"])
     impressions = _flagged(table, data.impressions, "impressions") or _common(table, ["impressions"])
     wanted = data.clicks or data.impressions
-    if data.grade or not (wanted or (clicks and impressions)):
+    if data.grade or data.clicked or not (wanted or (clicks and impressions)):
         return None
     if not (clicks and impressions):
         missing = "impressions" if clicks else "clicks"
         raise UserError(f"a column with the {missing}", _columns_of(table), f"name it with --{missing}")
     return _competing(table, data, clicks=clicks, impressions=impressions)
+
+
+def _event_columns(table: Table, data: DataConfig) -> Columns | None:
+    """By flag, or of a column called clicked that holds nothing but 0 and 1 where nothing else could be learnt."""
+    clicked = _flagged(table, data.clicked, "clicked") or _common(table, ["clicked"])
+    if not clicked or data.grade:
+        return None
+    if not data.clicked and (
+        not _group_columns(table, data)
+        or _common(table, [*LABEL_NAMES, *GRADE_NAMES])
+        or not all(str(cell_of(row, clicked)).strip().lower() in ("0", "1", "true", "false") for _, row in table.head())
+    ):
+        return None
+    return _competing(table, data, clicked=clicked)
 
 
 def _grade_columns(table: Table, data: DataConfig) -> Columns | None:
@@ -212,16 +260,24 @@ def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
             _columns_of(table),
             "name it with --group; several are joined by commas",
         )
-    taken = {*group, context, *evidence.values()} - {None}
+    known = {
+        "compare": _several(table, data.compare, "compare"),
+        "weight": _flagged(table, data.weight, "weight"),
+        "date": _flagged(table, data.date, "date"),
+        **evidence,
+    }
+    taken = {*group, *known["compare"], context, known["weight"], known["date"], *evidence.values()} - {None}
     columns = _text_columns(table, data, TITLE_NAMES, group=group, taken=taken)
-    return dataclasses.replace(columns, group=group or (str(context),), context=context, **evidence)
+    return dataclasses.replace(columns, group=group or (str(context),), context=context, **known)
 
 
 def _label_columns(table: Table, data: DataConfig) -> Columns:
-    label = _flagged(table, data.label, "label") or _common(table, LABEL_NAMES, taken=[data.text, data.context])
-    columns = _text_columns(table, data, TEXT_NAMES, taken={label} - {None})
-    label = label or _guessed_label(table, taken={columns.text, columns.messages, columns.context})
-    return dataclasses.replace(columns, label=label, weight=_common(table, ["sample_weight"], taken=[label]))
+    taken = [data.text, data.context, data.weight]
+    label = _flagged(table, data.label, "label") or _common(table, LABEL_NAMES, taken=taken)
+    weight = _flagged(table, data.weight, "weight") or _common(table, ["sample_weight"], taken=[label])
+    columns = _text_columns(table, data, TEXT_NAMES, taken={label, weight} - {None})
+    label = label or _guessed_label(table, taken={columns.text, columns.messages, columns.context, weight})
+    return dataclasses.replace(columns, label=label, weight=weight)
 
 
 def _text_columns(

@@ -25,10 +25,7 @@ def open_lines(file: File) -> Table:
 
 def open_delimited(file: File) -> Table:
     """CSV or TSV, with column names in the first line that is not blank."""
-    header_line = next((line for line in lines_of(file) if line.strip()), None)
-    if header_line is None:
-        raise empty(file)
-    delimiter = "\t" if file.format == "tsv" else _delimiter(header_line)
+    delimiter = delimiter_of(file)
     _, header = next(_records(file, delimiter))
     columns = tuple(name.strip() for name in header)
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
@@ -46,8 +43,13 @@ def open_delimited(file: File) -> Table:
     return checked(Table(file.name, columns, {}, read), header_only(file))
 
 
-def _delimiter(header: str) -> str:
+def delimiter_of(file: File) -> str:
     """Comma, semicolon or tab, whichever cuts the header into most fields; of the texts below nothing can be told."""
+    header = next((line for line in lines_of(file) if line.strip()), None)
+    if header is None:
+        raise empty(file)
+    if file.format == "tsv":
+        return "\t"
     return max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter))))
 
 

@@ -54,6 +54,10 @@ class RankGroup:
 
     ``texts[i]`` came from ``rows[i]`` (the first one, where equal titles were merged). Of ``preferences``, ``grades`` and
     ``clicks`` with ``impressions`` one is set when the group is to learn from, none when it is only to be ranked.
+
+    A group whose titles are comparable only where they agree in other columns (``--compare``) is several of these, with
+    one id and each with its ``stratum``. ``date`` is the latest that its rows name, so that what trains is wholly past.
+    ``repeats[i]`` counts the rows of a click log that were merged into title ``i``.
     """
 
     group: str
@@ -65,6 +69,20 @@ class RankGroup:
     clicks: tuple[int, ...] | None = None
     impressions: tuple[int, ...] | None = None
     weight: float = 1.0
+    stratum: str | None = None
+    date: str | None = None
+    repeats: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """What a click log showed side by side in one stratum of a group: each row, before any was merged or left out."""
+
+    group: str
+    row: int  # the first
+    clicks: tuple[int, ...]
+    impressions: tuple[int, ...]
+    date: str | None = None
 
 
 Example = LabeledText | RankGroup

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loracle.config import DataConfig
@@ -12,6 +13,7 @@ from loracle.data.cells import (
     as_context,
     as_number,
     as_side,
+    as_weight,
     count_lost,
     group_id,
     parsed_rows,
@@ -19,78 +21,164 @@ from loracle.data.cells import (
 )
 from loracle.data.clicks import Shown, check_counts, click_group
 from loracle.data.columns import Columns, cell_of
-from loracle.data.examples import Preference, RankGroup
-from loracle.data.issues import IssueLog
+from loracle.data.dates import as_date, is_number, latest
+from loracle.data.examples import Arms, Preference, RankGroup
+from loracle.data.issues import IssueLog, all_rows_named
 from loracle.data.table import Table
 from loracle.errors import UserError
+
+Read = tuple[list[RankGroup], tuple[Arms, ...]]
+"""What a reader gives: the groups and, of a click log, all that it showed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What one row says of its whole group. ``stratum`` is None where nothing, or not this row, says what compares."""
+
+    group: str | None
+    stratum: str | None
+    context: str | None
+    weight: float
+    date: str | None
+
+    @classmethod
+    def of(cls, row: dict[str, Any], columns: Columns, context: str | None) -> Traits:
+        return cls(
+            group=group_id(row, columns.group) if columns.group else None,
+            stratum=group_id(row, columns.compare) if columns.compare else None,
+            context=context,
+            weight=as_weight(cell_of(row, columns.weight)),
+            date=as_date(cell_of(row, columns.date)) if columns.date else None,
+        )
 
 
 @dataclass(slots=True)
 class Titles:
-    """Titles of one group as they are met: (row, text, evidence)."""
+    """What is met of one group, or of one stratum of it: (row, text, evidence) of each title, and the dates."""
 
-    context: str | None
+    group: str
+    traits: Traits  # of its first row
     met: list[tuple[int, str, Any]] = field(default_factory=list)
+    dates: dict[str, None] = field(default_factory=dict)  # in the order of the file
+
+    @property
+    def date(self) -> str | None:
+        return latest(self.dates) if self.dates else None
+
+    def marked(self, **known: Any) -> RankGroup:
+        """A group with what all of its rows have in common."""
+        of_all = {"context": self.traits.context, "stratum": self.traits.stratum, "weight": self.traits.weight}
+        return RankGroup(group=self.group, date=self.date, **of_all, **known)
+
+
+class Gathering:
+    """The groups of a table while they grow, in the order of the file, and whether their rows agree."""
+
+    def __init__(self, table: Table):
+        self._table = table
+        self._groups: dict[tuple[str, str | None], Titles] = {}
+        self._other_weight: list[int] = []
+        self._numbers: bool | None = None  # whether dates are numbers
+
+    def add(self, group: str, traits: Traits, row: int) -> Titles:
+        """The group of a row, which must share its context.
+
+        Raises:
+            UserError: it does not, or its date is a number and others are not.
+        """
+        titles = self._groups.setdefault((group, traits.stratum), Titles(group, traits))
+        if traits.context != titles.traits.context:
+            found = f"another one in row {row} of {self._table.name}"
+            raise UserError("one context a group", found, "add the context's column to --group")
+        if traits.weight != titles.traits.weight:
+            self._other_weight.append(row)
+        if traits.date is not None:
+            if self._numbers not in (None, is_number(traits.date)):
+                found = f"'{traits.date}' in row {row} of {self._table.name}, unlike those before"
+                raise UserError("dates that are all numbers, or all ISO", found, "write them all in one way")
+            self._numbers = is_number(traits.date)
+            titles.dates[traits.date] = None
+        return titles
+
+    def groups(self) -> list[Titles]:
+        """All of them.
+
+        Raises:
+            UserError: rows of one group differ in weight.
+        """
+        if rows := self._other_weight:
+            raise UserError(
+                "one weight a group", f"another than in its first row in {all_rows_named(rows)} of {self._table.name}",
+                "give all rows of a group the same weight",
+            )  # fmt: skip
+        return list(self._groups.values())
 
 
 def gather(
     table: Table, columns: Columns, issues: IssueLog, evidence: Callable[[dict[str, Any]], Any], missing: str
-) -> dict[str, Titles]:
-    """Titles by group, in the order of the file. Rows whose ``evidence`` is None are counted as ``missing``."""
+) -> list[Titles]:
+    """Titles by group and stratum. Rows whose ``evidence`` is None are counted as ``missing``."""
 
-    def parse(row: dict[str, Any]) -> tuple[str | None, str | None, str | None, Any]:
-        return *text_and_context(row, columns), group_id(row, columns.group), evidence(row)
+    def parse(row: dict[str, Any]) -> tuple[str | None, Traits, Any]:
+        text, context = text_and_context(row, columns)
+        return text, Traits.of(row, columns, context), evidence(row)
 
-    groups: dict[str, Titles] = {}
-    for number, (text, context, group, known) in parsed_rows(table, parse):
+    gathering = Gathering(table)
+    for number, (text, traits, known) in parsed_rows(table, parse):
+        group = traits.group if columns.group else ""
         if text is None:
             issues.add("blank-text", number)
         elif group is None:
             issues.add("no-group", number)
+        elif columns.compare and traits.stratum is None:
+            issues.add("no-compare", number)
         elif known is None:
             issues.add(missing, number)
         else:
             count_lost(text, number, issues)
-            titles = groups.setdefault(group, Titles(context))
-            _check_context(titles.context, context, number, table)
-            titles.met.append((number, text, known))
-    return groups
-
-
-def _check_context(of_group: str | None, context: str | None, row: int, table: Table) -> None:
-    if context != of_group:
-        raise UserError(
-            "one context a group", f"another one in row {row} of {table.name}", "add the context's column to --group"
-        )
+            gathering.add(group, traits, number).met.append((number, text, known))
+    return gathering.groups()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clicks, grades
 
 
-def _read_clicks(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> list[RankGroup]:
+def _read_clicks(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> Read:
     def counts(row: dict[str, Any]) -> tuple[float, float] | None:
         clicks = as_number(cell_of(row, columns.clicks), "clicks")
         impressions = as_number(cell_of(row, columns.impressions), "impressions")
         return None if clicks is None or impressions is None else (clicks, impressions)
 
     gathered = gather(table, columns, issues, counts, "no-count")
-    shown = {group: [Shown(row, text, *known) for row, text, known in g.met] for group, g in gathered.items()}
-    check_counts(sorted((s for group in shown.values() for s in group), key=lambda s: s.row), table.name)
-    groups = (
-        click_group(name, gathered[name].context, met, min_impressions=data.min_impressions, issues=issues)
-        for name, met in shown.items()
+    shown = [[Shown(row, text, *known) for row, text, known in titles.met] for titles in gathered]
+    check_counts(sorted((s for group in shown for s in group), key=lambda s: s.row), table.name)
+    groups: list[RankGroup] = []
+    for titles, met in zip(gathered, shown, strict=True):
+        context, weight = titles.traits.context, titles.traits.weight
+        made = click_group(titles.group, context, met, min_impressions=data.min_impressions, issues=issues)
+        if made is not None:
+            groups.append(replace(made, stratum=titles.traits.stratum, weight=weight, date=titles.date))
+    return groups, tuple(_arms(titles, met) for titles, met in zip(gathered, shown, strict=True))
+
+
+def _arms(titles: Titles, shown: list[Shown]) -> Arms:
+    return Arms(
+        group=titles.group,
+        row=shown[0].row,
+        clicks=tuple(int(s.clicks) for s in shown),
+        impressions=tuple(int(s.impressions) for s in shown),
+        date=titles.date,
     )
-    return [group for group in groups if group is not None]
 
 
-def _read_grades(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> list[RankGroup]:
+def _read_grades(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> Read:
     gathered = gather(table, columns, issues, lambda row: as_number(cell_of(row, columns.grade), "grade"), "no-grade")
-    groups = (_grade_group(name, titles, issues) for name, titles in gathered.items())
-    return [group for group in groups if group is not None]
+    groups = (_grade_group(titles, issues) for titles in gathered)
+    return [group for group in groups if group is not None], ()
 
 
-def _grade_group(name: str, titles: Titles, issues: IssueLog) -> RankGroup | None:
+def _grade_group(titles: Titles, issues: IssueLog) -> RankGroup | None:
     """The titles of a group, each once, with the mean of its grades; None where no title is better than another."""
     rows: dict[str, int] = {}
     grades: dict[str, list[float]] = {}
@@ -103,7 +191,7 @@ def _grade_group(name: str, titles: Titles, issues: IssueLog) -> RankGroup | Non
     if len(means) == 1 or len(set(means)) == 1:
         issues.add("single-title" if len(means) == 1 else "equal-grades", titles.met[0][0])
         return None
-    return RankGroup(group=name, context=titles.context, texts=tuple(rows), rows=tuple(rows.values()), grades=means)
+    return titles.marked(texts=tuple(rows), rows=tuple(rows.values()), grades=means)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +202,6 @@ def _grade_group(name: str, titles: Titles, issues: IssueLog) -> RankGroup | Non
 class _Pairs:
     """A group of pairs while it grows: its distinct texts, the first row of each, and who beat whom."""
 
-    context: str | None
     index: dict[str, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     preferences: list[Preference] = field(default_factory=list)
@@ -133,21 +220,12 @@ class _Pairs:
             self.rows.append(row)
         return self.index[text]
 
-    def group(self, name: str) -> RankGroup:
-        return RankGroup(
-            group=name,
-            context=self.context,
-            texts=tuple(self.index),
-            rows=tuple(self.rows),
-            preferences=tuple(self.preferences),
-        )
 
-
-def _read_pairs(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> list[RankGroup]:
+def _read_pairs(table: Table, columns: Columns, data: DataConfig, issues: IssueLog) -> Read:
     """Pairs of one prompt (or, by flag, of one group) compete together, so that no text of theirs is scored twice."""
-    groups: dict[str, _Pairs] = {}
+    gathering, pairs = Gathering(table), defaultdict[str, _Pairs](_Pairs)
     for number, pair in parsed_rows(table, lambda row: _pair(row, columns)):
-        key = pair.group if columns.group else pair.context or f"row {number}"
+        key = pair.traits.group if columns.group else pair.traits.context or f"row {number}"
         if pair.chosen is None or pair.rejected is None:
             issues.add("null-pair", number)
         elif pair.chosen == pair.rejected:
@@ -155,20 +233,22 @@ def _read_pairs(table: Table, columns: Columns, data: DataConfig, issues: IssueL
         elif key is None:
             issues.add("no-group", number)
         else:
-            group = groups.setdefault(key, _Pairs(pair.context))
-            _check_context(group.context, pair.context, number, table)
+            gathering.add(key, pair.traits, number)
             count_lost(pair.chosen + pair.rejected, number, issues)
-            if group.add(pair.chosen, pair.rejected, pair.margin, number):
+            if pairs[key].add(pair.chosen, pair.rejected, pair.margin, number):
                 issues.add("contradiction", number)
-    return [pairs.group(name) for name, pairs in groups.items()]
+    groups = [(titles, pairs[titles.group]) for titles in gathering.groups()]
+    return [
+        titles.marked(texts=tuple(known.index), rows=tuple(known.rows), preferences=tuple(known.preferences))
+        for titles, known in groups
+    ], ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
     chosen: str | None
     rejected: str | None
-    context: str | None
-    group: str | None
+    traits: Traits
     margin: float | None
 
 
@@ -183,7 +263,7 @@ def _pair(row: dict[str, Any], columns: Columns) -> _Pair:
     context = as_context(cell_of(row, columns.context)) if columns.context else None
     if context and prompt:
         context = f"{context}\n{prompt}"
-    return _Pair(chosen, rejected, context or prompt, group_id(row, columns.group) if columns.group else None, margin)
+    return _Pair(chosen, rejected, Traits.of(row, columns, context or prompt), margin)
 
 
 READERS = {"pairs": _read_pairs, "grades": _read_grades, "clicks": _read_clicks}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -38,12 +38,25 @@ class IssueLog:
         bisect.insort(rows, row)  # groups are closed in another order than that of the file
         del rows[Issue.ROWS_NAMED :]
 
+    def count(self, kind: str, count: int, rows: Iterable[int]) -> None:
+        """``count`` more of a kind, the first ones at these rows."""
+        for row in rows:
+            self.add(kind, row)
+            count -= 1
+        self._counts[kind] += count
+
     def issues(self) -> tuple[Issue, ...]:
         """What was counted, in the order in which it was first met."""
         return tuple(
             Issue(kind, f"{self._messages[kind]}: {count:,}", count, tuple(self._rows[kind]))
             for kind, count in self._counts.items()
         )
+
+
+def all_rows_named(rows: Sequence[int]) -> str:
+    """As ``rows_named``, of rows that are all there; for an error, which has no count beside it."""
+    named = rows_named(rows[: Issue.ROWS_NAMED], len(rows))
+    return f"{named} ({len(rows):,} in all)" if len(rows) > Issue.ROWS_NAMED else named
 
 
 def rows_named(rows: Iterable[int], count: int) -> str:

@@ -17,7 +17,7 @@ CHUNK = 1 << 16  # bytes of a JSON array read at once
 
 def open_json(file: File) -> Table:
     """Objects, one a line or in an array; what stands first tells which, not how the file is named."""
-    first = _first_character(file)
+    first = first_character(file)
     if not first:
         raise empty(file)
     if first not in "[{":
@@ -40,7 +40,7 @@ def _json_kind(value: Any) -> str:
     return kinds.get(type(value), "null")
 
 
-def _first_character(file: File) -> str:
+def first_character(file: File) -> str:
     """The first that is not blank; nothing in an empty file."""
     for text in _chunks(file):
         if text := text.lstrip():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loracle.data.table import File, Row, Table, bytes_of, checked, empty, header_only
+from loracle.data.table import File, Row, Table, checked, empty, header_only, seekable
 from loracle.errors import UserError
 
 BATCH = 8192  # Parquet rows held at once
@@ -37,21 +35,15 @@ def open_parquet(file: File) -> Table:
 
 @contextmanager
 def _parquet(file: File) -> Iterator[Path]:
-    """A file that can be sought in, which a gzipped one cannot; damage met while it is read is a UserError."""
+    """A file that can be sought in; damage met while it is read is a UserError."""
     import polars as pl
 
     def garbage(reason: object) -> UserError:
         return UserError("a Parquet file", f"{file.name}, which is none or is damaged ({reason})", "write it again")
 
     try:
-        if file.path.suffix.lower() != ".gz":
-            yield file.path
-            return
-        with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
-            with bytes_of(file) as stream:
-                shutil.copyfileobj(stream, copy)
-            copy.flush()
-            yield Path(copy.name)
+        with seekable(file) as path:
+            yield path
     except pl.exceptions.PolarsError as error:
         raise garbage(str(error).splitlines()[0]) from None
     except pl.exceptions.PanicException:  # a BaseException: a damaged page can trip an assertion in Rust

@@ -11,7 +11,7 @@ from loracle.config import DataConfig
 from loracle.data.cells import (
     CellError,
     as_labels,
-    as_number,
+    as_weight,
     count_lost,
     known_label,
     order_labels,
@@ -20,7 +20,8 @@ from loracle.data.cells import (
 )
 from loracle.data.clicks import CLICK_ISSUES
 from loracle.data.columns import Columns, cell_of, infer_columns, task_of
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.data.events import sum_events
+from loracle.data.examples import Arms, LabeledText, RankGroup, Task
 from loracle.data.groups import READERS, gather
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.table import Table
@@ -30,6 +31,7 @@ ISSUES = {
     "blank-text": "rows without a text (null or blank), skipped",
     "no-label": "rows without a label (empty, null or NaN), skipped",
     "no-group": "rows without a group, skipped",
+    "no-compare": "rows without what they are compared by, skipped",
     "null-pair": "pairs with a null or blank side, skipped",
     "same-pair": "pairs of one and the same text, skipped",
     "contradiction": "pairs that contradict an earlier pair of their group, both kept",
@@ -44,12 +46,13 @@ ISSUES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """A table, read: what is learnt, the examples, and what was not used as it stood."""
+    """A table, read: what is learnt, the examples, what was not used as it stood, and all that a click log showed."""
 
     task: Task
     items: list[LabeledText] | list[RankGroup]
     columns: Columns
     issues: tuple[Issue, ...] = ()
+    arms: tuple[Arms, ...] = ()
 
 
 def read_examples(
@@ -70,15 +73,17 @@ def read_examples(
         found = task_of(table, columns, data)
     issues = IssueLog(ISSUES)
     items: list[LabeledText] | list[RankGroup]
+    arms: tuple[Arms, ...] = ()
     if found.kind == "rank":
         task = found
-        items = READERS[columns.evidence or "pairs"](table, columns, data, issues)
+        summed = sum_events(table, columns, issues) if columns.clicked else (table, columns)
+        items, arms = READERS[columns.evidence or "pairs"](*summed, data, issues)
     else:
         task, items = _read_texts(table, columns, data, task or found, issues)
     if not items:
         reasons = "; ".join(map(str, issues.issues()))
         raise UserError("examples to learn from", f"none left of {table.name}: {reasons}", "mend or add rows")
-    return Examples(task=task, items=items, columns=columns, issues=issues.issues())
+    return Examples(task=task, items=items, columns=columns, issues=issues.issues(), arms=arms)
 
 
 def _read_texts(
@@ -88,7 +93,7 @@ def _read_texts(
 
     def parse(row: dict[str, Any]) -> tuple[str | None, str | None, tuple[str, ...] | None, float]:
         labels = as_labels(cell_of(row, columns.label), task.kind, data.label_delimiter, class_names)
-        return *text_and_context(row, columns), labels, _weight(row, columns)
+        return *text_and_context(row, columns), labels, as_weight(cell_of(row, columns.weight))
 
     kept: list[tuple[int, str, str | None, tuple[str, ...], float]] = []
     first_rows: dict[str, int] = {}
@@ -113,13 +118,6 @@ def _read_texts(
         )
         for number, text, context, labels, weight in kept
     ]
-
-
-def _weight(row: dict[str, Any], columns: Columns) -> float:
-    weight = as_number(cell_of(row, columns.weight), "weight")
-    if weight is not None and weight < 0:
-        raise CellError("a weight of 0 or more", str(weight))
-    return 1.0 if weight is None else weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,13 +145,13 @@ def read_unlabelled_groups(table: Table, columns: Columns) -> tuple[list[RankGro
         columns = dataclasses.replace(columns, group=(columns.context,))
     gathered = gather(table, columns, issues, lambda row: True, missing="no-group")
     groups = []
-    for name, titles in gathered.items():
+    for titles in gathered:
         rows: dict[str, int] = {}
         for number, text, _ in titles.met:
             if text in rows:
                 issues.add("repeated-title", number)
             rows.setdefault(text, number)
-        groups.append(RankGroup(group=name, context=titles.context, texts=tuple(rows), rows=tuple(rows.values())))
+        groups.append(titles.marked(texts=tuple(rows), rows=tuple(rows.values())))
     if not groups:
         reasons = "; ".join(map(str, issues.issues()))
         raise UserError("titles to rank", f"none in {table.name}: {reasons}", "mend or add rows")

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from loracle import hub
@@ -77,16 +78,14 @@ def _missing(path: Path, spec: str) -> UserError:
     return UserError("a file with data", f"no file {spec}{near(path.name, beside)}", fix)
 
 
+OPENERS = {
+    "csv": open_delimited, "tsv": open_delimited, "json": open_json, "parquet": open_parquet, "txt": open_lines,
+}  # fmt: skip
+
+
 def _open_file(file: File) -> Table:
-    match file.format:
-        case "csv" | "tsv":
-            return open_delimited(file)
-        case "json":
-            return open_json(file)
-        case "parquet":
-            return open_parquet(file)
-        case "txt":
-            return open_lines(file)
+    if opener := OPENERS.get(file.format or ""):
+        return replace(opener(file), files=(file,))
     raise UserError(f"a file that ends in {SUFFIXES}", file.name, "rename or convert it")
 
 
@@ -112,6 +111,5 @@ def _chained(name: str, folder: Path, paths: list[Path], names: dict[str, tuple[
         rows = itertools.chain.from_iterable(shard.rows() for shard in shards)
         return ((number, row) for number, (_, row) in enumerate(rows, 1))
 
-    if len(shards) == 1:
-        return Table(name, columns, labels, first.read)
-    return Table(name, columns, labels, read)
+    files = tuple(file for shard in shards for file in shard.files)
+    return Table(name, columns, labels, first.read if len(shards) == 1 else read, files)

@@ -1,4 +1,4 @@
-"""Seeded splits in which no text stands on both sides.
+"""Seeded splits in which no text stands on both sides; where groups have dates, the latest are held out.
 
 All randomness is one vector of raw PCG64 doubles, sorted: the bit generator's stream is fixed by NumPy's compatibility
 policy while ``permutation`` and ``choice`` are not, so a seed means the same split on every machine and version.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loracle.data.dates import order_of
 from loracle.data.examples import Example, LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
@@ -150,6 +151,8 @@ def _hold_labels(
 def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
     """Hold out ``share`` of the groups; groups with a common id or title, or pairs with a common prompt, go together.
 
+    Groups with dates are split by time instead, see ``split_by_date``.
+
     What hangs together and is larger than the held-out share trains. What is larger than half of everything could
     hardly be split at all: it is taken apart, first where only a prompt ties it, then by group id; titles that then
     stand on both sides leave the held-out side, with the groups in which they leave nothing to order. ``notes`` counts
@@ -160,6 +163,8 @@ def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
     """
     if len(groups) < 2:
         raise UserError("at least 2 groups to hold one out", str(len(groups)), "add groups, or pass --test FILE")
+    if all(group.date is not None for group in groups):
+        return split_by_date(groups, share)
     parts = _parts(groups)
     if len(parts) < 2:
         raise UserError(
@@ -175,15 +180,44 @@ def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
     notes = issue_of(
         "kept-together", "groups tied to more groups than the held-out share has room for, trained on", too_large
     )
-    sides = _two_sides(groups, held, notes)
+    return _without_shared(_two_sides(groups, held, notes), len(groups))
+
+
+def split_by_date(groups: Sequence[RankGroup], share: float) -> Split:
+    """Hold out the latest groups: all from the one date on that comes closest to ``share`` of them.
+
+    No training group is of the held-out time: groups of one id go by the latest date among them, and titles of before
+    that come again in it leave the held-out side, with the groups in which they leave nothing to order; both counted.
+
+    Raises:
+        UserError: groups of a single date, or nothing to hold out that shares no title with the rest.
+    """
+    ranks = order_of(str(group.date) for group in groups)
+    of_id: dict[str, int] = {}
+    for group in groups:
+        of_id[group.group] = max(of_id.get(group.group, 0), ranks[str(group.date)])
+    times = np.array([of_id[group.group] for group in groups])
+    starts = np.unique(times)[1:]
+    if not len(starts):
+        raise UserError(
+            "groups of at least 2 dates, to hold out the latest", f"{len(groups)} that end with {groups[0].date}",
+            "leave --date out, or pass --test FILE",
+        )  # fmt: skip
+    counts = np.array([(times >= start).sum() for start in starts])
+    held = times >= starts[np.argmin(np.abs(counts - share * len(groups)))]
+    return _without_shared(_two_sides(groups, held, ()), len(groups))
+
+
+def _without_shared(sides: Split, count: int) -> Split:
+    """The sides of ``count`` groups, less the held-out titles that train as well."""
     known = {text.strip() for group in sides.train for text in group.texts}
     kept, taken = without_titles(sides.held, known, "shared-title", "held-out titles that training groups have too")
     if not kept:
         raise UserError(
-            "groups to hold out that share no title with the others", f"titles shared all over {len(groups)} groups",
+            "groups to hold out that share no title with the others", f"titles shared all over {count} groups",
             "pass --test FILE with groups of other titles",
         )  # fmt: skip
-    return replace(sides, held=kept, notes=notes + taken)
+    return replace(sides, held=kept, notes=sides.notes + taken)
 
 
 def without_titles(
@@ -226,6 +260,7 @@ def restricted(group: RankGroup, stay: Sequence[int]) -> RankGroup | None:
     return replace(
         group, texts=pick(group.texts), rows=pick(group.rows), preferences=preferences,
         grades=pick(group.grades), clicks=pick(group.clicks), impressions=pick(group.impressions),
+        repeats=pick(group.repeats),
     )  # fmt: skip
 
 

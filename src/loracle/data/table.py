@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import gzip
 import itertools
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ class Table:
     columns: tuple[str, ...]
     label_names: dict[str, tuple[str, ...]]
     read: Callable[[], Iterator[Row]] = field(repr=False)
+    files: tuple[File, ...] = field(default=(), repr=False)  # what is read, for who can do so faster than row by row
 
     def rows(self) -> Iterator[Row]:
         """Every row from the first; a damaged one raises UserError when it is reached."""
@@ -66,6 +69,19 @@ class File:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes, lines
+
+
+@contextmanager
+def seekable(file: File) -> Iterator[Path]:
+    """A file that can be sought in, which a gzipped one cannot: that is unpacked beside, and removed in the end."""
+    if file.path.suffix.lower() != ".gz":
+        yield file.path
+        return
+    with tempfile.NamedTemporaryFile(suffix=file.unzipped.suffix) as copy:
+        with bytes_of(file) as stream:
+            shutil.copyfileobj(stream, copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ adapter_model.safetensors, adapter_config.json   PEFT's own format, the head inc
 tokenizer.json, tokenizer_config.json            with the template baked in
 run.toml                                         configuration, task, base model, how plain PEFT opens it
 metrics.json, predictions.csv, log.jsonl         what it is worth
+calibration.json                                 what a ranker's scores mean: slope and residual spread (click logs only)
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,10 @@ from loracle.config import RunConfig
 from loracle.data.examples import Task
 from loracle.errors import UserError
 from loracle.hub import checksum
+from loracle.judge.spread import Spread
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
+CALIBRATION = "calibration.json"
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
@@ -53,6 +57,21 @@ def write_info(folder: Path, info: RunInfo) -> None:
         "provenance": info.provenance,
     }
     write_text(folder / RUN, tomli_w.dumps(_without_none(document)))
+
+
+def write_calibration(folder: Path, spread: Spread) -> None:
+    """What scores mean, fitted on validation groups; a standard error that nothing tells is null."""
+    known = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(spread).items()}
+    write_text(folder / CALIBRATION, json.dumps(known, indent=1))
+
+
+def read_calibration(folder: Path) -> Spread | None:
+    """What scores mean, or None where the run learnt from no clicks."""
+    path = folder / CALIBRATION
+    if not path.exists():
+        return None
+    known = json.loads(path.read_text(encoding="utf-8"))
+    return Spread(**{name: math.nan if value is None else value for name, value in known.items()})
 
 
 def read_info(folder: Path) -> RunInfo:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from loracle.errors import UserError
 from loracle.judge.metrics import probabilities
+from loracle.judge.spread import expected_lift, win_probability
 from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
-from loracle.run.folder import read_info, verify
+from loracle.run.folder import read_calibration, read_info, verify
 from loracle.text.encode import Encoder
 from loracle.text.template import check_contexts
+
+
+@dataclass(frozen=True, slots=True)
+class RankedTitle:
+    """A title among those that were offered with it, best first.
+
+    ``beats[j]`` is the chance that it is truly better than the j-th best (0.5 against itself); ``lift`` its expected click
+    rate over the mean of the titles offered, minus 1, with a 95 % interval. Both are None unless clicks were learnt from.
+    """
+
+    text: str
+    score: float
+    beats: tuple[float, ...] | None = None
+    lift: float | None = None
+    lift_low: float | None = None
+    lift_high: float | None = None
 
 
 class Predictor:
@@ -33,6 +51,7 @@ class Predictor:
         self.info = read_info(self.folder)
         verify(self.folder)
         self.task, model = self.info.task, self.info.config.model
+        self.spread = read_calibration(self.folder)
         found = resolve_base(base or self.info.base["source"], None if base else self.info.base.get("revision"))
         if found.checksum() != self.info.base["sha256"]:
             raise UserError(
@@ -83,8 +102,8 @@ class Predictor:
             return [[labels[i] for i in np.flatnonzero(row > 0.5)] for row in proba]
         return [labels[i] for i in proba.argmax(1)]
 
-    def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
-        """Titles with their scores, best first; equal scores keep their order.
+    def rank(self, titles: Sequence[str], context: str | None = None) -> list[RankedTitle]:
+        """Titles best first, each with what can be said about it; equal scores keep their order.
 
         Raises:
             UserError: the run is a classifier, or there is nothing to rank.
@@ -93,5 +112,13 @@ class Predictor:
             raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
         if not len(titles):
             raise UserError("titles to rank", "none", "give at least one")
-        values = self.scores(titles, [context] * len(titles))[:, 0]
-        return [(titles[i], float(values[i])) for i in np.argsort(-values, kind="stable")]
+        scores = self.scores(titles, [context] * len(titles))[:, 0]
+        order = np.argsort(-scores, kind="stable")
+        scores = scores[order].astype(np.float64)
+        if self.spread is None or len(titles) < 2:
+            return [RankedTitle(titles[i], float(s)) for i, s in zip(order, scores, strict=True)]
+        beats, lifts = win_probability(scores, self.spread), expected_lift(scores, self.spread)
+        return [
+            RankedTitle(titles[i], float(s), tuple(map(float, wins)), *map(float, lift))
+            for i, s, wins, *lift in zip(order, scores, beats, *lifts, strict=True)
+        ]

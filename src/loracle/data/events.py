@@ -1,0 +1,273 @@
+"""A log with a row an impression becomes a table with a row a title, in memory that grows with the titles alone.
+
+Polars scans the files, batch by batch. What it cannot scan (a JSON array, a TSV with its two ways to quote, texts in chat
+messages, a file that it takes for broken) is first written out row by row by our own readers, which name the damage if
+there is any.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loracle.data.cells import CellError, as_context, parsed_rows
+from loracle.data.columns import Columns, cell_of
+from loracle.data.dates import EXPECTED, ISO, NUMBER, as_date, is_number
+from loracle.data.delimited import delimiter_of
+from loracle.data.issues import Issue, IssueLog, all_rows_named, rows_named
+from loracle.data.json_rows import first_character
+from loracle.data.table import Table, seekable
+from loracle.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ROW = "\0row"  # no column of a user's is called so
+SKIPPED = ("blank-text", "no-group", "no-compare", "no-clicked")
+REFUSED = {
+    "bad-clicked": ("0 or 1, or true or false, as clicked", "name another column with --clicked, or mend them"),
+    "bad-weight": ("a number of 0 or more as weight", "correct or remove those rows"),
+    "bad-date": (f"{EXPECTED}, all in one way", "correct or remove those rows, or leave --date out"),
+}
+
+
+class Unscannable(Exception):
+    """Polars would not read this table as our readers do."""
+
+
+def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table, Columns]:
+    """The clicks and impressions of each title of a group (and of what it is compared by), and which columns hold them.
+
+    Titles stand in the order of their first rows and bear their numbers: running ones, which in CSV start with 2 and are
+    the lines as long as no blank line and no line break in a cell stands before.
+
+    Args:
+        issues: counts impressions without a text, a group, or a word on whether they were clicked.
+
+    Raises:
+        UserError: cells that are no click, no weight or no date; impressions of one title that differ in weight.
+    """
+    import polars as pl
+
+    columns = replace(columns, text=columns.text or columns.messages, messages=None)
+    try:
+        with _scanned(table, columns) as frame:
+            titles = _summed(frame, table, columns, issues)
+    except (Unscannable, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the last one is a BaseException
+        with _written(table, columns) as frame:
+            titles = _summed(frame, table, columns, issues)
+    summed = replace(columns, clicked=None, clicks=_free("clicks", columns), impressions=_free("impressions", columns))
+    rows = [(title.pop(ROW), _cells(title, summed)) for title in titles]
+    return Table(table.name, tuple(rows[0][1]) if rows else (), {}, lambda: iter(rows)), summed
+
+
+def _free(name: str, columns: Columns) -> str:
+    """The name, or a longer one where a column of the user's is called so."""
+    while name in _needed(columns):
+        name += " "
+    return name
+
+
+def _needed(columns: Columns) -> list[str]:
+    return list(dict.fromkeys(column for names in columns.named().values() for column in names))
+
+
+def _apart(columns: Columns) -> list[str]:
+    """Columns that tell titles apart."""
+    roles = columns.named()
+    return list(dict.fromkeys(c for role in ("text", "group", "compare", "context") for c in roles.get(role, ())))
+
+
+def _cells(title: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A row of the summed table."""
+    cells = {column: title[f"key {i}"] for i, column in enumerate(_apart(columns))}
+    date = title["date"]
+    known = {
+        columns.weight: title["weight"],
+        columns.date: str(int(date)) if isinstance(date, float) and date.is_integer() else date,
+        columns.clicks: title["clicks"],
+        columns.impressions: title["impressions"],
+    }
+    return cells | {column: cell for column, cell in known.items() if column is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scanning
+
+
+@contextmanager
+def _scanned(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
+    """The files as Polars reads them, with the running number of each row; gzipped ones are unpacked beside."""
+    import polars as pl
+
+    with ExitStack() as stack:
+        formats = {file.format for file in table.files}
+        paths = [stack.enter_context(seekable(file)) for file in table.files]
+        numbered = {"row_index_name": ROW, "row_index_offset": 1}
+        if formats == {"parquet"}:
+            frame = pl.scan_parquet(paths, glob=False, hive_partitioning=False, **numbered)
+        elif formats == {"csv"} and len(delimiters := {delimiter_of(file) for file in table.files}) == 1:
+            frame = pl.scan_csv(
+                paths, separator=delimiters.pop(), new_columns=list(table.columns), infer_schema=False, glob=False,
+                row_index_name=ROW, row_index_offset=2 if len(paths) == 1 else 1,
+            )  # fmt: skip
+        elif formats == {"json"} and _flat(table, columns):
+            frame = pl.scan_ndjson(paths, schema=dict.fromkeys(_needed(columns), pl.String), **numbered)
+        else:
+            raise Unscannable
+        if any(kind.is_nested() for name, kind in frame.collect_schema().items() if name in _needed(columns)):
+            raise Unscannable
+        yield frame
+
+
+def _flat(table: Table, columns: Columns) -> bool:
+    """Whether JSON has an object a line and nothing nested where we look; Polars would take that for its spelling."""
+    cells = (cell_of(row, column) for _, row in table.head() for column in _needed(columns))
+    return {first_character(file) for file in table.files} == {"{"} and not any(isinstance(c, list | dict) for c in cells)
+
+
+@contextmanager
+def _written(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
+    """What is needed of a table as our readers read it, as texts, through a file that is removed in the end."""
+    import polars as pl
+
+    def plain(row: dict[str, Any]) -> dict[str, str | None]:
+        cells = {column: cell_of(row, column) for column in _needed(columns)}
+        return {c: v.isoformat() if isinstance(v, datetime.date) else as_context(v) for c, v in cells.items()}
+
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as copy:
+        for number, cells in parsed_rows(table, plain):
+            copy.write(json.dumps({ROW: number, **cells}) + "\n")
+        copy.flush()
+        yield pl.scan_ndjson(copy.name, schema={ROW: pl.Int64, **dict.fromkeys(_needed(columns), pl.String)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summing
+
+
+def _summed(frame: pl.LazyFrame, table: Table, columns: Columns, issues: IssueLog) -> list[dict[str, Any]]:
+    """Each title: its cells (``key 0``, …), clicks, impressions, first row, weight and latest date; odd rows counted."""
+    import polars as pl
+
+    marked = _marked(frame, table, columns)
+    keys = [f"key {i}" for i in range(len(_apart(columns)))]
+    # Rows that are not used make one group a kind, whatever their cells, so that they cost no memory.
+    found = (
+        marked.with_columns(pl.when(pl.col("kind").is_null()).then(pl.col(key)).alias(key) for key in keys)
+        .group_by("kind", *keys)
+        .agg(
+            pl.col("clicked").sum().cast(pl.Int64).alias("clicks"),
+            pl.len().cast(pl.Int64).alias("impressions"),
+            pl.col(ROW).min(),
+            pl.col("weight").min(),
+            pl.col("weight").max().alias("heaviest"),
+            pl.col("date").max(),
+        )
+        .collect(engine="streaming")
+        .sort(ROW)
+    )
+    counts = {odd["kind"]: odd["impressions"] for odd in found.filter(pl.col("kind").is_not_null()).to_dicts()}
+    first = {kind: _first_rows(marked, kind) for kind in counts}
+    for kind, (expected, fix) in REFUSED.items():
+        if kind in counts:
+            named = f"others in {rows_named(first[kind], counts[kind])} of {table.name} ({counts[kind]:,} in all)"
+            raise UserError(expected, named, fix)
+    titles = found.filter(pl.col("kind").is_null())
+    if len(other := titles.filter(pl.col("weight") != pl.col("heaviest"))):
+        raise UserError(
+            "one weight a group", f"others for titles that begin in {all_rows_named(other[ROW].to_list())} of {table.name}",
+            "give all rows of a group the same weight",
+        )  # fmt: skip
+    for kind in filter(counts.__contains__, SKIPPED):
+        issues.count(kind, counts[kind], first[kind])
+    return titles.to_dicts()
+
+
+def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:
+    import polars as pl
+
+    odd = marked.filter(pl.col("kind") == kind).select(ROW)
+    return sorted(odd.bottom_k(Issue.ROWS_NAMED, by=ROW).collect(engine="streaming")[ROW].to_list())
+
+
+def _marked(frame: pl.LazyFrame, table: Table, columns: Columns) -> pl.LazyFrame:
+    """Row number, cells that tell titles apart, clicked, weight, date, and as ``kind`` what is odd about the row."""
+    import polars as pl
+
+    types = frame.collect_schema()
+    text, apart = columns.text or "", _apart(columns)
+    cells = {column: _present(column, types[column]) for column in _needed(columns)}
+    said = cells[columns.clicked or ""].cast(pl.String).str.strip_chars().str.to_lowercase()
+    clicked = pl.when(said.is_in(["1", "1.0", "true"])).then(1).when(said.is_in(["0", "0.0", "false"])).then(0)
+    weight, bad_weight = _weight(cells.get(columns.weight or ""))
+    date, bad_date = _date(cells.get(columns.date or ""), types.get(columns.date or ""), _numbers(table, columns.date))
+    kinds = {
+        "bad-clicked": clicked.is_null() & said.is_not_null() & (said != "nan"),
+        "bad-weight": bad_weight,
+        "bad-date": bad_date,
+        "blank-text": cells[text].is_null(),
+        "no-group": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.group)),
+        "no-compare": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.compare)),
+        "no-clicked": clicked.is_null(),
+    }
+    kind = pl.coalesce(pl.when(is_odd).then(pl.lit(name)) for name, is_odd in kinds.items())
+    return frame.select(
+        pl.col(ROW),
+        *(cells[column].alias(f"key {i}") for i, column in enumerate(apart)),
+        clicked.alias("clicked"),
+        weight.alias("weight"),
+        date.alias("date"),
+        kind.alias("kind"),
+    )
+
+
+def _present(column: str, kind: pl.DataType) -> pl.Expr:
+    """A cell, null where it is blank or NaN."""
+    import polars as pl
+
+    cell = pl.col(column)
+    if kind == pl.String:
+        return pl.when(cell.str.strip_chars() != "").then(cell)
+    return cell.fill_nan(None) if kind.is_float() else cell
+
+
+def _weight(cell: pl.Expr | None) -> tuple[pl.Expr, pl.Expr]:
+    """The weight, 1 where there is none, and whether it is a wrong one."""
+    import polars as pl
+
+    if cell is None:
+        return pl.lit(1.0), pl.lit(False)
+    said = cell.cast(pl.String).str.strip_chars().str.to_lowercase()
+    number = said.cast(pl.Float64, strict=False)
+    missing = said.is_null() | (said == "nan")
+    fine = number.is_finite() & (number >= 0)
+    return pl.when(missing).then(1.0).otherwise(number), ~missing & ~fine.fill_null(False)
+
+
+def _date(cell: pl.Expr | None, kind: pl.DataType | None, numbers: bool) -> tuple[pl.Expr, pl.Expr]:
+    """The date so that it sorts, and whether there is none."""
+    import polars as pl
+
+    if cell is None:
+        return pl.lit(None, pl.String), pl.lit(False)
+    if kind != pl.String:
+        return cell, cell.is_null()
+    said = cell.str.strip_chars()
+    sortable = pl.when(said.str.contains(NUMBER if numbers else ISO)).then(said)
+    return sortable.cast(pl.Float64) if numbers else sortable, sortable.is_null()
+
+
+def _numbers(table: Table, column: str | None) -> bool:
+    """Whether dates are numbers, as the first one says that is a date."""
+    for _, row in table.head() if column else ():
+        try:
+            return is_number(as_date(row.get(column or "")))
+        except CellError:
+            continue
+    return False

@@ -1,0 +1,139 @@
+"""Whether chance dealt out the impressions: random logs pass, broken weeks and bandits are found, and Upworthy's are."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from loracle.config import DataConfig
+from loracle.data.allocation import LEVEL, Allocation, Period, allocation
+from loracle.data.examples import Arms
+from loracle.data.schema import read_examples
+from loracle.data.sources import open_table
+
+SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[3] / "shared"))
+UPWORTHY = SHARED / "data" / "upworthy" / "packages.csv.gz"
+
+
+def dealt(draw: np.random.Generator, name: str, *, uneven: float = 0.0, follow: float = 0.0, date: str | None = None) -> Arms:
+    """Four arms of 3,000 impressions on average; ``uneven``: spread of their odds; ``follow``: by their own click rates."""
+    rates = 0.01 * np.exp(draw.normal(0, 0.3, 4))
+    odds = np.exp(draw.normal(0, uneven, 4)) * rates**follow
+    shown = draw.multinomial(12_000, odds / odds.sum())
+    clicks = draw.binomial(shown, rates)
+    return Arms(group=name, row=1 + 4 * int(name), clicks=tuple(clicks), impressions=tuple(shown), date=date)
+
+
+def of(arms: list[Arms]) -> Allocation:
+    found = allocation(arms)
+    assert found is not None
+    return found
+
+
+def test_chi_square_is_that_of_the_book() -> None:
+    arms = [
+        Arms(group="a", row=2, clicks=(1, 1), impressions=(100, 150)),
+        Arms(group="a", row=4, clicks=(1, 1, 1), impressions=(90, 100, 110)),
+        Arms(group="b", row=7, clicks=(1, 1), impressions=(100, 153)),
+        Arms(group="c", row=9, clicks=(1, 1), impressions=(100, 150)),
+        Arms(group="c", row=11, clicks=(1, 1), impressions=(100, 150)),
+    ]
+    # Sums of (n - mean)^2 / mean and degrees of freedom: a 10 + 2 at 1 + 2; b 11.1 at 1; c 10 + 10 at 1 + 1.
+    assert [float(chi2.sf(*x)) < LEVEL for x in ((12, 3), (53**2 / 2 / 126.5, 1), (20, 2))] == [False, True, True]
+    found = of(arms)
+    assert (found.groups, found.failing, found.rows) == (3, 2, (7, 9))
+
+
+def test_too_few_impressions_are_not_tested() -> None:
+    assert allocation([Arms(group="a", row=2, clicks=(0, 1), impressions=(1, 18))]) is None
+    assert allocation([Arms(group="a", row=2, clicks=(5,), impressions=(100,))]) is None
+    assert of([Arms(group="a", row=2, clicks=(0, 0), impressions=(0, 20))]).adaptivity == 0
+
+
+def test_random_logs_pass() -> None:
+    """A thousand groups each: one in a thousand fails, and z is standard normal."""
+    found = [of([dealt(np.random.default_rng([seed, i]), str(i)) for i in range(300)]) for seed in range(20)]
+    assert sum(f.failing for f in found) < 6000 * 0.001 + 3.5 * 6**0.5
+    assert not any(f.uneven or f.adaptive for f in found)
+    z = np.array([f.adaptivity for f in found])
+    assert abs(z.mean()) < 3.5 / 20**0.5
+    assert 0.5 < z.std() < 1.6
+
+
+def test_uneven_but_not_adaptive() -> None:
+    draw = np.random.default_rng(1)
+    found = of([dealt(draw, str(i), uneven=0.3) for i in range(200)])
+    assert found.uneven
+    assert not found.adaptive
+    assert found.rows == (1, 5, 9, 13, 17)
+    assert "Unless unequal shares were meant" in found.lines()[-1]
+
+
+def test_a_bandit_is_found_though_its_shares_are_nearly_even() -> None:
+    draw = np.random.default_rng(2)
+    found = of([dealt(draw, str(i), follow=0.05) for i in range(300)])
+    assert found.failing < 0.05 * found.groups
+    assert found.adaptive
+    assert found.adaptivity > 4
+    assert any("what was clicked more was shown more, beyond chance" in line for line in found.lines())
+
+
+def test_a_broken_period_is_found_and_bridged() -> None:
+    draw = np.random.default_rng(3)
+    arms = [
+        dealt(draw, str(20 * week + i), uneven=0.2 if 12 <= week < 20 and (week != 15 or i < 2) else 0.0, date=f"{week}")
+        for week in range(30)
+        for i in range(20 if week != 15 else 3)
+    ]
+    found = of(arms)
+    (period,) = found.periods
+    assert (period.start, period.end) == ("12", "19")
+    assert period.failing > 0.8 * period.groups
+    assert [date.start for date in found.dates] == [str(week) for week in range(30)]
+    lines = found.lines()
+    assert lines[1] == f"  12 to 19: {period.failing / period.groups:.1%} ({period.failing} of {period.groups})"
+    assert lines[2].startswith("  at all other times: 0.")
+    assert lines[-1].startswith("Leave the groups of these times out")
+
+
+def test_one_failing_group_makes_no_period() -> None:
+    draw = np.random.default_rng(4)
+    arms = [dealt(draw, str(i), uneven=0.5 * (i == 7), date=str(i // 5)) for i in range(50)]
+    found = of(arms)
+    assert (found.failing, found.periods) == (1, ())
+
+
+def test_sound_logs_are_said_to_be() -> None:
+    found = Allocation(groups=100, failing=0, rows=(), adaptivity=0.5, dates=(Period("1", "1", 100, 0),))
+    assert found.lines() == [
+        "0.0% (0 of 100) of the groups were not shown in equal shares (p < 0.001)",
+        "what was clicked more was not shown more than chance has it (z = +0.5)",
+        "so click rates within a group can be compared",
+    ]
+
+
+@pytest.mark.skipif(not UPWORTHY.exists(), reason=f"no {UPWORTHY}")
+def test_the_doubted_weeks_of_upworthy_are_rediscovered() -> None:
+    """Its authors doubt the randomisation from June 25, 2013 to January 10, 2014 (update of June 2024).
+
+    These are ISO weeks 201326 to 201402; the file counts weeks as strftime's %W does, from 0, where they are one less.
+    """
+    first, last = (day.strftime("%Y%W") for day in (datetime.date(2013, 6, 25), datetime.date(2014, 1, 10)))
+    data = DataConfig(
+        group="clickability_test_id", compare="eyecatcher_id", text="headline", clicks="clicks",
+        impressions="impressions", date="test_week",
+    )  # fmt: skip
+    examples = read_examples(open_table(str(UPWORTHY)), data)
+    found = of(list(examples.arms))
+    (period,) = found.periods
+    assert (period.start, period.end) == (first, last) == ("201325", "201401")
+    assert (period.groups, period.failing) == (592, 402)  # two thirds
+    assert (found.groups - period.groups, found.failing - period.failing) == (2132, 6)
+    doubted = [date for date in found.dates if "201326" <= date.start <= "201402"]
+    assert (sum(d.groups for d in doubted), sum(d.failing for d in doubted)) == (581, 385)
+    assert not found.adaptive

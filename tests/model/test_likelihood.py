@@ -1,0 +1,58 @@
+"""The likelihood of a text is what the causal language model itself says, packed, behind a prefix, or chunked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loracle.data.examples import Task
+from loracle.model.assemble import new_scorer
+from loracle.model.backbone import load_tokenizer
+from loracle.model.likelihood import log_likelihood
+from loracle.text.encode import Encoder
+from loracle.text.template import bake
+
+TEXTS = ["a plain title", "x", "", "Ünïcode — 标题", "a plain title"]
+PROMPT = "Which of these titles will more of our readers click on today? {text}\nAnswer:"
+
+
+def by_hand(model, encoded, after):
+    """Mean log probability of the text's own tokens, one text at a time."""
+    ids, start = torch.tensor(encoded.chunks[0]), encoded.starts[0]
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0].log_softmax(-1)
+    own = range(max(start, 1), len(ids) - after)
+    return float(np.mean([log_p[i - 1, ids[i]] for i in own])) if own else 0.0
+
+
+@pytest.mark.parametrize("template", [None, PROMPT])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
+def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template):
+    folder = tmp_path / "base"
+    source = tiny_model(kind)
+    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if not causal.config.tie_word_embeddings:  # or both would be one tensor
+        torch.nn.init.normal_(causal.lm_head.weight, std=0.5, generator=torch.Generator().manual_seed(3))
+    causal.save_pretrained(folder)
+    tokenizer = bake(load_tokenizer(source), template, 128)
+    scorer = new_scorer(
+        folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
+        device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0},
+    )  # fmt: skip
+    encoder = Encoder(tokenizer)
+    encoded = encoder(TEXTS)
+    found = log_likelihood(scorer, encoded, folder, after=encoder.after)
+    expected = [by_hand(causal, e, encoder.after) for e in encoded]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert len(set(np.round(expected, 3))) >= 3
+
+
+def test_an_encoder_has_none(tiny_model):
+    tokenizer = bake(load_tokenizer(tiny_model("bert")), None, 64, encoder=True)
+    scorer = new_scorer(
+        tiny_model("bert"), Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32, device=torch.device("cpu"), lora=None,
+    )  # fmt: skip
+    assert log_likelihood(scorer, Encoder(tokenizer, encoder=True)(["a"]), tiny_model("bert"), after=1) is None
