@@ -20,7 +20,9 @@ SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[3] / "shar
 UPWORTHY = SHARED / "data" / "upworthy" / "packages.csv.gz"
 
 
-def dealt(draw: np.random.Generator, name: str, *, uneven: float = 0.0, follow: float = 0.0, date: str | None = None) -> Arms:
+def dealt(
+    draw: np.random.Generator, name: str, *, uneven: float = 0.0, follow: float = 0.0, date: str | None = None
+) -> Arms:
     """Four arms of 3,000 impressions on average; ``uneven``: spread of their odds; ``follow``: by their own click rates."""
     rates = 0.01 * np.exp(draw.normal(0, 0.3, 4))
     odds = np.exp(draw.normal(0, uneven, 4)) * rates**follow
@@ -86,7 +88,9 @@ def test_a_bandit_is_found_though_its_shares_are_nearly_even() -> None:
 def test_a_broken_period_is_found_and_bridged() -> None:
     draw = np.random.default_rng(3)
     arms = [
-        dealt(draw, str(20 * week + i), uneven=0.2 if 12 <= week < 20 and (week != 15 or i < 2) else 0.0, date=f"{week}")
+        dealt(
+            draw, str(20 * week + i), uneven=0.2 if 12 <= week < 20 and (week != 15 or i < 2) else 0.0, date=f"{week}"
+        )
         for week in range(30)
         for i in range(20 if week != 15 else 3)
     ]

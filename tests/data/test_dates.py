@@ -19,7 +19,9 @@ def test_what_sorts_is_kept_as_it_stands(cell, date):
     assert as_date(cell) == date
 
 
-@pytest.mark.parametrize("cell", [None, " ", float("nan"), "3/11/2014", "3.11.2014", "2014-3-1", "Nov 2014", True, "1e9"])
+@pytest.mark.parametrize(
+    "cell", [None, " ", float("nan"), "3/11/2014", "3.11.2014", "2014-3-1", "Nov 2014", True, "1e9"]
+)
 def test_what_does_not_sort_is_refused(cell):
     with pytest.raises(CellError, match=re.escape("a date that sorts, a number such as 201446")):
         as_date(cell)

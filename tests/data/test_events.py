@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from small import write
 
 from loracle.config import DataConfig
 from loracle.data.columns import Columns, infer_columns
@@ -19,7 +20,6 @@ from loracle.data.examples import RankGroup
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
-from small import write
 
 Rows = list[dict[str, Any]]
 
@@ -107,7 +107,9 @@ class TestFormats:
 
     def test_numbers_and_missing_keys_of_json(self, tmp_path: Path) -> None:
         path = tmp_path / "log.jsonl"
-        items: Rows = [{"test": 1, "title": t, "clicked": c, "more": {"x": [t]}} for t in "ab" for c in (True, False, True)]
+        items: Rows = [
+            {"test": 1, "title": t, "clicked": c, "more": {"x": [t]}} for t in "ab" for c in (True, False, True)
+        ]
         items += [{"test": 1, "title": "a"}, {"title": "a", "clicked": 1}, {"test": 1, "clicked": 1}]
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
         found = read(path)
@@ -200,7 +202,9 @@ class TestOddRows:
     @pytest.mark.parametrize(
         ("dates", "latest"), [(("9", "10", "8"), "10"), (("2014-11-03", "2014-11-12T10:00", "2014-11-04"), None)]
     )
-    def test_the_date_of_a_group_is_its_latest(self, tmp_path: Path, dates: tuple[str, ...], latest: str | None) -> None:
+    def test_the_date_of_a_group_is_its_latest(
+        self, tmp_path: Path, dates: tuple[str, ...], latest: str | None
+    ) -> None:
         rows = [f"t,{title},1,{date}" for title in "ab" for date in dates]
         found = read(log(tmp_path / "x.csv", *rows, header="test,title,clicked,day"), date="day")
         assert [g.date for g in found.items] == [latest or dates[1]]
@@ -208,8 +212,9 @@ class TestOddRows:
     @pytest.mark.parametrize("odd", ["", "3/11/2014", "2014-11-03"])
     def test_dates_that_are_none_are_refused(self, tmp_path: Path, odd: str) -> None:
         path = log(tmp_path / "x.csv", "t,a,1,201446", f"t,b,1,{odd}", header="test,title,clicked,day")
-        assert "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03, all in one way; found " in (
-            said := error_of(path, date="day")
+        assert (
+            "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03, all in one way; found "
+            in (said := error_of(path, date="day"))
         )
         assert "others in row 3" in said
 
@@ -222,6 +227,17 @@ class TestOddRows:
         path = tmp_path / "x.jsonl"
         path.write_text('{"test": "t", "title": "a", "clicked": 1}\n{"test": \n')
         assert f"broken JSON at line 2 of {path}" in error_of(path)
+
+    def test_what_polars_would_let_pass(self, tmp_path: Path) -> None:
+        path = log(tmp_path / "x.csv", "t,a,1", "t,b,0", *["t,a,1"] * 300, "t,a\0,1")
+        assert f"expected text in UTF-8; found byte 0x00 in line 304 of {path}" in error_of(path)
+        path = tmp_path / "x.jsonl"
+        path.write_text(
+            "".join(f'{{"test": 1, "title": "{t}", "clicked": 1}}\n' for t in ("a\\ud800", "b", "a\\ud800"))
+        )
+        found = read(path)
+        assert [(g.texts, g.clicks) for g in found.items] == [(("a\ufffd", "b"), (2, 1))]
+        assert counted(found) == {"lost-character": (1, (1,))}
 
     def test_lost_characters_are_counted(self, tmp_path: Path) -> None:
         path = log(tmp_path / "x.csv", "t,caf\ufffd,1", "t,b,0", "t,caf\ufffd,1")
@@ -253,7 +269,9 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path, suffix: str) -> None:
         path = tmp_path / f"{rows}{suffix}"
         frame.write_csv(path) if suffix == ".csv" else frame.write_parquet(path, row_group_size=100_000)
         del frame
-        done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=120, check=True
+        )
         impressions, peaks[rows] = map(int, done.stdout.split())
         assert impressions == rows
         path.unlink()

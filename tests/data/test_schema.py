@@ -465,9 +465,7 @@ def test_a_click_log_makes_groups(log):
     examples = read(log, group="test,image")
     assert examples.task == Task(kind="rank", evidence="clicks")
     assert examples.items == [
-        RankGroup(
-            group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200), repeats=(2, 1)
-        )
+        RankGroup(group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200), repeats=(2, 1))
     ]
     assert counted(examples.issues) == {
         "no-group": (1, (6,)), "no-count": (1, (7,)), "repeated-title": (1, (5,)), "single-title": (1, (4,)),
@@ -515,7 +513,9 @@ def test_a_group_has_one_weight(pair):
     assert "in rows 2, 3, 4, 5, 6, ... (6 in all) of x.json" in error_of(
         weighed(2, *[1] * 6, pair=pair), group="g", weight="w"
     )
-    assert "expected a weight of 0 or more; found -1.0 in row 1" in error_of(weighed(-1, pair=pair), group="g", weight="w")
+    assert "expected a weight of 0 or more; found -1.0 in row 1" in error_of(
+        weighed(-1, pair=pair), group="g", weight="w"
+    )
 
 
 def test_labelled_texts_have_weights_by_any_name():

@@ -256,13 +256,16 @@ class TestDates:
     @settings(max_examples=60, deadline=None)
     @given(
         st.lists(
-            st.tuples(st.sets(st.integers(0, 30), min_size=2, max_size=4), st.integers(0, 9), st.integers(0, 12)), min_size=2
+            st.tuples(st.sets(st.integers(0, 30), min_size=2, max_size=4), st.integers(0, 9), st.integers(0, 12)),
+            min_size=2,
         ),
         st.floats(0.05, 0.9),
     )
     def test_the_future_never_trains(self, drawn: list[tuple[set[int], int, int]], share: float) -> None:
         groups = [
-            dataclasses.replace(clicked(f"g{name}", *(f"title {t}" for t in sorted(titles)), row=10 * i), date=str(date))
+            dataclasses.replace(
+                clicked(f"g{name}", *(f"title {t}" for t in sorted(titles)), row=10 * i), date=str(date)
+            )
             for i, (titles, date, name) in enumerate(drawn)
         ]
         try:

@@ -1,6 +1,5 @@
 """The model of clicks within a group: its integrals against brute force, what it recovers, and what follows from it."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -120,7 +119,7 @@ def test_without_spread_and_with_rare_clicks_it_is_the_conditional_click_likelih
 
 @pytest.mark.parametrize(
     ("groups", "shown", "level", "spread"),
-    [(1000, 100, -4.6, 0.4), (250, 3000, -4.2, 0.3), (120, 100_000, -1.5, 0.25)],
+    [(800, 100, -4.6, 0.5), (200, 3000, -4.2, 0.3), (100, 100_000, -1.5, 0.25)],
     ids=["a click an arm", "usual", "20,000 clicks an arm at 18 %"],
 )
 def test_recovers_slope_and_spread(groups, shown, level, spread):
@@ -156,7 +155,7 @@ def test_titles_that_do_not_differ():
 def test_scores_that_say_nothing():
     made, scores, _ = simulated(2, 60, shown=2000, level=-3.5)
     alone, constant = fit_spread(made), fit_spread(made, [np.full(4, 1e6 + i / 3) for i in range(60)])
-    assert constant == dataclasses.replace(alone)
+    assert repr(constant) == repr(alone)  # not ==, as the slope's standard error is NaN
     noise = fit_spread(made, scores)
     assert abs(noise.slope) < 3.5 * noise.slope_se
 
@@ -281,7 +280,6 @@ def test_lift_interval_holds_spread_and_error_of_the_slope():
 def test_lift_is_stable_over_seeds():
     scores = np.random.default_rng(0).normal(size=10)
     runs = np.array([expected_lift(scores, fitted(slope=0.3, slope_se=0.05, spread=0.3), seed=s) for s in range(6)])
-    assert np.ptp(runs, axis=0).max() < 0.02
     assert runs.std(axis=0).max() < 0.005
     assert np.array_equal(runs[0], expected_lift(scores, fitted(slope=0.3, slope_se=0.05, spread=0.3), seed=0))
 

@@ -68,3 +68,19 @@ def test_a_seed_makes_the_head(scorer):
     one, same, other = (scorer(seed=s).inner.score.weight for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma3_text"])
+def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
+    """What the head reads stays the same; of the others neither the MLP nor the output projection hears."""
+    made, seen = scorer(kind), []
+    batch = made.pack(TEXTS)
+    rows = torch.from_numpy(batch.read_at)
+    last = made.inner.base_model.layers[-1]
+    for module in (last.mlp, last.self_attn.o_proj):
+        module.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1]))
+    whole, part = made.states(batch)[rows], made.states(batch, rows)[rows]
+    made(batch)
+    assert seen == [batch.tokens] * 2 + [3] * 4
+    torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)

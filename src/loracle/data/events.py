@@ -44,7 +44,7 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
     """The clicks and impressions of each title of a group (and of what it is compared by), and which columns hold them.
 
     Titles stand in the order of their first rows and bear their numbers: running ones, which in CSV start with 2 and are
-    the lines as long as no blank line and no line break in a cell stands before.
+    the lines as long as no line break in a cell and no blank line in front of the header comes before.
 
     Args:
         issues: counts impressions without a text, a group, or a word on whether they were clicked.
@@ -57,12 +57,17 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
     columns = replace(columns, text=columns.text or columns.messages, messages=None)
     try:
         with _scanned(table, columns) as frame:
-            titles = _summed(frame, table, columns, issues)
+            titles, odd = _summed(frame, table, columns)
+        if any("\0" in cell for title in titles for cell in title.values() if isinstance(cell, str)):
+            raise Unscannable  # no text; and what Polars makes of half a surrogate pair in JSON
     except (Unscannable, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the last one is a BaseException
         with _written(table, columns) as frame:
-            titles = _summed(frame, table, columns, issues)
+            titles, odd = _summed(frame, table, columns)
+    _refuse(titles, odd, table)
+    for kind in filter(odd.__contains__, SKIPPED):
+        issues.count(kind, *odd[kind])
     summed = replace(columns, clicked=None, clicks=_free("clicks", columns), impressions=_free("impressions", columns))
-    rows = [(title.pop(ROW), _cells(title, summed)) for title in titles]
+    rows = [(title[ROW], _cells(title, summed)) for title in titles]
     return Table(table.name, tuple(rows[0][1]) if rows else (), {}, lambda: iter(rows)), summed
 
 
@@ -128,7 +133,9 @@ def _scanned(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
 def _flat(table: Table, columns: Columns) -> bool:
     """Whether JSON has an object a line and nothing nested where we look; Polars would take that for its spelling."""
     cells = (cell_of(row, column) for _, row in table.head() for column in _needed(columns))
-    return {first_character(file) for file in table.files} == {"{"} and not any(isinstance(c, list | dict) for c in cells)
+    return {first_character(file) for file in table.files} == {"{"} and not any(
+        isinstance(c, list | dict) for c in cells
+    )
 
 
 @contextmanager
@@ -151,8 +158,12 @@ def _written(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
 # Summing
 
 
-def _summed(frame: pl.LazyFrame, table: Table, columns: Columns, issues: IssueLog) -> list[dict[str, Any]]:
-    """Each title: its cells (``key 0``, …), clicks, impressions, first row, weight and latest date; odd rows counted."""
+Odd = dict[str, tuple[int, list[int]]]
+"""Rows that cannot be used: how many of a kind, and the first ones."""
+
+
+def _summed(frame: pl.LazyFrame, table: Table, columns: Columns) -> tuple[list[dict[str, Any]], Odd]:
+    """Each title: its cells (``key 0``, …), clicks, impressions, first row, weights and latest date; and odd rows."""
     import polars as pl
 
     marked = _marked(frame, table, columns)
@@ -172,21 +183,21 @@ def _summed(frame: pl.LazyFrame, table: Table, columns: Columns, issues: IssueLo
         .collect(engine="streaming")
         .sort(ROW)
     )
-    counts = {odd["kind"]: odd["impressions"] for odd in found.filter(pl.col("kind").is_not_null()).to_dicts()}
-    first = {kind: _first_rows(marked, kind) for kind in counts}
+    odd = found.filter(pl.col("kind").is_not_null()).select("kind", "impressions").iter_rows()
+    titles = found.filter(pl.col("kind").is_null()).drop("kind")
+    return titles.to_dicts(), {kind: (count, _first_rows(marked, kind)) for kind, count in odd}
+
+
+def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
     for kind, (expected, fix) in REFUSED.items():
-        if kind in counts:
-            named = f"others in {rows_named(first[kind], counts[kind])} of {table.name} ({counts[kind]:,} in all)"
-            raise UserError(expected, named, fix)
-    titles = found.filter(pl.col("kind").is_null())
-    if len(other := titles.filter(pl.col("weight") != pl.col("heaviest"))):
+        if kind in odd:
+            count, rows = odd[kind]
+            raise UserError(expected, f"others in {rows_named(rows, count)} of {table.name} ({count:,} in all)", fix)
+    if rows := [title[ROW] for title in titles if title["weight"] != title["heaviest"]]:
         raise UserError(
-            "one weight a group", f"others for titles that begin in {all_rows_named(other[ROW].to_list())} of {table.name}",
+            "one weight a group", f"others for titles that begin in {all_rows_named(rows)} of {table.name}",
             "give all rows of a group the same weight",
         )  # fmt: skip
-    for kind in filter(counts.__contains__, SKIPPED):
-        issues.count(kind, counts[kind], first[kind])
-    return titles.to_dicts()
 
 
 def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:

@@ -127,15 +127,17 @@ def win_probability(scores: np.ndarray, spread: Spread) -> Array:
 
 
 def expected_lift(
-    scores: np.ndarray, spread: Spread, *, draws: int = 20_000, seed: int = 0
+    scores: np.ndarray, spread: Spread, *, draws: int | None = None, seed: int = 0
 ) -> tuple[Array, Array, Array]:
     """Expected lift of each title's true click rate over the mean of the titles offered, and its 95 % interval.
 
     ``(lift, low, high)``, each ``[n]``; 0.12 is 12 % more clicks. Interval: of the true lift, not of a mean; it holds the
     residual spread τ of all titles and the standard error of β, taken as normal, but not that of τ. Seeded Monte Carlo on
-    a Latin hypercube: the default draws are stable to 0.5 percentage points.
+    a Latin hypercube; the default, 131,072 draws or as many as 2 million log-odds make, is stable to 0.5 percentage
+    points (standard deviation over seeds, ten titles, bounds of up to 100 %).
     """
     scores = np.asarray(scores, dtype=np.float64)
+    draws = draws or min(1 << 17, max(1 << 12, (1 << 21) // len(scores)))
     normal = ndtri(_hypercube(np.random.default_rng(seed), len(scores) + 1, draws)).T  # [D, n + 1]
     slope = spread.slope + np.nan_to_num(spread.slope_se) * normal[:, -1:]
     log_odds = slope * (scores - scores.mean()) + spread.spread * normal[:, :-1]

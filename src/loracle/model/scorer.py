@@ -47,6 +47,13 @@ class Scorer(nn.Module):
         self.packed = kind in PACKABLE
         if self.packed:
             inner.set_attn_implementation(attention.NAME)
+        self._width = 0
+        self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
+        if kind in DECODERS:
+            last = inner.base_model.layers[-1]
+            for module in (last.self_attn.o_proj, last.mlp):
+                module.register_forward_pre_hook(self._take_rows)
+                module.register_forward_hook(self._put_rows)
         # RoBERTa counts its positions from behind the padding id.
         self.first_position = inner.config.pad_token_id + 1 if "roberta" in kind else 0
         self.share_from = None if self.encoder or not self.packed else SHARE_FROM
@@ -66,8 +73,10 @@ class Scorer(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
-        scores = self._head(self.states(batch), batch) if self.packed else self._padded(batch)
-        return by_text(_wide(scores), batch)
+        if not self.packed:
+            return by_text(_wide(self._padded(batch)), batch)
+        only = None if self.encoder or self.pooling == "mean" else torch.from_numpy(batch.read_at).to(self.device)
+        return by_text(_wide(self._head(self.states(batch, only), batch)), batch)
 
     def features(self, batch: PackedBatch) -> Tensor:
         """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
@@ -78,19 +87,36 @@ class Scorer(nn.Module):
         states = self.inner.base_model(**inputs).last_hidden_state.float()
         return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
-    def states(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states of all rows, ``[T, H]``."""
+    def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
+        """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
         put = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)[None]  # noqa: E731
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        out = self.inner.base_model(
-            input_ids=put(batch.input_ids),
-            position_ids=put(batch.position_ids),
-            tree=attention.AttentionPlan.of(batch, self.device),
-            **types,
-            **caching,
-        )
+        self._rows = only
+        try:
+            out = self.inner.base_model(
+                input_ids=put(batch.input_ids),
+                position_ids=put(batch.position_ids),
+                tree=attention.AttentionPlan.of(batch, self.device),
+                **types,
+                **caching,
+            )
+        finally:
+            self._rows = None
         return out.last_hidden_state[0]
+
+    def _take_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Before a part of the last layer: the rows that are read, of ``x [1, T, X]``."""
+        if self._rows is None:
+            return None
+        self._width = inputs[0].shape[1]
+        return (inputs[0][:, self._rows], *inputs[1:])
+
+    def _put_rows(self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        """After it: its output where they stand, and nothing added to the residual of the others."""
+        if self._rows is None:
+            return None
+        return out.new_zeros(1, self._width, out.shape[-1]).index_copy(1, self._rows, out)
 
     def _head(self, states: Tensor, batch: PackedBatch) -> Tensor:
         """The model's own head on the rows that are read, ``[S, C]``."""
