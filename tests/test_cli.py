@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import subprocess
 import sys
 import time
@@ -106,8 +107,9 @@ def test_several_labels_a_text(tiny_model, tmp_path):
 def test_a_ranker_from_every_kind_of_evidence(tiny_model, tmp_path, rows, flags):
     run, _, metrics = trained(tmp_path, tiny_model("qwen2"), rows(), *flags, name="data.jsonl")
     assert metrics["test"]["pair_accuracy"]["value"] > 0.9
-    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen"}
-    best, *_ = loracle("rank", run, "bad title 3", "good title 3").stdout.splitlines()
+    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen", "untuned"}
+    lines = loracle("rank", run, "bad title 3", "good title 3").stdout.splitlines()
+    (best,) = (line for line in lines if line.startswith("  1"))
     assert best.endswith("good title 3")
     header = loracle("evaluate", run, tmp_path / "data.jsonl").stdout.splitlines()[1]
     assert header.split()[0] == "pair_accuracy"
@@ -122,6 +124,43 @@ def test_rank_takes_a_file_of_groups(tiny_model, tmp_path):
     assert [r["text"] for r in ranked] == ["good headline 1", "bad headline 1"] * 2
     assert [r["rank"] for r in ranked] == ["1", "2"] * 2
     assert len({r["group"] for r in ranked}) == 2
+
+
+def test_a_ranker_of_clicks_says_what_its_scores_mean(tiny_model, tmp_path):
+    run, said, metrics = trained(tmp_path, tiny_model("qwen2"), clicked(40), *CLICKS, name="data.jsonl")
+    assert re.search(r"loss: list, saturation [\d,.e+]+", said)
+    assert metrics["calibration"]["slope"] > 0
+    titles = ("bad headline 1", "so headline 1", "good headline 1")
+    (tmp_path / "titles.txt").write_text("\n".join((*titles, "")), encoding="utf-8")
+    from_stdin = CliRunner().invoke(main, ["rank", str(run), "-"], input="\n".join(titles) + "\n\n")
+    assert from_stdin.stdout == loracle("rank", run, *titles).stdout
+    header, first, *_ = from_stdin.stdout.splitlines()
+    assert header.split() == ["score", "lift", "95", "%", "beats", "1", "beats", "2", "beats", "3", "title"]
+    assert first.endswith("good headline 1")
+
+    loracle("rank", run, tmp_path / "titles.txt", "-o", tmp_path / "ranked.jsonl", "--explain")
+    ranked = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
+    assert [r["text"] for r in ranked] == [titles[2], titles[1], titles[0]]
+    assert ranked[0]["lift_low"] < ranked[0]["lift"] < ranked[0]["lift_high"]
+    assert sum(r["lift"] for r in ranked) == pytest.approx(0, abs=1e-3)
+    assert ranked[0]["beats"][0] == 0.5 < ranked[0]["beats"][1] <= ranked[0]["beats"][2]
+    assert ranked[0]["beats"][2] + ranked[2]["beats"][0] == pytest.approx(1, abs=2e-4)
+    words = dict(ranked[0]["words"])
+    assert max(words, key=words.get) == "good"
+
+
+def test_a_ranker_of_pairs_has_no_lift_to_promise(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
+    assert not (run / "calibration.json").exists()
+    loracle("rank", run, "a", "b", "-o", tmp_path / "ranked.csv")
+    assert rows_of(tmp_path / "ranked.csv")[0].keys() == {"group", "rank", "score", "text"}
+
+
+def test_no_titles_on_standard_input(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
+    done = CliRunner().invoke(main, ["rank", str(run), "-"], input="\n \n")
+    assert done.exit_code == 2
+    assert "expected titles on standard input, one a line; found none" in done.stderr
 
 
 def test_a_context_that_training_inferred_is_looked_for_again(tiny_model, tmp_path):
@@ -283,6 +322,33 @@ def test_a_very_long_title_is_a_title(tiny_model, tmp_path):
     assert "1 repeated titles are ranked once" in loracle("rank", run, "a", "b", "a").stderr
 
 
+def test_sums_and_single_impressions_take_turns(tmp_path):
+    """A ranker trained on one kind of click log is measured on the other, and flags win over what is remembered."""
+    from types import SimpleNamespace
+
+    from loracle.cli import _remembered
+    from loracle.config import RunConfig
+    from loracle.data.sources import open_table
+
+    def remembered(info, columns, **given):
+        table = open_table(str(write(tmp_path / "log.csv", [dict.fromkeys(columns.split(), 1)])))
+        found = _remembered(info, table, given)
+        return {
+            name for name in ("clicked", "clicks", "impressions", "compare", "weight", "date") if getattr(found, name)
+        }
+
+    def trained(columns):
+        config = RunConfig.from_flat({"group": "test", "compare": "image", "weight": "w", "date": "day"})
+        return SimpleNamespace(config=config, provenance={"columns": columns})
+
+    one, sums = trained({"clicked": "clicked"}), trained({"clicks": "clicks", "impressions": "shown"})
+    assert remembered(one, "test image clicked w day") == {"clicked", "compare"}
+    assert remembered(one, "test clicks shown") == set()
+    assert remembered(one, "test clicked clicks shown", clicks="clicks") == {"clicks"}
+    assert remembered(sums, "test image,too clicks shown") == {"clicks", "impressions"}
+    assert remembered(sums, "test image clicks shown clicked", clicked="clicked") == {"clicked", "compare"}
+
+
 def test_short_names_and_long_delimiters_are_remembered(tiny_model, tmp_path):
     rows = [{"t": r["text"], "y": ", ".join(r["labels"]) or "none"} for r in several()]
     run, *_ = trained(tmp_path, tiny_model("qwen2"), rows, "--text", "t", "--label", "y", "--label-delimiter", ", ",
@@ -325,7 +391,7 @@ def test_help_is_quick_and_shows_the_defaults_of_config():
         times.append(time.perf_counter() - started)
         assert done.returncode == 0
     assert min(times) < 0.5
-    for command in ("train", "predict", "rank", "evaluate", "check", "demo"):
+    for command in ("train", "predict", "rank", "evaluate", "check", "simulate", "demo"):
         assert command in done.stdout
     from loracle.config import TrainConfig
 

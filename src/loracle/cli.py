@@ -239,7 +239,7 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
             click.echo(f"note: {issue}", err=True)
         return groups
     if titles == ("-",):
-        titles = tuple(line.strip() for line in click.get_text_stream("stdin", encoding="utf-8") if line.strip())
+        titles = tuple(line.strip() for line in sys.stdin if line.strip())
         if not titles:
             raise UserError(
                 "titles on standard input, one a line", "none", "pipe some in: loracle rank run - < titles.txt"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from scipy.stats import chi2
 
+from loracle.cli import main
 from loracle.config import DataConfig
 from loracle.data.allocation import LEVEL, Allocation, Period, allocation
 from loracle.data.examples import Arms
@@ -119,6 +123,35 @@ def test_sound_logs_are_said_to_be() -> None:
         "what was clicked more was not shown more than chance has it (z = +0.5)",
         "so click rates within a group can be compared",
     ]
+
+
+def test_check_says_it_of_single_impressions(tmp_path: Path) -> None:
+    """Every column that a log may name, through the command line."""
+    draw = random.Random(0)
+    header = "test,image,title,clicked,w,day"
+    odds = ["aab"] * 9 + ["ab"] * 19
+    rows = [
+        f"{test},{image},title {draw.choice(odds[test])} {test},{int(draw.random() < 0.3)},2,2014-01-{test + 1:02}"
+        for test in range(28)
+        for image in "xy"
+        for _ in range(400)
+    ]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join([header, *rows, "1,x,title a 1,,2,2014-01-02"]) + "\n")
+    flags = ["--group", "test", "--compare", "image", "--clicked", "clicked", "--weight", "w", "--date", "day"]
+    done = CliRunner().invoke(main, ["check", str(path), *flags])
+    assert done.exit_code == 0, done.output
+    for line in (
+        "compare column: 'image'", "clicked column: 'clicked'", "weight column: 'w'", "date column: 'day'",
+        "one impression a row: summed to clicks and impressions of each title", "groups            56",
+        "impressions       22,400", "  32.1% (9 of 28) of the groups were not shown in equal shares (p < 0.001)",
+        "    2014-01-01 to 2014-01-09: 100.0% (9 of 9)", "    at all other times: 0.0% (0 of 19)",
+        "  impressions that do not say whether they were clicked, skipped: 1 (row 22402)",
+    ):  # fmt: skip
+        assert line in done.output.splitlines()
+    said = json.loads(CliRunner().invoke(main, ["check", str(path), *flags, "--json"]).output)["allocation"]
+    assert (said["groups"], said["failing"], said["rows"]) == (28, 9, [2, 802, 1602, 2402, 3202])
+    assert said["periods"] == [{"start": "2014-01-01", "end": "2014-01-09", "groups": 9, "failing": 9}]
 
 
 @pytest.mark.skipif(not UPWORTHY.exists(), reason=f"no {UPWORTHY}")

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -38,7 +39,8 @@ def counted(issues):
 
 
 def read(rows, task=None, **data):
-    return read_examples(table(rows) if isinstance(rows, list) else rows, DataConfig(**data), task=task)
+    source = table(rows) if isinstance(rows, list) else open_table(str(rows)) if isinstance(rows, Path) else rows
+    return read_examples(source, DataConfig(**data), task=task)
 
 
 def error_of(rows, task=None, **data):
@@ -471,6 +473,36 @@ def test_a_click_log_makes_groups(log):
         "no-group": (1, (6,)), "no-count": (1, (7,)), "repeated-title": (1, (5,)), "single-title": (1, (4,)),
         "few-impressions": (1, (8,)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["t3,i,A,5,6", "t3,i,B,5,5"], "expected no more clicks than impressions; found other counts in row 9 of"),
+        (
+            ["t3,i,A,-5,-6", "t3,i,B,5,-1"],
+            "expected clicks and impressions of 0 or more; found other counts in rows 9, 10",
+        ),
+        (["t3,i,A,5.5,1"], "expected whole numbers of clicks and impressions; found other counts in row 9 of"),
+        (["t3,i,A,5,1.5"] * 7, "found other counts in rows 9, 10, 11, 12, 13, ... (7 in all) of"),
+        (["t3,i,A,many,1"], "expected a number as impressions; found 'many' in row 9 of"),
+        (["t3,i,Caf\udce9,500,1"], "expected text in UTF-8; found byte 0xe9 in line 9 of"),
+    ],
+    ids=["more clicks", "negative", "broken clicks", "broken impressions", "no number", "another encoding"],
+)
+def test_impossible_rows_of_a_click_log_are_refused(tmp_path, lines, words):
+    path = tmp_path / "clicks.csv"
+    path.write_bytes((CLICKS + "\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    assert words in error_of(path, group="test")
+
+
+def test_rows_of_a_click_log_that_tell_nothing_are_counted(tmp_path):
+    lines = ["t3,i,Zero,500,0", "t3,i,Nil,500,0", "t4,i,Alone,500,3", "t1,i1,Caf\ufffd,500,3"]
+    (tmp_path / "clicks.csv").write_text(CLICKS + "\n".join(lines) + "\n", encoding="utf-8")
+    issues = counted(read(open_table(str(tmp_path / "clicks.csv")), group="test,image").issues)
+    assert issues["zero-clicks"] == (1, (9,))
+    assert issues["single-title"] == (2, (4, 11))
+    assert issues["lost-character"] == (1, (12,))
 
 
 def test_only_what_is_equal_in_the_compared_columns_competes(tmp_path):

@@ -185,7 +185,7 @@ def test_ceiling_by_simulation(shown, between):
         assert value(found, "significant_ceiling") == pytest.approx(runs[-1][2], abs=0.05)
     accuracy, ceiling, _, way = np.mean(runs, axis=0)
     assert between[0] < accuracy < between[1]
-    assert ceiling == pytest.approx(accuracy, abs=0.012)
+    assert ceiling == pytest.approx(accuracy, abs=0.015)  # the difference has a standard deviation of 0.005 at most
     assert way == pytest.approx(1, abs=0.06)
 
 

@@ -113,16 +113,16 @@ def _scanned(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
     with ExitStack() as stack:
         formats = {file.format for file in table.files}
         paths = [stack.enter_context(seekable(file)) for file in table.files]
-        numbered = {"row_index_name": ROW, "row_index_offset": 1}
         if formats == {"parquet"}:
-            frame = pl.scan_parquet(paths, glob=False, hive_partitioning=False, **numbered)
+            frame = pl.scan_parquet(paths, glob=False, hive_partitioning=False, row_index_name=ROW, row_index_offset=1)
         elif formats == {"csv"} and len(delimiters := {delimiter_of(file) for file in table.files}) == 1:
             frame = pl.scan_csv(
                 paths, separator=delimiters.pop(), new_columns=list(table.columns), infer_schema=False, glob=False,
                 row_index_name=ROW, row_index_offset=2 if len(paths) == 1 else 1,
             )  # fmt: skip
         elif formats == {"json"} and _flat(table, columns):
-            frame = pl.scan_ndjson(paths, schema=dict.fromkeys(_needed(columns), pl.String), **numbered)
+            schema = dict.fromkeys(_needed(columns), pl.String)
+            frame = pl.scan_ndjson(paths, schema=schema, row_index_name=ROW, row_index_offset=1)
         else:
             raise Unscannable
         if any(kind.is_nested() for name, kind in frame.collect_schema().items() if name in _needed(columns)):
@@ -133,9 +133,8 @@ def _scanned(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
 def _flat(table: Table, columns: Columns) -> bool:
     """Whether JSON has an object a line and nothing nested where we look; Polars would take that for its spelling."""
     cells = (cell_of(row, column) for _, row in table.head() for column in _needed(columns))
-    return {first_character(file) for file in table.files} == {"{"} and not any(
-        isinstance(c, list | dict) for c in cells
-    )
+    nested = any(isinstance(cell, list | dict) for cell in cells)
+    return not nested and {first_character(file) for file in table.files} == {"{"}
 
 
 @contextmanager

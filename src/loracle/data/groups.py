@@ -67,8 +67,15 @@ class Titles:
 
     def marked(self, **known: Any) -> RankGroup:
         """A group with what all of its rows have in common."""
-        of_all = {"context": self.traits.context, "stratum": self.traits.stratum, "weight": self.traits.weight}
-        return RankGroup(group=self.group, date=self.date, **of_all, **known)
+        traits = self.traits
+        return RankGroup(
+            group=self.group,
+            context=traits.context,
+            stratum=traits.stratum,
+            weight=traits.weight,
+            date=self.date,
+            **known,
+        )
 
 
 class Gathering:

@@ -183,6 +183,28 @@ def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
     return _without_shared(_two_sides(groups, held, notes), len(groups))
 
 
+def group_folds(groups: Sequence[RankGroup], folds: int, seed: int) -> list[Split]:
+    """``folds`` rotations in which every group is held out once, those that hang together in one of them.
+
+    Largest parts first, each into the fold that has the fewest groups so far. Dates are not looked at.
+
+    Raises:
+        UserError: fewer parts than folds, or a fold that shares all its titles with the rest.
+    """
+    parts = _parts(groups)
+    if len(parts) < folds:
+        raise UserError(
+            f"at least {folds} groups that share no title, for {folds} folds", str(len(parts)), "add groups"
+        )
+    order = sorted(_shuffled(len(parts), seed).tolist(), key=lambda at: -len(parts[at]))
+    sizes, fold_of = [0] * folds, np.zeros(len(groups), dtype=int)
+    for at in order:
+        smallest = sizes.index(min(sizes))
+        sizes[smallest] += len(parts[at])
+        fold_of[parts[at]] = smallest
+    return [_without_shared(_two_sides(groups, fold_of == f, ()), len(groups)) for f in range(folds)]
+
+
 def split_by_date(groups: Sequence[RankGroup], share: float) -> Split:
     """Hold out the latest groups: all from the one date on that comes closest to ``share`` of them.
 

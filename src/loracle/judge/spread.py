@@ -6,8 +6,10 @@ The model of title i in group g, whose score s_i is centred in its group:
 
 The slope β is how much log-odds a unit of score is worth; the spread τ is what the scores leave unexplained (without
 scores: all that titles differ by), in log-odds, so that 0.3 means rates that lie some 30 % apart. Both maximise the
-marginal likelihood: z_i and μ_g are integrated out. Integrating a flat μ_g keeps τ unbiased in small groups (Patterson
-and Thompson 1971), and for τ = 0 and rare clicks it leaves the conditional click likelihood.
+marginal likelihood: z_i and μ_g are integrated out. A flat μ_g keeps groups of few titles from biasing τ (Patterson and
+Thompson 1971), asks nothing of how groups differ, and for τ = 0 and rare clicks leaves the conditional click likelihood.
+Its price: where true levels are less spread than "flat" says, few clicks overstate τ. In simulation (four arms, τ 0.5,
+levels 0.7 apart) by 6 % at one click an arm, 2 % at ten, and by nothing to be seen at fifty.
 
 Legend of shapes: G groups, A arms (the titles of all groups, one after the other), L nodes of μ, Z nodes of z, D draws,
 n titles of one group.
@@ -132,15 +134,16 @@ def expected_lift(
     """Expected lift of each title's true click rate over the mean of the titles offered, and its 95 % interval.
 
     ``(lift, low, high)``, each ``[n]``; 0.12 is 12 % more clicks. Interval: of the true lift, not of a mean; it holds the
-    residual spread τ of all titles and the standard error of β, taken as normal, but not that of τ. Seeded Monte Carlo on
-    a Latin hypercube; the default, 131,072 draws or as many as 2 million log-odds make, is stable to 0.5 percentage
+    residual spread τ of all titles and the standard errors of β and τ, taken as normal. Seeded Monte Carlo on a Latin
+    hypercube; the default, 131,072 draws or as many as 2 million log-odds make, is stable to 0.5 percentage
     points (standard deviation over seeds, ten titles, bounds of up to 100 %).
     """
     scores = np.asarray(scores, dtype=np.float64)
     draws = draws or min(1 << 17, max(1 << 12, (1 << 21) // len(scores)))
-    normal = ndtri(_hypercube(np.random.default_rng(seed), len(scores) + 1, draws)).T  # [D, n + 1]
+    normal = ndtri(_hypercube(np.random.default_rng(seed), len(scores) + 2, draws)).T  # [D, n + 2]
     slope = spread.slope + np.nan_to_num(spread.slope_se) * normal[:, -1:]
-    log_odds = slope * (scores - scores.mean()) + spread.spread * normal[:, :-1]
+    residual = spread.spread + np.nan_to_num(spread.spread_se) * normal[:, -2:-1]  # its sign does not matter
+    log_odds = slope * (scores - scores.mean()) + residual * normal[:, :-2]
     rates = np.exp(log_odds) / (1 + np.exp(spread.level + log_odds))  # up to e^level, which may be 0
     lift = rates / rates.mean(axis=1, keepdims=True) - 1
     low, high = np.quantile(lift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)

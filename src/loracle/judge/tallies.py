@@ -99,7 +99,7 @@ def _case(group: RankGroup, truth: Truth | None) -> Case:
         return Case(kind, pairs, no, unknown, none, none.astype(bool), gains, None)
     clicks, impressions = counts(group)
     rates, higher = clicks / impressions, higher_rate(group)
-    best = ~higher.any(axis=0) & higher.any(axis=1)
+    best = np.logical_and(higher.any(axis=1), np.logical_not(higher.any(axis=0)))
     return Case(kind, pairs, significant(group, pairs), rate_gap(group, pairs), rates, best, rates, truth)
 
 
