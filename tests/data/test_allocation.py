@@ -119,7 +119,7 @@ def test_one_failing_group_makes_no_period() -> None:
 def test_sound_logs_are_said_to_be() -> None:
     found = Allocation(groups=100, failing=0, rows=(), adaptivity=0.5, dates=(Period("1", "1", 100, 0),))
     assert found.lines() == [
-        "0.0% (0 of 100) of the groups were not shown in equal shares (p < 0.001)",
+        "0.0% (0 of 100) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
         "what was clicked more was not shown more than chance has it (z = +0.5)",
         "so click rates within a group can be compared",
     ]
@@ -144,7 +144,8 @@ def test_check_says_it_of_single_impressions(tmp_path: Path) -> None:
     for line in (
         "compare column: 'image'", "clicked column: 'clicked'", "weight column: 'w'", "date column: 'day'",
         "one impression a row: summed to clicks and impressions of each title", "groups            56",
-        "impressions       22,400", "  32.1% (9 of 28) of the groups were not shown in equal shares (p < 0.001)",
+        "impressions       22,400",
+        "  32.1% (9 of 28) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
         "    2014-01-01 to 2014-01-09: 100.0% (9 of 9)", "    at all other times: 0.0% (0 of 19)",
         "  impressions that do not say whether they were clicked, skipped: 1 (row 22402)",
     ):  # fmt: skip

@@ -213,7 +213,7 @@ class TestLines:
             "test examples     0",
             "",
             "allocation",
-            "  0.0% (0 of 1) of the groups were not shown in equal shares (p < 0.001)",
+            "  0.0% (0 of 1) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
             "  what was clicked more was not shown more than chance has it (z = +0.0)",
             "  so click rates within a group can be compared",
             "",
@@ -234,7 +234,7 @@ class TestLines:
         assert noticed(found) == {"uneven-allocation": (50, (2, 3, 4, 5, 6))}
         assert found.lines()[8:] == [
             "allocation",
-            "  100.0% (50 of 50) of the groups were not shown in equal shares (p < 0.001)",
+            "  100.0% (50 of 50) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
             "    201400 to 201405: 100.0% (50 of 50)",
             "  what was clicked more was shown less, beyond chance (z = -7.1)",
             "  Pair accuracy, significance, CTR lift and the noise ceiling all take it that chance decided who saw what.",

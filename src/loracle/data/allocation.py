@@ -61,7 +61,8 @@ class Allocation:
 
     def lines(self) -> list[str]:
         """In plain words: what was found, and what it does to every figure."""
-        said = [f"{_of(self.failing, self.groups)} of the groups were not shown in equal shares (p < {LEVEL:g})"]
+        share = _of(self.failing, self.groups)
+        said = [f"{share} of the groups of 2 rows or more were not shown in equal shares (p < {LEVEL:g})"]
         if self.periods:
             groups, failing = (sum(getattr(p, name) for p in self.periods) for name in ("groups", "failing"))
             said += [f"  {period}" for period in self.periods]
@@ -90,7 +91,7 @@ class Allocation:
 
 
 def allocation(arms: Iterable[Arms]) -> Allocation | None:
-    """Test what a click log showed; None where nothing can be tested.
+    """Test what a click log showed, before titles are merged or left out; None where nothing can be tested.
 
     Chi-square of impressions against equal shares, in each stratum of a group; statistics and degrees of freedom of its
     strata are added. Strata whose arms got fewer than ``LEAST`` impressions on average are left out.
