@@ -70,8 +70,9 @@ def read_calibration(folder: Path) -> Spread | None:
     path = folder / CALIBRATION
     if not path.exists():
         return None
-    known = json.loads(path.read_text(encoding="utf-8"))
-    return Spread(**{name: math.nan if value is None else value for name, value in known.items()})
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    known |= {name: math.nan for name, value in known.items() if value is None}
+    return Spread(**known)
 
 
 def read_info(folder: Path) -> RunInfo:

@@ -245,7 +245,8 @@ def _lists(saturation: float) -> Loss:
 
         def bound(scores: Tensor) -> tuple[Tensor, float]:
             flat = scores.flatten()
-            return list_likelihood(flat, *(_to(x, flat) for x in (owner, share, offset)), len(groups))
+            at, shares, offsets = (_to(x, flat) for x in (owner, share, offset))
+            return list_likelihood(flat, at, shares, offsets, len(groups))
 
         return bound
 
