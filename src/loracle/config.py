@@ -163,8 +163,15 @@ class TrainConfig:
         "auto",
         "auto picks by task; of a click log the list likelihood, or binomial above a click rate of 10 %",
         (
-            "auto", "cross-entropy", "binary", "bradley-terry", "margin",
-            "list", "dirichlet", "binomial", "soft-bradley-terry",
+            "auto",
+            "cross-entropy",
+            "binary",
+            "bradley-terry",
+            "margin",
+            "list",
+            "dirichlet",
+            "binomial",
+            "soft-bradley-terry",
         ),
     )
     margin: float = dial(

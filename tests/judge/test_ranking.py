@@ -133,12 +133,23 @@ def test_gaps_by_hand():
     assert (from_25, from_50) == (1, 1)  # (4, 1); five over 0 and four under 5
 
 
-def test_gaps_share_out_all_pairs():
-    groups, scores = random_clicks()
-    for g in groups:
-        gap = rate_gap(g, group_pairs(g))
-        assert (sum((low <= gap) & (gap < high) for low, high in GAPS.values()) == 1).all()
-    assert {f"pair_accuracy_gap_{name}" for name in GAPS} < rank_metrics(scores, groups).keys()
+@pytest.mark.parametrize(
+    ("clicks", "name"),
+    [
+        ((1000, 1099), "under_10"),
+        ((1000, 1101), "10_to_25"),
+        ((1000, 1249), "10_to_25"),
+        ((1000, 1250), "25_to_50"),
+        ((1000, 1499), "25_to_50"),
+        ((1000, 1500), "over_50"),
+        ((0, 1), "over_50"),
+    ],
+)
+def test_a_pair_is_in_one_bin(clicks, name):
+    found = rank_metrics([np.arange(2.0)], [clicked(clicks, [2**16] * 2)])
+    binned = {gap: value(found, f"pair_accuracy_gap_{gap}") for gap in GAPS}
+    assert binned.pop(name) == 1
+    assert np.isnan(list(binned.values())).all()
 
 
 def test_kendall_tau_by_scipy_and_ties_by_mean_over_their_breaking():

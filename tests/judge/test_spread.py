@@ -138,6 +138,18 @@ def test_recovers_slope_and_spread(groups, shown, level, spread):
     assert squares.max() < 24
 
 
+def test_with_many_clicks_it_is_least_squares():
+    """Noise gone, β and τ are the slope and the residual of a regression within groups, with its standard errors."""
+    made, scores, truth = simulated(0, 60, shown=10_000_000, level=-1.5, slope=0.25, spread=0.25)
+    s, t = (np.concatenate([x - x.mean() for x in each]) for each in (scores, truth))
+    slope, freedom = s @ t / (s @ s), 60 * 3
+    spread = np.sqrt(((t - slope * s) ** 2).sum() / freedom)
+    found = fit_spread(made, scores)
+    assert (found.slope, found.spread) == pytest.approx((slope, spread), rel=5e-3)
+    assert found.slope_se == pytest.approx(spread / np.sqrt(s @ s), rel=5e-3)
+    assert found.spread_se == pytest.approx(spread / np.sqrt(2 * freedom), rel=1e-2)
+
+
 def test_without_scores_the_spread_is_all_that_titles_differ_by():
     made, scores, _ = simulated(0, 400, shown=5000, level=-3.0, slope=0.3, spread=0.2)
     alone, explained = fit_spread(made), fit_spread(made, scores)

@@ -33,7 +33,8 @@ from loracle.judge.spread import fit_spread, posterior_log_odds
 
 TRUTH_SEED = 0  # of the posterior draws, whatever the bootstrap's: the ceiling is a property of the log, not of a run
 CELLS = 1 << 20  # comparisons of draws held at once
-GAPS = {"under_10": (0.0, 0.1), "10_to_25": (0.1, 0.25), "25_to_50": (0.25, 0.5), "over_50": (0.5, np.inf)}
+GAPS = ("under_10", "10_to_25", "25_to_50", "over_50")  # per cent by which the winner's rate is above the loser's
+GAP_EDGES = (0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,8 @@ def _significant_tally(scores: Array, case: Case) -> tuple[float, float]:
     return _wins(scores, case.pairs[case.significant])
 
 
-def _gap_tally(low: float, high: float) -> Tally:
-    return lambda scores, case: _wins(scores, case.pairs[(low <= case.gap) & (case.gap < high)])
+def _gap_tally(which: int) -> Tally:
+    return lambda scores, case: _wins(scores, case.pairs[np.digitize(case.gap, GAP_EDGES) == which])
 
 
 def _kendall_tally(scores: Array, case: Case) -> tuple[float, float]:
@@ -191,7 +192,7 @@ TALLIES: dict[str, tuple[Tally, frozenset[Evidence]]] = {
     "regret": (_regret_tally, CLICKS),
     "ndcg": (_ndcg_tally, GRADED),
     "kendall_tau": (_kendall_tally, GRADED),
-    **{f"pair_accuracy_gap_{name}": (_gap_tally(*bounds), CLICKS) for name, bounds in GAPS.items()},
+    **{f"pair_accuracy_gap_{name}": (_gap_tally(i), CLICKS) for i, name in enumerate(GAPS)},
     "ceiling": (_ceiling_tally, CLICKS),
     "significant_ceiling": (_significant_ceiling_tally, CLICKS),
     "way": (_way_tally, CLICKS),
