@@ -299,7 +299,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         click.echo(f"note: {issue}", err=True)
     _calm()
     from loracle import recipe
-    from loracle.judge.report import plain_table, result_rows
+    from loracle.judge.report import ceiling_line, plain_table, result_rows
     from loracle.run.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
@@ -310,6 +310,8 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         return
     click.echo(f"{len(examples.items):,} {'groups' if info.task.kind == 'rank' else 'texts'} of {data}")
     click.echo(plain_table(result_rows({"test": metrics}, info.task.kind)))
+    if ceiling := ceiling_line(metrics):
+        click.echo(ceiling)
     if info.base.get("note"):
         click.echo(f"(figures of {info.base['note']})")
 
@@ -421,6 +423,21 @@ def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
     if found.task.evidence != "clicks":
         raise UserError("a click log for simulate --data", f"{data}, which has none", "name --clicks and --impressions")
     return list(found.items)
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="remove all of it")
+def cache(clear: bool) -> None:
+    """List the states of frozen lower layers that are kept on disk (--adapt-top), or clear them."""
+    _calm()
+    from loracle.model import depth
+
+    if clear:
+        click.echo(f"{depth.clear() / 1e6:,.1f} MB freed")
+        return
+    for e in depth.entries():
+        click.echo(f"{e.size / 1e6:>9,.1f} MB  {e.about['base']}, lower {e.about['depth']} layers  {e.folder}")
+    click.echo(f"{sum(e.size for e in depth.entries()) / 1e6:>9,.1f} MB  in all, in {depth.cache_root()}")
 
 
 @main.command()

@@ -99,6 +99,9 @@ class ModelConfig:
     )
     max_length: int = dial(512, "tokens a text may take together with its template")
     long: str = dial("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
+    depth: int | None = dial(
+        None, "lowest layers of a decoder that are kept; those above are dropped for good", least=1
+    )
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
     dtype: str = dial(
@@ -137,6 +140,7 @@ class LoraConfig:
     targets: str = dial(
         "all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)"
     )
+    adapt_top: int | None = dial(None, "adapters on the top K of the kept layers only; backward stops below", least=1)
     rslora: bool = dial(False, "rank-stabilised scaling (arXiv:2312.03732)")
     full: bool = dial(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
 
@@ -188,6 +192,9 @@ class TrainConfig:
     evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept", above=0)
     patience: int = dial(3, "looks without progress after which training stops; 0 never stops", least=0)
     save_steps: int = dial(50, "steps between checkpoints", above=0)
+    cache_gb: float = dial(
+        10.0, "GB of disk for states of the layers below --adapt-top, all runs together; 0 keeps none", least=0
+    )
     micro_tokens: int = dial(
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
     )

@@ -114,13 +114,16 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> PlanConfig:
     if not groups or any(g.clicks is None or g.impressions is None for g in groups):
         raise UserError("a click log for simulate --data", "no clicks and impressions in it", "give such a file")
     clicks, shown = (np.concatenate([getattr(g, name) for g in groups]) for name in ("clicks", "impressions"))
+    found = fit_spread(groups)
+    if not found.groups:
+        raise UserError("groups in which some but not all impressions were clicked", "none", "give a larger log")
     return replace(
         config,
         tests=len({g.group for g in groups}),
         arms=int(np.median([len(g.texts) for g in groups])),
         shown=int(np.median(shown)),
         rate=float(clicks.sum() / shown.sum()),
-        spread=max(fit_spread(groups).spread, 1e-3),
+        spread=found.spread,
     )
 
 

@@ -27,11 +27,12 @@ from loracle.errors import UserError
 from loracle.judge import baselines
 from loracle.judge.metrics import Interval, classification_metrics, headline_metric, probabilities, target_array
 from loracle.judge.ranking import rank_metrics
-from loracle.judge.report import markdown_table, plain_table, result_rows
+from loracle.judge.report import ceiling_line, markdown_table, plain_table, result_rows
 from loracle.judge.spread import Spread, fit_spread
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.model.depth import LowerLayers, keep_lower
 from loracle.model.likelihood import log_likelihood
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
@@ -211,10 +212,13 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         device=device,
         pooling=model.pooling,
         head=model.head,
+        depth=model.depth,
         lora=None if config.lora.full else _lora(config),
         seed=schedule.seed,
     )
     encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+    if kept := _keep_lower(config, scorer, base):
+        say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
     lr = default_lr(base_config.hidden_size, full=config.lora.full) if schedule.lr is None else schedule.lr
     lengths = _lengths(encoder, data)
     say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
@@ -250,6 +254,8 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         quiet=quiet,
     )
 
+    scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
+
     # What the scores mean is settled on the validation examples too.
     spread = fit_meaning(scorer, encoder, data)
 
@@ -273,6 +279,8 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say("")
     say(plain_table(result_rows(metrics, task.kind)))
+    if ceiling := ceiling_line(metrics["test"]):
+        say(ceiling)
     if base.note:
         say(f"(figures of {base.note})")
     say(f"\nrun folder: {folder}")
@@ -315,6 +323,19 @@ def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -
         same = [e.identity for e in examples]
         found = classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same)
     return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
+
+
+def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
+    """Put the layers below the adapters behind a cache, where there are such layers."""
+    decoder = scorer.inner.base_model
+    top, cache_gb = config.lora.adapt_top, config.train.cache_gb
+    if top is None or config.lora.full or not cache_gb or scorer.encoder or not scorer.packed:
+        return None
+    if (below := decoder.config.num_hidden_layers - top) < 1:
+        return None
+    about = {"base": base.source, "revision": base.revision, "sha256": base.checksum()}
+    scorer.lower = keep_lower(decoder, below, about, limit=int(cache_gb * 1e9))
+    return scorer.lower
 
 
 def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
@@ -417,7 +438,8 @@ def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Sc
 def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config: RunConfig) -> str:
     """README.md of a run folder."""
     what = "Ranker" if task.kind == "rank" else f"Classifier of {len(task.label_names)} labels"
-    plain = not config.lora.full and config.model.head == "linear" and config.model.pooling == "last"
+    kept = config.model
+    plain = not config.lora.full and (kept.head, kept.pooling, kept.depth) == ("linear", "last", None)
     opened = (
         ["Plain PEFT opens it too:", "", "```python", *_peft_lines(task), "```"]
         if plain
@@ -437,6 +459,7 @@ def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config:
             "",
             markdown_table(result_rows(metrics, task.kind)),
             "",
+            *([ceiling, ""] if (ceiling := ceiling_line(metrics["test"])) else []),
             "Intervals are 95 % bootstrap intervals on the test side.",
             "",
             "```",

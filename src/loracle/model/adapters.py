@@ -20,12 +20,20 @@ from loracle.model.backbone import head_names
 
 
 def add_lora(
-    model: Any, *, r: int, alpha: float, dropout: float, targets: str = "all-linear", rslora: bool = False
+    model: Any,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: str = "all-linear",
+    rslora: bool = False,
+    adapt_top: int | None = None,
 ) -> nn.Module:
     """Wrap a sequence classifier with LoRA on its backbone's linear layers; the adapters are float32 (PEFT sees to it).
 
     Args:
-        targets: ``all-linear``, or names of linear layers joined by commas.
+        targets: ``all-linear``, or names of linear layers joined by commas. adapt_top: how many of the top layers get
+            adapters, None for all; autograd then stops below them.
 
     Raises:
         UserError: a target that no layer bears.
@@ -35,7 +43,7 @@ def add_lora(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a fraction is as good, whatever PEFT's annotation says
         lora_dropout=dropout,
-        target_modules=_target_pattern(model, targets),
+        target_modules=_target_pattern(model, targets, adapt_top),
         modules_to_save=list(head_names(model)),
         use_rslora=rslora,
     )
@@ -131,7 +139,7 @@ class _LoraProduct(torch.autograd.Function):
         return g_x, None, None, g_a, g_b, None, None
 
 
-def _target_pattern(model: nn.Module, targets: str) -> str:
+def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> str:
     """A regular expression over module names (PEFT's ``layers_to_transform`` fails on bare roots, a pattern works)."""
     inside = re.compile(r"(?:.*\.)?(?:layers?|h|block)\.\d+\..*?([^.]+)")
     found = {m[1] for n, mod in model.named_modules() if isinstance(mod, nn.Linear) and (m := inside.fullmatch(n))}
@@ -142,4 +150,8 @@ def _target_pattern(model: nn.Module, targets: str) -> str:
             ", ".join(sorted(wanted - found)) or "none",
             f"pick from {', '.join(sorted(found))} for --targets",
         )
-    return rf".*\.(?:layers?|h|block)\.\d+\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, wanted)))})"
+    number = r"\d+"
+    if adapt_top is not None:
+        layers = model.config.num_hidden_layers
+        number = f"(?:{'|'.join(map(str, range(max(0, layers - adapt_top), layers)))})"
+    return rf".*\.(?:layers?|h|block)\.{number}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, wanted)))})"

@@ -36,19 +36,20 @@ def new_scorer(
     device: torch.device,
     pooling: str = "last",
     head: str = "linear",
+    depth: int | None = None,
     lora: dict | None = None,
     seed: int = 0,
 ) -> Scorer:
     """A base model with a fresh head and, unless ``lora`` is None (then every weight is trained), fresh adapters.
 
     Args:
-        folder: of the base model. lora: keywords of ``add_lora``. seed: of head and adapters.
+        folder: of the base model. depth: layers that are kept. lora: keywords of ``add_lora``. seed: of head and adapters.
 
     Raises:
         UserError: the model cannot bear this head or these targets.
     """
     torch.manual_seed(seed)
-    model = _bare(folder, task, pad_token_id, dtype, head)
+    model = _bare(folder, task, pad_token_id, dtype, head, depth)
     model = add_lora(model, **lora) if lora is not None else model
     return Scorer(model.to(device), pooling=pooling)
 
@@ -63,13 +64,14 @@ def load_scorer(
     device: torch.device,
     pooling: str,
     head: str,
+    depth: int | None = None,
 ) -> Scorer:
     """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights."""
     if (run / FULL_WEIGHTS).exists():
-        model = _bare(run, task, pad_token_id, dtype, head)
+        model = _bare(run, task, pad_token_id, dtype, head, depth)
         model.load_state_dict(load_file(run / FULL_WEIGHTS))
     else:
-        model = load_adapter(_bare(base, task, pad_token_id, dtype, head), run)
+        model = load_adapter(_bare(base, task, pad_token_id, dtype, head, depth), run)
     return Scorer(model.to(device), pooling=pooling).eval()
 
 
@@ -111,7 +113,7 @@ def _order(texts: Sequence[Encoded]) -> list[int]:
     return sorted(range(len(texts)), key=lambda i: (heads[i], texts[i].tokens))
 
 
-def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str) -> Any:
+def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str, depth: int | None = None) -> Any:
     """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
     if load_config(folder).model_type not in DECODERS:
         dtype = torch.promote_types(
@@ -125,6 +127,8 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
         problem_type=PROBLEM_TYPES[task.kind],
         label_names=task.label_names,
     )
+    if depth is not None:
+        _keep_layers(model, depth)
     if head == "mlp":
         if is_encoder(model.config) or not hasattr(model, "score"):
             raise UserError(
@@ -136,3 +140,18 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     return model
+
+
+def _keep_layers(model: Any, depth: int) -> None:
+    """Drop the layers of a decoder above ``depth``; its final norm then follows the last one that is left."""
+    config, layers = model.config, getattr(model.base_model, "layers", None)
+    if layers is None or is_encoder(config):
+        raise UserError("a decoder for --depth", f"{config.model_type}", "leave out --depth")
+    if depth > config.num_hidden_layers:
+        raise UserError(
+            f"--depth of {config.num_hidden_layers} or less, as this model has", str(depth), "pass a smaller one"
+        )
+    model.base_model.layers = layers[:depth]
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]

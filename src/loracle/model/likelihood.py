@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loracle.model.assemble import in_rounds
+from loracle.model.backbone import load_config
 from loracle.model.scorer import Scorer, by_text
 from loracle.text.encode import Encoded
 from loracle.text.packing import ROOT, PackedBatch
@@ -31,9 +32,10 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
         folder: of the base model, for the output embedding that a classifier does without. after: tokens behind a text.
 
     Returns:
-        None for models that do not predict the next token, as encoders.
+        None for models that do not predict the next token: encoders, and those whose upper layers were dropped.
     """
-    if scorer.encoder or not scorer.packed:
+    dropped = scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers
+    if scorer.encoder or not scorer.packed or dropped:
         return None
     embedding = output_embedding(scorer, folder)
     if embedding is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loracle.model import attention
+from loracle.model.depth import LowerLayers
 from loracle.text.encode import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
 
@@ -47,6 +48,7 @@ class Scorer(nn.Module):
         self.packed = kind in PACKABLE
         if self.packed:
             inner.set_attn_implementation(attention.NAME)
+        self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
         self._width = 0
         self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
         if kind in DECODERS:
@@ -92,18 +94,22 @@ class Scorer(nn.Module):
         put = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)[None]  # noqa: E731
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
+        positions, tree = put(batch.position_ids), attention.AttentionPlan.of(batch, self.device)
+
+        def run(**inputs: Tensor) -> Any:
+            return self.inner.base_model(position_ids=positions, tree=tree, **inputs, **types, **caching)
+
+        ids = put(batch.input_ids)
+        if self.lower is not None:
+            below = self.lower.states(batch, lambda: run(input_ids=ids))[None]
         self._rows = only
         try:
-            out = self.inner.base_model(
-                input_ids=put(batch.input_ids),
-                position_ids=put(batch.position_ids),
-                tree=attention.AttentionPlan.of(batch, self.device),
-                **types,
-                **caching,
-            )
+            if self.lower is None:
+                return run(input_ids=ids).last_hidden_state[0]
+            with self.lower.upper():
+                return run(inputs_embeds=below).last_hidden_state[0]
         finally:
             self._rows = None
-        return out.last_hidden_state[0]
 
     def _take_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Before a part of the last layer: the rows that are read, of ``x [1, T, X]``."""

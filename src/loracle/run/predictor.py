@@ -69,6 +69,7 @@ class Predictor:
             device=pick_device(device),
             pooling=model.pooling,
             head=model.head,
+            depth=model.depth,
         )
         self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
 

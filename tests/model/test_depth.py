@@ -1,0 +1,204 @@
+"""States of lower layers, computed once: the same scores and gradients, shared by processes, bounded, and safe from a kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from loracle.data.examples import Task
+from loracle.errors import UserError
+from loracle.model import assemble, depth
+from loracle.model.depth import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
+from loracle.text.encode import Encoded
+
+TASK = Task(kind="single", label_names=("a", "b", "c"))
+BEFORE = tuple(range(20, 40))
+TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (5, 2, 9, 5)]
+OTHERS = [Encoded(chunks=((*BEFORE, *range(60, 60 + n)),), starts=(20,)) for n in (3, 7)]
+KINDS = ["qwen2", "qwen3", "llama", "mistral", "gemma3_text"]
+ABOUT = {"base": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
+
+
+def made(folder, *, top=1, lora=True, **options):
+    adapters = {"r": 4, "alpha": 8.0, "dropout": 0.0, "adapt_top": top} if lora else None
+    scorer = assemble.new_scorer(
+        folder, TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"), lora=adapters, **options
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in scorer.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    return scorer
+
+
+def gradients(scorer, texts):
+    scorer.zero_grad()
+    scores = scorer(scorer.pack(texts))
+    scores.square().sum().backward()
+    return scores.detach(), {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}
+
+
+def cached(scorer, below=None, **options):
+    below = below or scorer.inner.config.num_hidden_layers - 1
+    scorer.lower = keep_lower(scorer.inner.base_model, below, ABOUT, **({"limit": 10**9} | options))
+    return scorer
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model, kind, pooling):
+    scorer = made(tiny_model(kind), pooling=pooling)
+    wanted, slopes = gradients(scorer, TEXTS)
+    cached(scorer)
+    for round_ in range(2):  # the first fills the cache, the second reads it
+        found, own = gradients(scorer, TEXTS)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert own.keys() == slopes.keys()
+        for name, slope in slopes.items():
+            torch.testing.assert_close(own[name], slope, rtol=1e-5, atol=1e-5)
+        assert scorer.lower.computed == 1, round_
+    assert max(s.abs().max() for s in slopes.values()) > 1e-3
+
+
+def test_only_the_top_layers_have_adapters(tiny_model):
+    names = [n for n, p in made(tiny_model("qwen2"), top=1).named_parameters() if "lora_" in n]
+    last = made(tiny_model("qwen2"), top=1).inner.config.num_hidden_layers - 1
+    assert names
+    assert all(f".layers.{last}." in n for n in names)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
+    """With the states that the whole model has there, through the final norm."""
+    shallow, whole = (made(tiny_model(kind), depth=d, lora=False) for d in (1, None))
+    original = assemble.new_scorer(
+        tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu")
+    )
+    for scorer in (shallow, whole):
+        scorer.load_state_dict(original.state_dict(), strict=scorer is whole)
+    batch, below = whole.pack(TEXTS), []
+    whole.inner.base_model.layers[1].register_forward_pre_hook(lambda _, x: below.append(x[0]))
+    whole.states(batch)
+    wanted = whole.inner.base_model.norm(below[0])[0]
+    torch.testing.assert_close(shallow.states(batch), wanted, rtol=1e-5, atol=1e-5)
+    assert shallow.inner.config.num_hidden_layers == 1 < whole.inner.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("kind", "wanted", "words"), [
+    ("qwen2", 99, "--depth of"), ("bert", 1, "a decoder for --depth"),
+])  # fmt: skip
+def test_a_depth_that_is_not_there_is_refused(tiny_model, kind, wanted, words):
+    with pytest.raises(UserError, match=words):
+        made(tiny_model(kind), depth=wanted, lora=False)
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def store(limit=10**9, **about):
+    return StateCache(ABOUT | about, hidden=4, dtype=torch.float32, limit=limit)
+
+
+def rows(count, value):
+    return np.full((count, 16), value, dtype=np.uint8)
+
+
+def test_what_is_put_is_found_again_by_others():
+    one, other = store(), store()
+    one.put({b"a" * 16: rows(2, 1), b"b" * 16: rows(3, 2)})
+    assert other.get(b"b" * 16) is None
+    other.refresh()
+    np.testing.assert_array_equal(other.get(b"b" * 16), rows(3, 2))
+    other.put({b"a" * 16: rows(2, 9), b"c" * 16: rows(1, 3)})  # a is there, so it stays
+    for c in (one, store()):
+        c.refresh()
+        assert [int(c.get(d * 16)[0, 0]) for d in (b"a", b"b", b"c")] == [1, 2, 3]
+
+
+def test_other_models_depths_and_dtypes_keep_apart():
+    store(depth=3).put({b"a" * 16: rows(1, 1)})
+    assert store(depth=4).get(b"a" * 16) is None
+
+
+def test_a_kill_while_writing_loses_what_was_being_written_and_nothing_else():
+    one = store()
+    one.put({b"a" * 16: rows(2, 1)})
+    with (one.folder / STATES).open("ab") as f:
+        f.write(b"\7" * 21)  # a row and a bit
+    with (one.folder / INDEX).open("ab") as f:
+        f.write(RECORD.pack(b"z" * 16, 0, 1)[:11])
+    again = store()
+    again.put({b"b" * 16: rows(2, 2)})
+    fresh = store()
+    np.testing.assert_array_equal(fresh.get(b"a" * 16), rows(2, 1))
+    np.testing.assert_array_equal(fresh.get(b"b" * 16), rows(2, 2))
+    assert fresh.get(b"z" * 16) is None
+
+
+def test_it_takes_no_more_than_it_may():
+    old = store(depth=1)
+    old.put({bytes([i]) * 16: rows(100, i) for i in range(10)})
+    size = sum(e.size for e in depth.entries())
+    new = store(limit=size // 2, depth=2)
+    assert not old.folder.exists()
+    for i in range(100):
+        new.put({bytes([i]) * 16: rows(100, i)})
+    assert 0 < sum(e.size for e in depth.entries()) <= size // 2
+    np.testing.assert_array_equal(new.get(bytes([0]) * 16), rows(100, 0))
+
+
+def test_clearing_it_under_a_running_process_is_harmless():
+    one = store()
+    one.put({b"a" * 16: rows(2, 1)})
+    np.testing.assert_array_equal(one.get(b"a" * 16), rows(2, 1))
+    assert depth.clear() > 0
+    np.testing.assert_array_equal(one.get(b"a" * 16), rows(2, 1))
+    one.put({b"b" * 16: rows(1, 2)})
+    np.testing.assert_array_equal(store().get(b"b" * 16), rows(1, 2))
+
+
+def _write(start):
+    mine = store()
+    for i in range(start, start + 100):
+        mine.put({i.to_bytes(16, "little"): rows(i % 5 + 1, i % 256)})
+
+
+def test_processes_may_write_at_once():
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(start,)) for start in (0, 50)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    found = store()
+    for i in range(150):
+        np.testing.assert_array_equal(found.get(i.to_bytes(16, "little")), rows(i % 5 + 1, i % 256))
+    assert (found.folder / INDEX).stat().st_size == 150 * RECORD.size
+
+
+def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
+    scorer = made(tiny_model("qwen2"))
+    flat = Encoded(chunks=(tuple(range(50, 55)),), starts=(0,))
+    shared, alone = scorer.pack(TEXTS), scorer.pack([flat])
+    assert len(set(segment_digests(shared))) == len(shared.start)
+    assert not set(segment_digests(shared)) & set(segment_digests(alone))
+    assert set(segment_digests(scorer.pack(TEXTS[:2]))) < set(segment_digests(shared))
+
+
+def test_a_cache_that_vanished_is_made_anew(tiny_model):
+    scorer = cached(made(tiny_model("qwen2")))
+    wanted = scorer(scorer.pack(TEXTS)).detach()
+    shutil.rmtree(depth.cache_root())
+    torch.testing.assert_close(scorer(scorer.pack(OTHERS + TEXTS)).detach()[2:], wanted, rtol=1e-5, atol=1e-5)
+    assert scorer.lower.computed == 2
