@@ -156,6 +156,20 @@ def test_a_ranker_of_pairs_has_no_lift_to_promise(tiny_model, tmp_path):
     assert rows_of(tmp_path / "ranked.csv")[0].keys() == {"group", "rank", "score", "text"}
 
 
+def test_a_cut_model_with_adapters_on_top_reloads_and_its_cache_is_listed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
+    flags = ["--depth", "2", "--adapt-top", "1", "--pooling", "mean"]
+    run, said, metrics = trained(tmp_path, tiny_model("qwen2"), clicked(), *CLICKS, *flags, name="data.jsonl")
+    assert "states of the lower 1 layers" in said
+    assert metrics["test"]["pair_accuracy"]["value"] > 0.8
+    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen"}  # a cut model has no likelihood to offer
+    listed = loracle("cache").stdout
+    assert "lower 1 layers" in listed
+    assert "MB freed" in loracle("cache", "--clear").stdout
+    assert "lower" not in loracle("cache").stdout
+    assert loracle("rank", run, "bad headline 1", "good headline 1").stdout
+
+
 def test_no_titles_on_standard_input(tiny_model, tmp_path):
     run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
     done = CliRunner().invoke(main, ["rank", str(run), "-"], input="\n \n")
@@ -391,7 +405,7 @@ def test_help_is_quick_and_shows_the_defaults_of_config():
         times.append(time.perf_counter() - started)
         assert done.returncode == 0
     assert min(times) < 0.5
-    for command in ("train", "predict", "rank", "evaluate", "check", "simulate", "demo"):
+    for command in ("train", "predict", "rank", "evaluate", "check", "simulate", "cache", "demo"):
         assert command in done.stdout
     from loracle.config import TrainConfig
 
