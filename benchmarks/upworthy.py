@@ -42,7 +42,9 @@ ROTATIONS = 5
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
 DOUBTED = ("201326", "201402")  # weeks whose randomisation the archive's authors doubt
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-upworthy"))
-SETTINGS: dict[str, Any] = {"epochs": 2.0, "batch": 8, "lr": 3e-4, "pooling": "mean", "evaluations": 4, "patience": 0}
+SETTINGS: dict[str, Any] = {
+    "depth": 24, "adapt_top": 9, "pooling": "mean", "epochs": 3.0, "batch": 8, "lr": 5e-4, "evaluations": 2, "patience": 0,
+}  # fmt: skip
 SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "top1", "regret")
 
 

@@ -99,8 +99,8 @@ class StateCache:
         if (place := self._known.get(digest)) is None:
             return None
         first, count = place
-        if first + count > len(self._rows):
-            self._map()
+        if first + count > len(self._rows) and not self._map():
+            return None
         return self._rows[first : first + count]
 
     def refresh(self) -> None:
@@ -145,8 +145,14 @@ class StateCache:
                 self._known[digest] = first, count
             self._read += whole
 
-    def _map(self) -> None:
-        self._rows = np.memmap(self.folder / STATES, dtype=np.uint8, mode="r").reshape(-1, self.width)
+    def _map(self) -> bool:
+        """Map what has been written by now; False where somebody has cleared the cache."""
+        try:
+            self._rows = np.memmap(self.folder / STATES, dtype=np.uint8, mode="r").reshape(-1, self.width)
+        except FileNotFoundError:
+            self._known, self._read = {}, 0
+            return False
+        return True
 
     def _size(self) -> int:
         return sum(e.size for e in entries())
