@@ -105,7 +105,17 @@ def _undated(group: RankGroup) -> RankGroup:
 
 
 def minilm(groups: list[RankGroup]) -> list[np.ndarray]:
-    """Frozen all-MiniLM-L6-v2 features of each group's titles."""
+    """Frozen all-MiniLM-L6-v2 features of each group's titles; a title is computed once a process."""
+    titles = {t for g in groups for t in g.texts}
+    if new := sorted(titles - FEATURES.keys()):
+        FEATURES.update(zip(new, _minilm_features(new), strict=True))
+    return [np.stack([FEATURES[t] for t in g.texts]) for g in groups]
+
+
+FEATURES: dict[str, np.ndarray] = {}
+
+
+def _minilm_features(titles: list[str]) -> np.ndarray:
     import torch
     from n24news import minilm_folder
 
@@ -121,9 +131,7 @@ def minilm(groups: list[RankGroup]) -> list[np.ndarray]:
         folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
         device=torch.device("cpu"), lora=None,
     )  # fmt: skip
-    texts = [t for g in groups for t in g.texts]
-    found = features(scorer, Encoder(tokenizer, encoder=True)(texts))
-    return np.split(found, np.cumsum([len(g.texts) for g in groups])[:-1])
+    return features(scorer, Encoder(tokenizer, encoder=True)(titles))
 
 
 def main(only: int | None) -> None:
