@@ -11,7 +11,7 @@ import torch
 
 from loracle.data.examples import Task
 from loracle.errors import UserError
-from loracle.model import assemble, depth
+from loracle.model import assemble, attention, depth
 from loracle.model.depth import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
 from loracle.text.encode import Encoded
 
@@ -138,6 +138,7 @@ def test_a_kill_while_writing_loses_what_was_being_written_and_nothing_else():
         f.write(b"\7" * 21)  # a row and a bit
     with (one.folder / INDEX).open("ab") as f:
         f.write(RECORD.pack(b"z" * 16, 0, 1)[:11])
+    np.testing.assert_array_equal(store().get(b"a" * 16), rows(2, 1))  # before anybody mends it
     again = store()
     again.put({b"b" * 16: rows(2, 2)})
     fresh = store()
@@ -168,6 +169,50 @@ def test_clearing_it_under_a_running_process_is_harmless():
     np.testing.assert_array_equal(store().get(b"b" * 16), rows(1, 2))
 
 
+def test_a_folder_that_was_cleared_and_made_anew_is_not_taken_for_the_old_one():
+    one = store()
+    one.put({b"a" * 16: rows(1, 1), b"x" * 16: rows(9, 1)})
+    assert one.get(b"a" * 16) is not None
+    depth.clear()
+    store().put({b"b" * 16: rows(1, 2), b"c" * 16: rows(30, 3)})
+    one.refresh()
+    assert one.get(b"a" * 16) is None
+    np.testing.assert_array_equal(one.get(b"c" * 16), rows(30, 3))
+    one.put({b"a" * 16: rows(1, 1)})
+    np.testing.assert_array_equal(store().get(b"a" * 16), rows(1, 1))
+
+
+def test_after_clearing_it_is_still_listed_and_bounded():
+    one = store(limit=2000)
+    depth.clear()
+    for i in range(50):
+        one.put({bytes([i]) * 16: rows(10, i)})
+    (entry,) = depth.entries()
+    assert 1000 < entry.size <= 2000
+
+
+@pytest.mark.parametrize("text", ["", "{", None])
+def test_a_broken_note_is_passed_over(text):
+    broken = depth.cache_root() / "broken"
+    broken.mkdir(parents=True)
+    if text is not None:
+        (broken / depth.ABOUT).write_text(text)
+    store().put({b"a" * 16: rows(1, 1)})
+    assert len(depth.entries()) == 1
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_training(monkeypatch, caplog):
+    one = store()
+
+    def full(new):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(one, "_append", full)
+    one.put({b"a" * 16: rows(1, 1)})
+    assert "not kept any more" in caplog.text
+    assert one.get(b"a" * 16) is None
+
+
 def _write(start):
     mine = store()
     for i in range(start, start + 100):
@@ -179,12 +224,18 @@ def test_processes_may_write_at_once():
     workers = [context.Process(target=_write, args=(start,)) for start in (0, 50)]
     for w in workers:
         w.start()
-    for w in workers:
-        w.join()
+    reader, seen = store(), 0
+    while any(w.is_alive() for w in workers):  # whoever reads meanwhile sees whole segments
+        reader.refresh()
+        for i in range(150):
+            if (part := reader.get(i.to_bytes(16, "little"))) is not None:
+                np.testing.assert_array_equal(part, rows(i % 5 + 1, i % 256))
+                seen += 1
+    assert seen
     found = store()
     for i in range(150):
         np.testing.assert_array_equal(found.get(i.to_bytes(16, "little")), rows(i % 5 + 1, i % 256))
-    assert (found.folder / INDEX).stat().st_size == 150 * RECORD.size
+    assert (found.folder / INDEX).stat().st_size == depth.NAME + 150 * RECORD.size
 
 
 def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
@@ -194,6 +245,25 @@ def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
     assert len(set(segment_digests(shared))) == len(shared.start)
     assert not set(segment_digests(shared)) & set(segment_digests(alone))
     assert set(segment_digests(scorer.pack(TEXTS[:2]))) < set(segment_digests(shared))
+
+
+def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
+    """Beside texts that are not there yet it is read all the same, so that a resumed run goes on bit for bit."""
+    scorer = cached(made(tiny_model("qwen2")))
+    scorer(scorer.pack(TEXTS))
+    for digest, (first, count) in scorer.lower.cache._known.items():
+        scorer.lower.cache.get(digest)  # mapped
+        scorer.lower.cache._rows = scorer.lower.cache._rows.copy()
+        scorer.lower.cache._rows[first : first + count] = 0
+    batch = scorer.pack([*OTHERS, TEXTS[0]])
+    below = scorer.lower.states(batch, lambda: scorer.inner.base_model(
+        input_ids=torch.from_numpy(batch.input_ids)[None], position_ids=torch.from_numpy(batch.position_ids)[None],
+        tree=attention.AttentionPlan.of(batch, torch.device("cpu")), use_cache=False,
+    ))  # fmt: skip
+    segment = batch.scored[batch.chunk_segment[2]]
+    own = slice(batch.start[segment], batch.start[segment] + batch.length[segment])
+    assert not below[own].any()
+    assert below[batch.start[batch.scored[batch.chunk_segment[0]]]].any()
 
 
 def test_a_cache_that_vanished_is_made_anew(tiny_model):

@@ -4,17 +4,21 @@ When only the top layers carry adapters, what the layers below make of a text ne
 epoch fills the cache, later epochs, seeds and trials read it. The model stays transformers' own: its list of layers is cut
 in two, the lower part runs without a gradient, the upper one is given its output as ``inputs_embeds``.
 
-On disk, a folder for each base model, depth and dtype: ``states.bin`` holds rows ``[R, H]``, ``index.bin`` a record for each
-segment. Both only grow, under a lock, the rows before the record that names them; so whoever reads sees whole segments, and
-a process that is killed leaves at most rows that nobody names. A segment is known by its own token ids and those before it.
+On disk, a folder for each base model, depth and dtype: ``states.bin`` holds rows ``[R, H]``; ``index.bin`` the folder's random
+name and then a record for each segment. Both only grow, under a lock, the rows before the record that names them; so whoever
+reads sees whole segments, and a process that is killed leaves at most rows that nobody names. A folder that was cleared and
+made anew has another name, by which readers notice. A segment is known by its own token ids and those before it.
 
 Legend of shapes: T rows of a batch, N segments, H hidden size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -32,7 +36,10 @@ from loracle.hub import cache_dir
 from loracle.text.packing import PackedBatch, ancestors
 
 RECORD = struct.Struct("<16sqq")  # digest, first row, rows
-STATES, INDEX, ABOUT, LOCK = "states.bin", "index.bin", "about.json", "lock"
+NAME = 16  # random bytes at the head of an index
+STATES, INDEX, ABOUT = "states.bin", "index.bin", "about.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +53,13 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All folders of the cache, the one that was used last first."""
-    found = [
-        Entry(
-            about.parent,
-            json.loads(about.read_text(encoding="utf-8")),
-            sum(p.stat().st_size for p in about.parent.iterdir()),
-            about.stat().st_mtime,
-        )
-        for about in cache_root().glob(f"*/{ABOUT}")
-    ]
+    """All folders of the cache, the one that was used last first; one that is being removed is passed over."""
+    found = []
+    for about in cache_root().glob(f"*/{ABOUT}"):
+        with contextlib.suppress(OSError, ValueError):
+            size = sum(p.stat().st_size for p in about.parent.iterdir())
+            known = json.loads(about.read_text(encoding="utf-8"))
+            found.append(Entry(about.parent, known, size, about.stat().st_mtime))
     return sorted(found, key=lambda e: -e.used)
 
 
@@ -66,9 +70,10 @@ def cache_root() -> Path:
 
 def clear() -> int:
     """Remove the whole cache; returns the bytes that were freed. A process that reads it keeps what it has mapped."""
-    freed = sum(e.size for e in entries())
-    shutil.rmtree(cache_root(), ignore_errors=True)
-    return freed
+    found = entries()
+    for e in found:
+        shutil.rmtree(e.folder, ignore_errors=True)
+    return sum(e.size for e in found)
 
 
 class StateCache:
@@ -81,78 +86,98 @@ class StateCache:
 
     def __init__(self, about: dict[str, Any], *, hidden: int, dtype: torch.dtype, limit: int):
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder, self.limit = cache_root() / name, limit
+        self.folder, self.about, self.limit = cache_root() / name, about, limit
         self.dtype, self.width = dtype, hidden * dtype.itemsize
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ABOUT).write_text(
-            json.dumps(about, indent=1), encoding="utf-8"
-        )  # its time says when it was used
-        self._lock = FileLock(self.folder / LOCK)
-        self._known: dict[bytes, tuple[int, int]] = {}
-        self._read = 0  # bytes of the index that are known
-        self._rows: np.ndarray = np.zeros((0, self.width), dtype=np.uint8)
-        self._make_room()
-        self._refresh()
+        cache_root().mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(cache_root() / f"{name}.lock")  # beside the folder, which may be removed meanwhile
+        self._forget(b"")
+        with self._lock:
+            self._introduce()
+            self._make_room()
+            self.refresh()
 
     def get(self, digest: bytes) -> np.ndarray | None:
         """Rows of a segment, ``uint8 [rows, width]``, or None."""
         if (place := self._known.get(digest)) is None:
             return None
         first, count = place
-        if first + count > len(self._rows) and not self._map():
-            return None
+        if first + count > len(self._rows):
+            self._map()
+            if self._known.get(digest) != place or first + count > len(self._rows):
+                return None
         return self._rows[first : first + count]
 
     def refresh(self) -> None:
-        """Take note of what other processes have added."""
-        if (self.folder / INDEX).exists() and (self.folder / INDEX).stat().st_size > self._read:
-            self._refresh()
+        """Take note of what other processes have added, or of a folder that was cleared and made anew."""
+        try:
+            with (self.folder / INDEX).open("rb") as index:
+                if (name := index.read(NAME)) != self._name:
+                    self._forget(name)
+                index.seek(NAME + self._read)
+                added = index.read()
+        except FileNotFoundError:  # cleared: what is mapped is as good as ever
+            return
+        whole = len(added) // RECORD.size * RECORD.size
+        for digest, first, count in RECORD.iter_unpack(added[:whole]):
+            self._known[digest] = first, count
+        self._read += whole
 
     def put(self, segments: dict[bytes, np.ndarray]) -> None:
         """Add segments ``{digest: uint8 [rows, width]}`` that are not there yet, as long as there is room."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache
-        with self._lock:
-            self._refresh()
-            new = {digest: rows for digest, rows in segments.items() if digest not in self._known}
-            size = sum(rows.nbytes + RECORD.size for rows in new.values())
-            if not new or self._size() + size > self.limit:
-                return
-            with (self.folder / STATES).open("ab") as states:
-                first = states.seek(0, 2) // self.width
-                states.truncate(first * self.width)  # of what a killed process left, keep whole rows
-                for rows in new.values():
-                    states.write(rows.tobytes())
-            with (self.folder / INDEX).open("ab") as index:
-                index.truncate(index.seek(0, 2) // RECORD.size * RECORD.size)
-                for digest, rows in new.items():
-                    index.write(RECORD.pack(digest, first, len(rows)))
-                    first += len(rows)
-            self._refresh()
-
-    def _refresh(self) -> None:
-        path = self.folder / INDEX
-        if not path.exists() or path.stat().st_size < self._read:  # cleared meanwhile: what is mapped stays good
-            self._read = 0
-        if path.exists():
-            with path.open("rb") as index:
-                index.seek(self._read)
-                added = index.read()
-            whole = len(added) // RECORD.size * RECORD.size
-            if self._read == 0:
-                self._known = {}
-                self._rows = self._rows[:0]
-            for digest, first, count in RECORD.iter_unpack(added[:whole]):
-                self._known[digest] = first, count
-            self._read += whole
-
-    def _map(self) -> bool:
-        """Map what has been written by now; False where somebody has cleared the cache."""
+        if self.limit <= 0:
+            return
         try:
-            self._rows = np.memmap(self.folder / STATES, dtype=np.uint8, mode="r").reshape(-1, self.width)
-        except FileNotFoundError:
-            self._known, self._read = {}, 0
-            return False
-        return True
+            with self._lock:
+                self._introduce()
+                self.refresh()
+                new = {digest: rows for digest, rows in segments.items() if digest not in self._known}
+                size = sum(rows.nbytes + RECORD.size for rows in new.values())
+                if new and self._size() + size <= self.limit:
+                    self._append(new)
+                    self.refresh()
+        except OSError as e:
+            self.limit = 0
+            logger.warning("states of lower layers are not kept any more: %s", e)
+
+    def _append(self, new: dict[bytes, np.ndarray]) -> None:
+        with (self.folder / STATES).open("ab") as states:
+            first = states.seek(0, 2) // self.width
+            states.truncate(first * self.width)  # of what a killed process left, keep whole rows: they may be mapped
+            for rows in new.values():
+                states.write(rows.tobytes())
+        with (self.folder / INDEX).open("ab") as index:
+            index.truncate(NAME + (index.seek(0, 2) - NAME) // RECORD.size * RECORD.size)
+            for digest, rows in new.items():
+                index.write(RECORD.pack(digest, first, len(rows)))
+                first += len(rows)
+
+    def _introduce(self) -> None:
+        """Make the folder what it should be: with an index that bears a name, and a note of what it is about."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index, about = self.folder / INDEX, self.folder / ABOUT
+        if not index.exists() or index.stat().st_size < NAME:
+            index.write_bytes(os.urandom(NAME))
+        if about.exists():
+            about.touch()  # its time says when the folder was used
+        else:
+            temporary = self.folder / f".{ABOUT}"
+            temporary.write_text(json.dumps(self.about, indent=1), encoding="utf-8")
+            temporary.replace(about)
+
+    def _forget(self, name: bytes) -> None:
+        self._name, self._read = name, 0  # of the index that is known, and how far
+        self._known: dict[bytes, tuple[int, int]] = {}
+        self._rows: np.ndarray = np.zeros((0, self.width), dtype=np.uint8)
+
+    def _map(self) -> None:
+        """Map the whole rows that are there by now, if the folder is still the one that is known."""
+        with self._lock:
+            self.refresh()
+            path = self.folder / STATES
+            if path.exists() and (count := path.stat().st_size // self.width):
+                self._rows = np.memmap(path, dtype=np.uint8, mode="r", shape=(count, self.width))
+            else:
+                self._forget(b"")
 
     def _size(self) -> int:
         return sum(e.size for e in entries())
@@ -185,10 +210,8 @@ class LowerLayers:
         if any(rows is None for rows in found):
             self.cache.refresh()
             found = [self.cache.get(d) for d in digests]
-        known = [rows for rows in found if rows is not None]
-        if len(known) == len(found):
-            rows = torch.from_numpy(np.concatenate(known))  # a copy: what is mapped cannot be written
-            return rows.view(self.cache.dtype).to(next(self.base.parameters()).device)
+        if not (missing := [n for n, rows in enumerate(found) if rows is None]):
+            return self._tensor(np.concatenate([rows for rows in found if rows is not None]))
         self.computed += 1
         with self._layers(0, self.depth), torch.no_grad():
             norm, self.base.norm = self.base.norm, nn.Identity()
@@ -197,14 +220,15 @@ class LowerLayers:
             finally:
                 self.base.norm = norm
         held = states.cpu().contiguous().view(torch.uint8).numpy()
-        self.cache.put(
-            {
-                d: held[start : start + length]
-                for d, start, length, rows in zip(digests, batch.start, batch.length, found, strict=True)
-                if rows is None
-            }
-        )
-        return states
+        at = [slice(s, s + n) for s, n in zip(batch.start, batch.length, strict=True)]
+        self.cache.put({digests[n]: held[at[n]] for n in missing})
+        for n, rows in enumerate(found):
+            if rows is not None:  # a text is what it was first computed as, or a resumed run would differ by rounding
+                held[at[n]] = rows
+        return self._tensor(held)
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).view(self.cache.dtype).to(next(self.base.parameters()).device)
 
     @contextmanager
     def upper(self) -> Iterator[None]:
@@ -231,6 +255,7 @@ def keep_lower(base: Any, depth: int, about: dict[str, Any], limit: int) -> Lowe
     """A decoder's lowest ``depth`` layers behind a cache of at most ``limit`` bytes; ``about`` names base and revision."""
     dtype = next(base.parameters()).dtype
     known = about | {"depth": depth, "dtype": str(dtype).removeprefix("torch."), "hidden": base.config.hidden_size}
+    known |= {"device": next(base.parameters()).device.type, "torch": torch.__version__}  # each rounds in its own way
     return LowerLayers(base, depth, StateCache(known, hidden=base.config.hidden_size, dtype=dtype, limit=limit))
 
 
