@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -40,7 +41,7 @@ from loracle.train.losses import numpy_objective
 
 ROTATIONS = 5
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
-DOUBTED = ("201326", "201402")  # weeks whose randomisation the archive's authors doubt
+DOUBTED = ("201325", "201401")  # weeks, as the file counts them, whose randomisation the archive's authors doubt
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-upworthy"))
 SETTINGS: dict[str, Any] = {
     "depth": 24, "adapt_top": 9, "pooling": "mean", "epochs": 3.0, "batch": 8, "lr": 5e-4, "evaluations": 2, "patience": 0,
@@ -62,7 +63,7 @@ def read_groups() -> list[RankGroup]:
 
 def rotation(number: int, groups: list[RankGroup]) -> Path:
     """Train and score one rotation; returns the file with ``{scorer: [scores of each held-out group]}``."""
-    path = SCRATCH / f"rotation-{number}.json"
+    path = result_file(number)
     if path.exists():
         return path
     SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,12 @@ def rotation(number: int, groups: list[RankGroup]) -> Path:
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     path.write_text(json.dumps({"scores": found, "loss": chosen, "metrics": metrics}), encoding="utf-8")
     return path
+
+
+def result_file(number: int) -> Path:
+    """Named by the settings too, so that no result of other ones is taken for theirs."""
+    settings = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:8]
+    return SCRATCH / f"rotation-{number}-{settings}.json"
 
 
 def folds(groups: list[RankGroup]) -> list[Split]:

@@ -162,7 +162,7 @@ def test_a_cut_model_with_adapters_on_top_reloads_and_its_cache_is_listed(tiny_m
     run, said, metrics = trained(tmp_path, tiny_model("qwen2"), clicked(), *CLICKS, *flags, name="data.jsonl")
     assert "states of the lower 1 layers" in said
     assert metrics["test"]["pair_accuracy"]["value"] > 0.8
-    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen"}  # a cut model has no likelihood to offer
+    assert set(metrics["baselines"]) == {"length", "tf-idf", "frozen", "untuned"}
     listed = loracle("cache").stdout
     assert "lower 1 layers" in listed
     assert "MB freed" in loracle("cache", "--clear").stdout
@@ -170,11 +170,38 @@ def test_a_cut_model_with_adapters_on_top_reloads_and_its_cache_is_listed(tiny_m
     assert loracle("rank", run, "bad headline 1", "good headline 1").stdout
 
 
-def test_no_titles_on_standard_input(tiny_model, tmp_path):
+def test_what_cannot_be_ranked_is_said_in_a_line(tiny_model, tmp_path):
     run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
-    done = CliRunner().invoke(main, ["rank", str(run), "-"], input="\n \n")
-    assert done.exit_code == 2
-    assert "expected titles on standard input, one a line; found none" in done.stderr
+    for given, words in (
+        (b"\n \n", "expected titles on standard input, one a line; found none"),
+        (b"good\n\xff\xfe bad\n", "expected text in UTF-8; found other bytes in line 2 of standard input"),
+    ):
+        done = CliRunner().invoke(main, ["rank", str(run), "-"], input=given)
+        assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+    assert "found no file grups.csv" in loracle("rank", run, "grups.csv", code=2).stderr
+    assert loracle("rank", run, "Why data.csv").stdout
+    marked = CliRunner().invoke(main, ["rank", str(run), "-"], input="\ufefftitle one\ntitle two\n".encode())
+    assert "\ufeff" not in marked.stdout
+
+
+def test_many_titles_are_ranked_without_every_comparison(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), clicked(40), *CLICKS, "--epochs", "1", name="data.jsonl")
+    (tmp_path / "many.txt").write_text("".join(f"title {i}\n" for i in range(120)), encoding="utf-8")
+    loracle("rank", run, tmp_path / "many.txt", "-o", tmp_path / "ranked.jsonl")
+    first = json.loads((tmp_path / "ranked.jsonl").read_text().splitlines()[0])
+    assert first["beats"] is None
+    assert first["lift_low"] <= first["lift"] <= first["lift_high"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--full", "--adapt-top", "1"], "expected --full or --adapt-top; found both"),
+        (["--loss", "margin", "--saturation", "9"], "expected --saturation with the loss list, dirichlet or binomial"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(tmp_path, flags, words):
+    assert words in loracle("train", write(tmp_path / "a.jsonl", pairs()), *flags, code=2).stderr
 
 
 def test_a_context_that_training_inferred_is_looked_for_again(tiny_model, tmp_path):

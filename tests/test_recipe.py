@@ -17,6 +17,7 @@ from small import QUICK, labelled, pairs, write
 
 from loracle import recipe
 from loracle.config import RunConfig
+from loracle.data.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor
 
@@ -288,3 +289,20 @@ def test_data_of_a_folder_that_changed_are_seen(tmp_path):
     first = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
     write(folder / "train.jsonl", labelled(63))
     assert recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first
+
+
+def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
+    """A log of 50 % click rates whose titles differ by 0.3: n / (tau^2 (1 - p)) clicks, not what rare ones would say."""
+    rng, groups = np.random.default_rng(0), []
+    for i in range(300):
+        rates = 1 / (1 + np.exp(-0.3 * rng.normal(size=4)))
+        clicks = rng.binomial(2000, rates)
+        groups.append(
+            RankGroup(group=str(i), texts=tuple(f"title {i} {j}" for j in range(4)), rows=(i,) * 4,
+                      clicks=tuple(clicks.tolist()), impressions=(2000,) * 4)
+        )  # fmt: skip
+    task = Task(kind="rank", evidence="clicks")
+    data = recipe.Data(task=task, train=groups[:200], validation=groups[200:], test=groups[200:])
+    _, chosen = recipe.choose_loss(RunConfig(), data)
+    assert chosen["name"] == "binomial"
+    assert chosen["saturation"] == pytest.approx(4 / (0.09 * 0.5), rel=0.2)

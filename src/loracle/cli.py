@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from loracle.config import DataConfig, LoraConfig, ModelConfig, PlanConfig, RunC
 from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
+FEW_DRAWS = 2048  # behind each lift of many groups: stable to a few points, and a millisecond each
 WINDOW = 2048  # rows that predict holds at once
 
 
@@ -200,7 +201,8 @@ def rank(
     def words_of(group: Any, ranked: list) -> list[list[tuple[str, float]]] | None:
         return leave_one_out(predictor, [r.text for r in ranked], group.context) if explain else None
 
-    ranked = ((group, predictor.rank(group.texts, group.context)) for group in groups)
+    draws = None if len(groups) == 1 else FEW_DRAWS
+    ranked = ((group, predictor.rank(group.texts, group.context, draws=draws)) for group in groups)
     if out is None and len(groups) == 1:
         group, best_first = next(ranked)
         click.echo("\n".join(_ranking_lines(best_first, words_of(group, best_first))))
@@ -217,7 +219,7 @@ def rank(
                 }
                 if predictor.spread is not None:
                     row |= {name: _rounded(getattr(r, name)) for name in ("lift", "lift_low", "lift_high")}
-                    row["beats"] = [round(p, 4) for p in r.beats or ()]
+                    row["beats"] = None if r.beats is None else [round(p, 4) for p in r.beats]
                 if words is not None:
                     row["words"] = [[word, round(value, 4)] for word, value in words[position - 1]]
                 write(row)
@@ -226,6 +228,7 @@ def rank(
 def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, columns: dict[str, Any]) -> list[Any]:
     """Groups from the command line, from standard input (-), or from a file."""
     from loracle.data.examples import RankGroup
+    from loracle.data.table import FORMATS
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
@@ -238,8 +241,10 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
         for issue in issues:
             click.echo(f"note: {issue}", err=True)
         return groups
+    if len(titles) == 1 and Path(titles[0].removesuffix(".gz")).suffix in FORMATS and " " not in titles[0]:
+        raise UserError("a file of titles, or titles", f"no file {titles[0]}", "check the path")
     if titles == ("-",):
-        titles = tuple(line.strip() for line in sys.stdin if line.strip())
+        titles = tuple(_lines_of_stdin())
         if not titles:
             raise UserError(
                 "titles on standard input, one a line", "none", "pipe some in: loracle rank run - < titles.txt"
@@ -248,6 +253,16 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
     if len(distinct) < len(titles):
         click.echo(f"note: {len(titles) - len(distinct)} repeated titles are ranked once", err=True)
     return [RankGroup(group="", texts=distinct, rows=tuple(range(1, 1 + len(distinct))), context=context)]
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            title = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise UserError("text in UTF-8", f"other bytes in line {number} of standard input", "convert it") from None
+        if title:
+            yield title
 
 
 MATRIX = 10  # titles up to which the terminal shows each one's chance against each other

@@ -146,6 +146,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.full and self.adapt_top is not None:
+            raise UserError("--full or --adapt-top", "both", "leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,17 +204,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.saturation is not None and self.loss not in ("auto", "list", "dirichlet", "binomial"):
+            raise UserError(
+                "--saturation with the loss list, dirichlet or binomial",
+                f"--loss {self.loss}",
+                "leave --saturation out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
     """A click log to come, as ``loracle simulate`` draws it."""
 
-    tests: int = dial(500, "tests (groups of titles)", least=2)
-    arms: int = dial(4, "titles a test", least=2)
-    shown: int = dial(3000, "impressions a title", least=1)
+    tests: int = dial(500, "tests (groups of titles)", least=2, below=1e12)
+    arms: int = dial(4, "titles a test", least=2, below=1001)
+    shown: int = dial(3000, "impressions a title", least=1, below=1e12)
     rate: float = dial(0.015, "click rate", above=0, below=1)
-    spread: float = dial(0.3, "standard deviation of the true log-odds within a test", least=0)
+    spread: float = dial(0.3, "standard deviation of the true log-odds within a test", least=0, below=100)
     seed: int = dial(0, "seed of the draws", least=0)
 
     def __post_init__(self) -> None:

@@ -2,18 +2,19 @@
 
 The process: a title's true log-odds of a click are ``logit(rate) + spread · z``, z standard normal; it is shown ``shown``
 times and clicked binomially. From it follow what no ranker can beat (the order that noise leaves right), how often a test
-names its best title, and which lift of a picker would stand out. With a log of one's own, rate, spread, arms and impressions
-are its own, and a learning curve says whether more tests would help.
+names its best title, and which lift of a picker would stand out. With a log of one's own, each test is one of its groups
+again: as many titles, shown as often, with log-odds from their posterior. A learning curve says whether more would help.
 
-Shapes: G tests, n titles each.
+Shapes: G tests, n titles each; D designs, of which there is one where no log is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.special import expit, logit
@@ -26,73 +27,143 @@ from loracle.errors import UserError
 from loracle.judge.metrics import Array
 from loracle.judge.ranking import SIGNIFICANT_Z
 
-DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point
+DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
+PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that
 TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the planned size
 SHARES = (0.25, 0.5, 1.0)  # of the user's own log, for the learning curve
 POWER, LEVEL = 0.8, 0.05
+Own = TypeVar("Own", "Count", "Number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What a log of this size can tell. Shares between 0 and 1; lifts relative to a test's mean title, 0.1 is +10 %."""
+    """What a log of this size can tell. Shares between 0 and 1; lifts relative to a test's mean title, 0.1 is +10 %.
+
+    None where nothing is told: no two titles' observed rates differ, or no accuracy up to 100 % would stand out.
+    """
 
     tests: int
     arms: int
     shown: float
-    ceiling: float  # pairs whose observed order is the true one: the best that any ranker can score
-    significant: float  # pairs that differ at p < .05
-    best_named: float  # tests whose highest observed rate is the truly best title's
-    highest_lift: float  # what always picking the truly best title would gain
-    detectable_lift: float  # smallest lift of a picker that stands out with 80 % power
-    detectable_accuracy: float  # smallest pair accuracy that does
+    ceiling: (
+        float | None
+    )  # of pairs whose observed rates differ, those in true order: the best that any ranker can score
+    significant: float | None  # of the same pairs, those that differ at p < .05
+    best_named: float  # tests whose highest observed rate is the truly best title's; of equals, by chance
+    highest_lift: float | None  # what always picking the truly best title would gain
+    detectable_lift: float | None  # smallest lift of a picker that stands out with 80 % power
+    detectable_accuracy: float | None  # smallest pair accuracy that does
+
+
+class Count(int):
+    """A median of a log's groups, which remembers each. A flag beside ``--data`` puts a bare number in its place."""
+
+    each: list[Any]  # [D], numbers of titles; or arrays [n], impressions of each title
+
+
+class Number(float):
+    """The same of click rates, and of the spread, whose median it is not: it remembers what each title lies off by."""
+
+    each: list[Any]  # [D], click rates; or arrays [n], log-odds
 
 
 def plan(config: PlanConfig) -> dict[str, list[Point]]:
     """Curves over impressions a title and over tests, at ``TIMES`` the planned numbers."""
     return {
-        "impressions": [simulate(replace(config, shown=max(1, round(config.shown * t)))) for t in TIMES],
+        "impressions": [simulate(replace(config, shown=_scaled(config.shown, t))) for t in TIMES],
         "tests": [simulate(replace(config, tests=max(2, round(config.tests * t)))) for t in TIMES],
     }
 
 
-def draw(config: PlanConfig, tests: int, seed: int) -> tuple[Array, Array, Array]:
-    """True log-odds, clicks and impressions of ``tests`` tests, ``[G, n]`` each."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    truth = logit(config.rate) + config.spread * rng.standard_normal((tests, config.arms))
-    shown = np.full_like(truth, config.shown)
-    return truth, rng.binomial(config.shown, expit(truth)).astype(np.float64), shown
+def _scaled(shown: int, times: float) -> int:
+    if not isinstance(shown, Count):
+        return max(1, round(shown * times))
+    return _own(Count(max(1, round(shown * times))), [np.maximum(np.rint(each * times), 1) for each in shown.each])
+
+
+def designs(config: PlanConfig) -> dict[int, tuple[Array, Array, Array | None]]:
+    """What tests are drawn from, by their number of titles n: impressions ``[D, n]``, log-odds in the middle of the test
+    ``[D, 1]``, and what titles lie off that ``[D, n]``, None where it is ``config.spread`` times standard normal."""
+    own = {name: getattr(getattr(config, name), "each", None) for name in ("arms", "shown", "rate", "spread")}
+    size = next((len(each) for each in own.values() if each), 1)
+    arms, shown, rate = (own[name] or [getattr(config, name)] * size for name in ("arms", "shown", "rate"))
+    off = own["spread"] if own["arms"] else None  # of other titles than the log's, nothing is known
+    level, by_arms = logit(rate), defaultdict(list)
+    for d, n in enumerate(arms):
+        by_arms[n].append(d)
+    return {
+        n: (
+            np.array([np.resize(shown[d], n) for d in of_n], dtype=np.float64),  # in turn, where --arms says otherwise
+            level[of_n][:, None],
+            np.array([off[d] for d in of_n]) if off else None,
+        )
+        for n, of_n in sorted(by_arms.items())
+    }
+
+
+def draw(config: PlanConfig, tests: int, seed: int) -> Iterator[tuple[Array, Array, Array]]:
+    """True log-odds, clicks and impressions of ``tests`` tests, ``[G, n]`` each, for each number of titles n."""
+    of_size = designs(config)
+    share = np.array([len(level) for _, level, _ in of_size.values()])
+    counts = np.random.Generator(np.random.PCG64(seed)).multinomial(tests, share / share.sum())
+    for (n, (shown, level, off)), count in zip(of_size.items(), counts, strict=True):
+        rng = np.random.Generator(np.random.PCG64([seed, n]))
+        which = rng.integers(len(shown), size=count)
+        truth = level[which] + (config.spread * rng.standard_normal((count, n)) if off is None else off[which])
+        yield truth, rng.binomial(shown[which].astype(np.int64), expit(truth)).astype(np.float64), shown[which]
 
 
 def simulate(config: PlanConfig) -> Point:
     """One point: drawn tests for what a single test tells, scaled to ``config.tests`` for what all of them do."""
-    truth, clicks, shown = draw(config, DRAWN, config.seed)
-    rates, true_rates = clicks / shown, expit(truth)
-    i, j = np.triu_indices(config.arms, 1)
-    gap, true_gap = rates[:, i] - rates[:, j], true_rates[:, i] - true_rates[:, j]
-    told = gap != 0
-    right = (np.sign(gap) == np.sign(true_gap)) & told
-    pooled = (clicks[:, i] + clicks[:, j]) / (shown[:, i] + shown[:, j])
-    spread = np.sqrt(pooled * (1 - pooled) * (1 / shown[:, i] + 1 / shown[:, j]))
-    best = true_rates == true_rates.max(1, keepdims=True)
-    named = rates == rates.max(1, keepdims=True)
-    # A picker that knows nothing has a lift and an accuracy that only chance moves away from 0 and 1/2.
-    random = np.random.Generator(np.random.PCG64([config.seed, 1])).random(rates.shape)
-    pick = random == random.max(1, keepdims=True)
-    wins = (np.sign(random[:, i] - random[:, j]) == np.sign(gap)) & told
+    arms = np.array(getattr(config.arms, "each", [config.arms]), dtype=np.float64)
+    tests = min(DRAWN, max(FEWEST, int(PAIRS / (arms * (arms - 1) / 2).mean())))
+    random = np.random.Generator(np.random.PCG64([config.seed, 0, 1]))
+    tallies = [_tally(*drawn, random.random(drawn[0].shape)) for drawn in draw(config, tests, config.seed)]
+    told, right, significant, wins, named, best, gain, mean, true_mean = np.concatenate(tallies, axis=1)
     detectable = norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)
+    lift = _standard_error(gain, mean, config.tests) if told.any() else None
+    accuracy = _standard_error(wins - told / 2, told, config.tests) if told.any() else None
     return Point(
         tests=config.tests,
-        arms=config.arms,
-        shown=config.shown,
-        ceiling=float(right.sum() / max(told.sum(), 1)),
-        significant=float((np.abs(gap) > SIGNIFICANT_Z * spread).mean()),
-        best_named=float(((best & named).sum(1) / named.sum(1)).mean()),
-        highest_lift=float(true_rates.max(1).mean() / true_rates.mean() - 1),
-        detectable_lift=detectable
-        * _standard_error((rates * pick).sum(1) - rates.mean(1), rates.mean(1), config.tests),
-        detectable_accuracy=0.5
-        + detectable * _standard_error(wins.sum(1) - told.sum(1) / 2, told.sum(1), config.tests),
+        arms=int(config.arms),
+        shown=int(config.shown),
+        ceiling=_ratio(right, told),
+        significant=_ratio(significant, told),
+        best_named=float(named.mean()),
+        highest_lift=_ratio(best, true_mean),
+        detectable_lift=None if lift is None else detectable * lift,
+        detectable_accuracy=None if accuracy is None or detectable * accuracy > 0.5 else 0.5 + detectable * accuracy,
     )
+
+
+def _tally(truth: Array, clicks: Array, shown: Array, random: Array) -> Array:
+    """``[9, G]``, of each test: its pairs whose observed rates differ; those in true order, that differ at p < .05, and
+    that ``random`` scores have in order; the chance that its best title is named; what the best title gains; what the
+    random pick gains, and the mean rate; the true mean.
+
+    A picker that knows nothing has a lift and an accuracy that only chance moves away from 0 and 1/2.
+    """
+    rates, true_rates = clicks / shown, expit(truth)
+    told, right, significant, wins = np.zeros((4, len(truth)))
+    for lag in range(1, truth.shape[1]):  # title i against title i + lag, so that memory grows with titles, not pairs
+        gap, true_gap, random_gap = (x[:, lag:] - x[:, :-lag] for x in (rates, truth, random))
+        pooled = (clicks[:, lag:] + clicks[:, :-lag]) / (shown[:, lag:] + shown[:, :-lag])
+        noise = np.sqrt(pooled * (1 - pooled) * (1 / shown[:, lag:] + 1 / shown[:, :-lag]))
+        sign = np.sign(gap)
+        told += (gap != 0).sum(1)
+        right += (np.abs(sign) + sign * np.sign(true_gap)).sum(1) / 2  # true ties count half
+        significant += (np.abs(gap) > SIGNIFICANT_Z * noise).sum(1)
+        wins += (sign * random_gap > 0).sum(1)
+    best, named = truth == truth.max(1, keepdims=True), rates == rates.max(1, keepdims=True)
+    chance = (best & named).sum(1) / (best.sum(1) * named.sum(1))  # one of the best, and one of the named, are drawn
+    pick = random == random.max(1, keepdims=True)
+    gain, mean, true_mean = (rates * pick).sum(1) - rates.mean(1), rates.mean(1), true_rates.mean(1)
+    highest = np.maximum(true_rates.max(1) - true_mean, 0)
+    return np.stack([told, right, significant, wins, chance, highest, gain, mean, true_mean])
+
+
+def _ratio(above: Array, below: Array) -> float | None:
+    return float(above.sum() / below.sum()) if below.any() else None
 
 
 def _standard_error(residual: Array, weight: Array, tests: int) -> float:
@@ -104,27 +175,40 @@ def _standard_error(residual: Array, weight: Array, tests: int) -> float:
 
 
 def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> PlanConfig:
-    """The process behind a click log: its tests, median arms and impressions, click rate, and fitted spread.
+    """The process behind a click log: its tests, its groups' titles and impressions, their true log-odds as clicks tell.
+
+    Those are drawn from the posterior that the report's noise ceiling rests on, as often as makes ``DRAWN`` groups.
 
     Raises:
         UserError: the groups hold no clicks.
     """
-    from loracle.judge.spread import fit_spread
+    from loracle.judge.spread import fit_spread, posterior_log_odds
 
     if not groups or any(g.clicks is None or g.impressions is None for g in groups):
         raise UserError("a click log for simulate --data", "no clicks and impressions in it", "give such a file")
-    clicks, shown = (np.concatenate([getattr(g, name) for g in groups]) for name in ("clicks", "impressions"))
     found = fit_spread(groups)
     if not found.groups:
         raise UserError("groups in which some but not all impressions were clicked", "none", "give a larger log")
+    rng = np.random.Generator(np.random.PCG64(config.seed))
+    some = [groups[i] for i in rng.permutation(len(groups))[:DRAWN]]
+    draws = -(-DRAWN // len(some))
+    truths = posterior_log_odds(some, found, draws=draws, seed=config.seed)
+    shown = [np.maximum(np.array(g.impressions, dtype=np.float64), 1) for g in some]
+    truth = [drawn for of_group in truths for drawn in of_group]
+    rate = [float(expit(t.mean())) for t in truth]
     return replace(
         config,
         tests=len({g.group for g in groups}),
-        arms=int(np.median([len(g.texts) for g in groups])),
-        shown=int(np.median(shown)),
-        rate=float(clicks.sum() / shown.sum()),
-        spread=found.spread,
+        arms=_own(Count(np.median([len(n) for n in shown])), [len(n) for n in shown for _ in range(draws)]),
+        shown=_own(Count(np.median(np.concatenate(shown))), [n for n in shown for _ in range(draws)]),
+        rate=_own(Number(np.median(rate)), rate),
+        spread=_own(Number(found.spread), [t - t.mean() for t in truth]),
     )
+
+
+def _own(number: Own, each: list[Any]) -> Own:
+    number.each = each
+    return number
 
 
 def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any]]:
@@ -157,20 +241,20 @@ def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[d
 
     rows = [
         ["impressions a title", *(f"{p.shown:,.0f}" for p in curves["impressions"])],
-        ["noise ceiling, all pairs", *(f"{p.ceiling:.1%}" for p in curves["impressions"])],
-        ["pairs that differ at p < .05", *(f"{p.significant:.1%}" for p in curves["impressions"])],
-        ["tests that name their best title", *(f"{p.best_named:.1%}" for p in curves["impressions"])],
-        ["lift detectable with all tests", *(f"{p.detectable_lift:+.1%}" for p in curves["impressions"])],
+        ["noise ceiling, all pairs", *(_percent(p.ceiling) for p in curves["impressions"])],
+        ["pairs that differ at p < .05", *(_percent(p.significant) for p in curves["impressions"])],
+        ["tests that name their best title", *(_percent(p.best_named) for p in curves["impressions"])],
+        ["lift detectable with all tests", *(_percent(p.detectable_lift, "+.1%") for p in curves["impressions"])],
     ]
     more = [
         ["tests", *(f"{p.tests:,}" for p in curves["tests"])],
-        ["detectable lift", *(f"{p.detectable_lift:+.1%}" for p in curves["tests"])],
-        ["detectable pair accuracy", *(f"{p.detectable_accuracy:.1%}" for p in curves["tests"])],
+        ["detectable lift", *(_percent(p.detectable_lift, "+.1%") for p in curves["tests"])],
+        ["detectable pair accuracy", *(_percent(p.detectable_accuracy) for p in curves["tests"])],
     ]
     said = [
-        f"{config.tests:,} tests of {config.arms} titles, {config.shown:,} impressions each, click rate {config.rate:.2%}, "
-        f"spread of the true log-odds {config.spread:.2f}",
-        f"always picking the best title would lift clicks by {curves['tests'][0].highest_lift:+.1%}",
+        f"{config.tests:,} tests of {_said(config.arms, ',')} titles, {_said(config.shown, ',')} impressions each, "
+        f"click rate {_said(config.rate, '.2%')}, spread of the true log-odds {config.spread:.2f}",
+        f"always picking the best title would lift clicks by {_percent(curves['tests'][0].highest_lift, '+.1%')}",
         "",
         plain_table(rows),
         "",
@@ -183,6 +267,20 @@ def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[d
                  for r in learnt]  # fmt: skip
         said += ["", "learning curve of a TF-IDF ranker, held-out pairs:", plain_table(curve)]
     return said
+
+
+def _percent(share: float | None, form: str = ".1%") -> str:
+    return "–" if share is None else format(share, form)
+
+
+def _said(number: float, form: str) -> str:
+    """A number of the process; "median" before one that stands for the log's groups, each of which has its own."""
+    return ("median " if isinstance(number, Count | Number) else "") + format(number, form)
+
+
+def _drawn(share: float | None) -> float:
+    """In per cent; what is not told leaves a gap."""
+    return np.nan if share is None else 100 * share
 
 
 def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path: Path) -> None:
@@ -199,17 +297,17 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
     axes = figure.subplots(1, 3 if learnt else 2)
     by_shown, by_tests = curves["impressions"], curves["tests"]
     shown = [p.shown for p in by_shown]
-    axes[0].plot(shown, [100 * p.ceiling for p in by_shown], "o-", label="noise ceiling, all pairs")
-    axes[0].plot(shown, [100 * p.best_named for p in by_shown], "s-", label="best title named")
-    axes[0].plot(shown, [100 * p.significant for p in by_shown], "^-", label="pairs with p < .05")
+    axes[0].plot(shown, [_drawn(p.ceiling) for p in by_shown], "o-", label="noise ceiling, all pairs")
+    axes[0].plot(shown, [_drawn(p.best_named) for p in by_shown], "s-", label="best title named")
+    axes[0].plot(shown, [_drawn(p.significant) for p in by_shown], "^-", label="pairs with p < .05")
     axes[0].set(xlabel="impressions a title", ylabel="%", xscale="log")
     axes[1].plot(
-        [p.tests for p in by_tests], [100 * p.detectable_lift for p in by_tests], "o-", label="detectable lift"
+        [p.tests for p in by_tests], [_drawn(p.detectable_lift) for p in by_tests], "o-", label="detectable lift"
     )
-    axes[1].axhline(100 * by_tests[0].highest_lift, ls="--", color="grey", label="lift of the best title")
+    axes[1].axhline(_drawn(by_tests[0].highest_lift), ls="--", color="grey", label="lift of the best title")
     axes[1].set(xlabel="tests", ylabel="% over the mean title", xscale="log")
     if learnt:
-        value, low, high = ([100 * (r["pair_accuracy"][k] or np.nan) for r in learnt] for k in ("value", "low", "high"))
+        value, low, high = ([_drawn(r["pair_accuracy"][k]) for r in learnt] for k in ("value", "low", "high"))
         axes[2].fill_between([r["groups"] for r in learnt], low, high, alpha=0.2)
         axes[2].plot([r["groups"] for r in learnt], value, "o-", label="TF-IDF ranker on held-out pairs")
         axes[2].set(xlabel="groups learnt from", ylabel="pair accuracy, %")

@@ -42,6 +42,7 @@ from loracle.text.template import bake, check_contexts
 from loracle.train.loop import Fit, Schedule, fit
 from loracle.train.losses import (
     CLICKWISE,
+    SATURATION,
     Loss,
     class_weights,
     click_rate,
@@ -240,7 +241,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     if config.baselines:
         count = sum(len(_texts(e)) for e in _some(data.train, schedule.seed))
         say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=schedule.seed)
+        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=schedule.seed, say=say)
 
     # Training; the best look at the validation examples wins.
     outcome = fit(
@@ -355,8 +356,17 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     if m0 is None:
         objective = numpy_objective(make_loss(task, name="list"))
         scores = baselines.tfidf_ranker(data.train, data.validation, objective, seed=schedule.seed)
-        m0 = fit_saturation(scores, data.validation)
+        m0 = fit_saturation(scores, data.validation) if name != "binomial" else _saturation_of_odds(scores, data)
     return make_loss(task, name=name, saturation=m0), {"name": name, "saturation": m0}
+
+
+def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
+    """m0 where clicks are not rare: n titles with c clicks at rate p know their log-odds to 1 / (c (1 - p)), against τ²."""
+    spread, rate = fit_spread(data.validation, scores), click_rate(data.validation)
+    if not spread.groups:
+        return SATURATION[1]
+    titles = float(np.mean([len(g.texts) for g in data.validation]))
+    return float(np.clip(titles / (spread.spread**2 * (1 - rate)), *SATURATION))
 
 
 def fit_meaning(scorer: Scorer, encoder: Encoder, data: Data) -> Spread | None:
@@ -368,7 +378,7 @@ def fit_meaning(scorer: Scorer, encoder: Encoder, data: Data) -> Spread | None:
 
 
 def measure_baselines(
-    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int
+    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int, say: Say
 ) -> dict[str, Any]:
     """What simpler methods reach on the same split, with the same loss when ranking."""
     task, some = data.task, _some(data.train, seed)
@@ -380,13 +390,12 @@ def measure_baselines(
             "tf-idf": baselines.tfidf_ranker(data.train, data.test, objective, seed=seed),
             "frozen": baselines.frozen_ranker(seen, some, unseen, objective, seed=seed),
         }
-        untuned = (
-            None
-            if encoder.encoder
-            else log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
-        )
-        if untuned is not None:
+        try:
+            after = 0 if encoder.encoder else encoder.after
+            untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=after)
             ranked["untuned"] = _by_example(untuned, data.test)
+        except ValueError as e:
+            say(f"note: no untuned baseline, {e}")
         return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
     targets = target_array(data.train, task)
     words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]

@@ -27,9 +27,10 @@ def by_hand(model, encoded, after):
     return float(np.mean([log_p[i - 1, ids[i]] for i in own])) if own else 0.0
 
 
-@pytest.mark.parametrize("template", [None, PROMPT])
+@pytest.mark.parametrize(("template", "depth"), [(None, None), (PROMPT, None), (None, 1)])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
-def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template):
+def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template, depth):
+    """Of the whole one, where the scorer's upper layers were dropped."""
     folder = tmp_path / "base"
     source = tiny_model(kind)
     causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -39,7 +40,7 @@ def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template):
     tokenizer = bake(load_tokenizer(source), template, 128)
     scorer = new_scorer(
         folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
-        device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0},
+        device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0}, depth=depth,
     )  # fmt: skip
     encoder = Encoder(tokenizer)
     encoded = encoder(TEXTS)
@@ -55,4 +56,5 @@ def test_an_encoder_has_none(tiny_model):
         tiny_model("bert"), Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32, device=torch.device("cpu"), lora=None,
     )  # fmt: skip
-    assert log_likelihood(scorer, Encoder(tokenizer, encoder=True)(["a"]), tiny_model("bert"), after=1) is None
+    with pytest.raises(ValueError, match="bert has no likelihood of a next token"):
+        log_likelihood(scorer, Encoder(tokenizer, encoder=True)(["a"]), tiny_model("bert"), after=1)

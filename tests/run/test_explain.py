@@ -30,6 +30,16 @@ def test_chinese_goes_by_characters():
     assert judge.asked == ["标题a好", "题a好", "标a好", "标题好", "标题a"]
 
 
+def test_blanks_are_charged_to_no_word():
+    class Wide:
+        def scores(self, texts, contexts):
+            import numpy as np
+
+            return np.array([[7.0 * t.count("\u3000")] for t in texts])
+
+    assert leave_one_out(Wide(), ["震惊\u3000了"]) == [[("震", 0), ("惊", 0), ("了", 0)]]
+
+
 @pytest.mark.parametrize("title", ["word", "", "?!"])
 def test_a_single_word_has_nothing_to_compare_with(title):
     assert leave_one_out(Counts(), [title]) == [[]]

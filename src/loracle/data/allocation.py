@@ -3,20 +3,27 @@
 Two tests, fixed before any log was looked at. *Sample-ratio mismatch* (Fabijan et al. 2019, KDD, "Diagnosing sample ratio
 mismatch in online controlled experiments"): what was shown side by side should have been shown equally often, by
 chi-square. *Adaptivity*: whether what was clicked more was shown more, as a bandit would have it.
+
+What was shown side by side: the rows, or the titles? A log does not say. In an experiment on more than titles (Upworthy's)
+each row is an arm, and a title of two rows is rightly shown twice as often; in a daily export a title has a row a day, and
+days differ. A group therefore fails only if it fails *both ways*, its rows as arms and its titles as arms, rows of equal
+titles added up: the first log is decided by its rows, the second one by its titles, and where no title has two rows both
+are the same. Only strata of two titles or more are tested, for rows of a single one may be nothing but days.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loracle.data.dates import latest, order_of
 from loracle.data.examples import Arms
+from loracle.data.issues import Issue, rows_named
 
-LEVEL = 0.001  # p below which a group fails
+LEVEL = 0.001  # p below which a group fails; p times the number of groups below which it does so beyond chance
 USUAL, BROKEN = 0.01, 0.25  # share of failing groups in a sound period (chance alone: 0.001) and in a broken one
 DOUBT = math.log(1000)  # how much likelier a period must be broken than sound to be named
 CLEAR = 3.29  # |z| that chance exceeds once in a thousand logs
@@ -43,17 +50,19 @@ class Allocation:
 
     groups: int  # that could be tested
     failing: int  # whose impressions are not in equal shares, p < LEVEL
-    rows: tuple[int, ...]  # the first ones of those
+    beyond: int  # of those, the ones that chance would not make in one of a thousand such logs: Bonferroni, at LEVEL
+    rows: tuple[int, ...]  # where the first failing ones begin; those beyond chance have precedence
     adaptivity: float  # z; above 0 where what was clicked more was shown more
     dates: tuple[Period, ...] = ()  # one a date
     periods: tuple[Period, ...] = ()  # in which far more fail than elsewhere
 
     @property
     def uneven(self) -> bool:
-        """Whether more groups fail than the odd one that does in any log."""
+        """Whether more groups fail than the odd one that does in any log, or any of them beyond chance."""
         from scipy.special import bdtrc
 
-        return bool(self.periods) or bool(self.failing and bdtrc(self.failing - 1, self.groups, USUAL) < LEVEL)
+        many = self.failing and bdtrc(self.failing - 1, self.groups, USUAL) < LEVEL
+        return bool(self.periods or self.beyond or many)
 
     @property
     def adaptive(self) -> bool:
@@ -62,12 +71,15 @@ class Allocation:
     def lines(self) -> list[str]:
         """In plain words: what was found, and what it does to every figure."""
         share = _of(self.failing, self.groups)
-        said = [f"{share} of the groups of 2 rows or more were not shown in equal shares (p < {LEVEL:g})"]
+        said = [f"{share} of the groups of 2 titles or more were not shown in equal shares (p < {LEVEL:g})"]
         if self.periods:
             groups, failing = (sum(getattr(p, name) for p in self.periods) for name in ("groups", "failing"))
             said += [f"  {period}" for period in self.periods]
             if rest := self.groups - groups:
                 said.append(f"  at all other times: {_of(self.failing - failing, rest)}")
+        if self.failing:
+            first = rows_named(self.rows, self.failing)
+            said.append(f"  they begin in {first}; beyond chance for so many groups: {self.beyond:,}")
         more = "more" if self.adaptivity > 0 else "less"
         said.append(
             f"what was clicked more was shown {more}, beyond chance (z = {self.adaptivity:+.1f})"
@@ -94,28 +106,51 @@ def allocation(arms: Iterable[Arms]) -> Allocation | None:
     """Test what a click log showed, before titles are merged or left out; None where nothing can be tested.
 
     Chi-square of impressions against equal shares, in each stratum of a group; statistics and degrees of freedom of its
-    strata are added. Strata whose arms got fewer than ``LEAST`` impressions on average are left out.
+    strata are added. p of a group is the larger one of its rows as arms and of its titles as arms. Strata of a single
+    title, or whose titles got fewer than ``LEAST`` impressions on average, are left out. Adaptivity is that of titles.
     """
-    from scipy.special import chdtrc  # the survival function of chi2, without the second that scipy.stats takes
-
-    tested = [a for a in arms if len(a.impressions) > 1 and sum(a.impressions) >= LEAST * len(a.impressions)]
-    if not tested:
+    by_row: dict[str, list[Arms]] = {}
+    by_title: dict[str, list[Arms]] = {}
+    for rows in arms:
+        titles = _merged(rows)
+        if len(titles.impressions) > 1 and sum(titles.impressions) >= LEAST * len(titles.impressions):
+            by_row.setdefault(rows.group, []).append(rows)
+            by_title.setdefault(rows.group, []).append(titles)
+    if not by_row:
         return None
-    strata: dict[str, list[Arms]] = {}
-    for arm in tested:
-        strata.setdefault(arm.group, []).append(arm)
-    statistic = [sum(_chi_square(a.impressions) for a in of_group) for of_group in strata.values()]
-    freedom = [sum(len(a.impressions) - 1 for a in of_group) for of_group in strata.values()]
-    fails = chdtrc(freedom, statistic) < LEVEL
-    dates = _by_date(strata, fails)
+    p = np.maximum(_p_values(by_row), _p_values(by_title))
+    fails, beyond = p < LEVEL, p * len(p) < LEVEL
+    starts = np.array([of_group[0].row for of_group in by_row.values()])
+    worst = [*starts[beyond], *starts[fails & ~beyond]][: Issue.ROWS_NAMED]
+    dates = _by_date(by_row, fails)
     return Allocation(
-        groups=len(strata),
+        groups=len(p),
         failing=int(fails.sum()),
-        rows=tuple(of_group[0].row for of_group, bad in zip(strata.values(), fails, strict=True) if bad)[:5],
-        adaptivity=_adaptivity(tested),
+        beyond=int(beyond.sum()),
+        rows=tuple(sorted(map(int, worst))),
+        adaptivity=_adaptivity([a for of_group in by_title.values() for a in of_group]),
         dates=dates,
         periods=_broken(dates),
     )
+
+
+def _merged(rows: Arms) -> Arms:
+    """With titles as arms: rows of one title added up."""
+    clicks: dict[int, int] = {}
+    impressions: dict[int, int] = {}
+    for title, c, n in zip(rows.titles or range(len(rows.clicks)), rows.clicks, rows.impressions, strict=True):
+        clicks[title] = clicks.get(title, 0) + c
+        impressions[title] = impressions.get(title, 0) + n
+    return replace(rows, clicks=tuple(clicks.values()), impressions=tuple(impressions.values()), titles=())
+
+
+def _p_values(strata: dict[str, list[Arms]]) -> np.ndarray:
+    """p of each group, of one stratum or more."""
+    from scipy.special import chdtrc  # the survival function of chi2, without the second that scipy.stats takes
+
+    statistic = [sum(_chi_square(a.impressions) for a in of_group) for of_group in strata.values()]
+    freedom = [sum(len(a.impressions) - 1 for a in of_group) for of_group in strata.values()]
+    return np.asarray(chdtrc(freedom, statistic))
 
 
 def _chi_square(impressions: Sequence[int]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loracle.data.examples import RankGroup
-from loracle.data.issues import IssueLog, all_rows_named
+from loracle.data.issues import Issue, IssueLog, rows_named
 from loracle.errors import UserError
 
 CLICK_ISSUES = {
@@ -33,17 +33,22 @@ def check_counts(shown: Sequence[Shown], source: str) -> None:
     """That counts are whole, not negative, and no title was clicked more often than shown.
 
     Raises:
-        UserError: naming the rows where they are not.
+        UserError: naming all that is wrong, how often and in which rows.
     """
-    for expected, wrong in (
-        ("whole numbers of clicks and impressions", lambda s: s.clicks % 1 or s.impressions % 1),
-        ("clicks and impressions of 0 or more", lambda s: s.clicks < 0 or s.impressions < 0),
-        ("no more clicks than impressions", lambda s: s.clicks > s.impressions),
-    ):
-        if rows := [s.row for s in shown if wrong(s)]:
-            raise UserError(
-                expected, f"other counts in {all_rows_named(rows)} of {source}", "correct or remove what is wrong there"
-            )
+    wrong = {
+        "fractions": [s.row for s in shown if s.clicks % 1 or s.impressions % 1],
+        "counts below 0": [s.row for s in shown if s.clicks < 0 or s.impressions < 0],
+        "more clicks than impressions": [s.row for s in shown if s.clicks > s.impressions],
+    }
+    if found := [f"{what}: {len(rows):,} ({_named(rows)})" for what, rows in wrong.items() if rows]:
+        raise UserError(
+            "whole numbers of clicks and impressions, 0 or more, and no more clicks than impressions",
+            f"{', '.join(found)} in {source}", "correct or remove what is wrong there",
+        )  # fmt: skip
+
+
+def _named(rows: Sequence[int]) -> str:
+    return rows_named(rows[: Issue.ROWS_NAMED], len(rows))
 
 
 def click_group(

@@ -10,14 +10,14 @@ from __future__ import annotations
 import datetime
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loracle.data.cells import CellError, as_context, parsed_rows
 from loracle.data.columns import Columns, cell_of
-from loracle.data.dates import EXPECTED, ISO, NUMBER, as_date, is_number
+from loracle.data.dates import EXPECTED, NUMBER, as_date, form_of, mixed_forms
 from loracle.data.delimited import delimiter_of
 from loracle.data.issues import Issue, IssueLog, all_rows_named, rows_named
 from loracle.data.json_rows import first_character
@@ -27,12 +27,12 @@ from loracle.errors import UserError
 if TYPE_CHECKING:
     import polars as pl
 
-ROW = "\0row"  # no column of a user's is called so
+ROW, DATE = "\0row", "\0date"  # no column of a user's is called so
 SKIPPED = ("blank-text", "no-group", "no-compare", "no-clicked")
 REFUSED = {
     "bad-clicked": ("0 or 1, or true or false, as clicked", "name another column with --clicked, or mend them"),
     "bad-weight": ("a number of 0 or more as weight", "correct or remove those rows"),
-    "bad-date": (f"{EXPECTED}, all in one way", "correct or remove those rows, or leave --date out"),
+    "bad-date": (EXPECTED, "correct or remove those rows, or leave --date out"),
 }
 
 
@@ -41,7 +41,7 @@ class Unscannable(Exception):
 
 
 def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table, Columns]:
-    """The clicks and impressions of each title of a group (and of what it is compared by), and which columns hold them.
+    """The clicks and impressions of each title (stripped) of a group and of what it is compared by, and their columns.
 
     Titles stand in the order of their first rows and bear their numbers: running ones, which in CSV start with 2 and are
     the lines as long as no line break in a cell and no blank line in front of the header comes before.
@@ -50,7 +50,8 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
         issues: counts impressions without a text, a group, or a word on whether they were clicked.
 
     Raises:
-        UserError: cells that are no click, no weight or no date; impressions of one title that differ in weight.
+        UserError: cells that are no click, no weight or no date; dates of several forms; impressions of one title that
+            differ in weight.
     """
     import polars as pl
 
@@ -91,7 +92,7 @@ def _apart(columns: Columns) -> list[str]:
 def _cells(title: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """A row of the summed table."""
     cells = {column: title[f"key {i}"] for i, column in enumerate(_apart(columns))}
-    date = title["date"]
+    date = title["date"] if title["number"] is None else title["number"]
     known = {
         columns.weight: title["weight"],
         columns.date: str(int(date)) if isinstance(date, float) and date.is_integer() else date,
@@ -162,11 +163,11 @@ Odd = dict[str, tuple[int, list[int]]]
 
 
 def _summed(frame: pl.LazyFrame, table: Table, columns: Columns) -> tuple[list[dict[str, Any]], Odd]:
-    """Each title: its cells (``key 0``, …), clicks, impressions, first row, weights and latest date; and odd rows."""
+    """Each title: its cells (``key 0``, …), clicks, impressions, first row, weights, latest date, its form; and odd rows."""
     import polars as pl
 
-    marked = _marked(frame, table, columns)
-    keys = [f"key {i}" for i in range(len(_apart(columns)))]
+    marked = _marked(frame, columns)
+    keys = ["form", *(f"key {i}" for i in range(len(_apart(columns))))]  # of forms there is one, or an error
     # Rows that are not used make one group a kind, whatever their cells, so that they cost no memory.
     found = (
         marked.with_columns(pl.when(pl.col("kind").is_null()).then(pl.col(key)).alias(key) for key in keys)
@@ -178,6 +179,7 @@ def _summed(frame: pl.LazyFrame, table: Table, columns: Columns) -> tuple[list[d
             pl.col("weight").min(),
             pl.col("weight").max().alias("heaviest"),
             pl.col("date").max(),
+            pl.col("number").max(),
         )
         .collect(engine="streaming")
         .sort(ROW)
@@ -197,6 +199,12 @@ def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
             "one weight a group", f"others for titles that begin in {all_rows_named(rows)} of {table.name}",
             "give all rows of a group the same weight",
         )  # fmt: skip
+    forms: dict[str, int] = {}
+    for title in titles:
+        forms.setdefault(title["form"], title[ROW])  # its first row, for they are in that order
+    if len(forms) > 1:
+        first, other, *_ = ((row, form) for form, row in forms.items())
+        raise mixed_forms(first, other, table.name)
 
 
 def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:
@@ -206,8 +214,10 @@ def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:
     return sorted(odd.bottom_k(Issue.ROWS_NAMED, by=ROW).collect(engine="streaming")[ROW].to_list())
 
 
-def _marked(frame: pl.LazyFrame, table: Table, columns: Columns) -> pl.LazyFrame:
-    """Row number, cells that tell titles apart, clicked, weight, date, and as ``kind`` what is odd about the row."""
+def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
+    """Row number, cells that tell titles apart, clicked, weight, date (also as a number), its form, and as ``kind`` what is
+    odd about the row.
+    """
     import polars as pl
 
     types = frame.collect_schema()
@@ -216,23 +226,27 @@ def _marked(frame: pl.LazyFrame, table: Table, columns: Columns) -> pl.LazyFrame
     said = cells[columns.clicked or ""].cast(pl.String).str.strip_chars().str.to_lowercase()
     clicked = pl.when(said.is_in(["1", "1.0", "true"])).then(1).when(said.is_in(["0", "0.0", "false"])).then(0)
     weight, bad_weight = _weight(cells.get(columns.weight or ""))
-    date, bad_date = _date(cells.get(columns.date or ""), types.get(columns.date or ""), _numbers(table, columns.date))
+    date = _mapped(cells[columns.date], as_date) if columns.date else pl.lit(None, pl.String)
     kinds = {
         "bad-clicked": clicked.is_null() & said.is_not_null() & (said != "nan"),
         "bad-weight": bad_weight,
-        "bad-date": bad_date,
+        "bad-date": pl.col(DATE).is_null() if columns.date else pl.lit(False),
         "blank-text": cells[text].is_null(),
         "no-group": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.group)),
         "no-compare": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.compare)),
         "no-clicked": clicked.is_null(),
     }
     kind = pl.coalesce(pl.when(is_odd).then(pl.lit(name)) for name, is_odd in kinds.items())
-    return frame.select(
+    if types[text] == pl.String:
+        cells[text] = cells[text].str.strip_chars()
+    return frame.with_columns(date.alias(DATE)).select(
         pl.col(ROW),
         *(cells[column].alias(f"key {i}") for i, column in enumerate(apart)),
         clicked.alias("clicked"),
         weight.alias("weight"),
-        date.alias("date"),
+        pl.col(DATE).alias("date"),
+        pl.when(pl.col(DATE).str.contains(NUMBER)).then(pl.col(DATE)).cast(pl.Float64).alias("number"),
+        _mapped(pl.col(DATE), form_of).alias("form"),
         kind.alias("kind"),
     )
 
@@ -260,24 +274,18 @@ def _weight(cell: pl.Expr | None) -> tuple[pl.Expr, pl.Expr]:
     return pl.when(missing).then(1.0).otherwise(number), ~missing & ~fine.fill_null(False)
 
 
-def _date(cell: pl.Expr | None, kind: pl.DataType | None, numbers: bool) -> tuple[pl.Expr, pl.Expr]:
-    """The date so that it sorts, and whether there is none."""
+def _mapped(cell: pl.Expr, read: Callable[[Any], str]) -> pl.Expr:
+    """What our own reader makes of cells, once for each distinct one of a batch; null where it refuses."""
     import polars as pl
 
-    if cell is None:
-        return pl.lit(None, pl.String), pl.lit(False)
-    if kind != pl.String:
-        return cell, cell.is_null()
-    said = cell.str.strip_chars()
-    sortable = pl.when(said.str.contains(NUMBER if numbers else ISO)).then(said)
-    return sortable.cast(pl.Float64) if numbers else sortable, sortable.is_null()
-
-
-def _numbers(table: Table, column: str | None) -> bool:
-    """Whether dates are numbers, as the first one says that is a date."""
-    for _, row in table.head() if column else ():
+    def read_or_null(value: Any) -> str | None:
         try:
-            return is_number(as_date(row.get(column or "")))
+            return None if value is None else read(value)
         except CellError:
-            continue
-    return False
+            return None
+
+    def read_all(values: pl.Series) -> pl.Series:
+        known = {value: read_or_null(value) for value in values.unique().to_list()}
+        return pl.Series(values.name, [known[value] for value in values.to_list()], dtype=pl.String)
+
+    return cell.map_batches(read_all, return_dtype=pl.String, is_elementwise=True)

@@ -76,13 +76,17 @@ class RankGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arms:
-    """What a click log showed side by side in one stratum of a group: each row, before any was merged or left out."""
+    """What a click log showed side by side in one stratum of a group: each row, before any was merged or left out.
+
+    ``titles[i]`` numbers the title that row ``i`` is of; where it is empty, each row is a title of its own.
+    """
 
     group: str
     row: int  # the first
     clicks: tuple[int, ...]
     impressions: tuple[int, ...]
     date: str | None = None
+    titles: tuple[int, ...] = ()
 
 
 Example = LabeledText | RankGroup

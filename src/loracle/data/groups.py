@@ -21,7 +21,7 @@ from loracle.data.cells import (
 )
 from loracle.data.clicks import Shown, check_counts, click_group
 from loracle.data.columns import Columns, cell_of
-from loracle.data.dates import as_date, is_number, latest
+from loracle.data.dates import as_date, form_of, latest, mixed_forms
 from loracle.data.examples import Arms, Preference, RankGroup
 from loracle.data.issues import IssueLog, all_rows_named
 from loracle.data.table import Table
@@ -85,13 +85,13 @@ class Gathering:
         self._table = table
         self._groups: dict[tuple[str, str | None], Titles] = {}
         self._other_weight: list[int] = []
-        self._numbers: bool | None = None  # whether dates are numbers
+        self._first_date: tuple[int, str] | None = None  # its row and form, which all others must have
 
     def add(self, group: str, traits: Traits, row: int) -> Titles:
         """The group of a row, which must share its context.
 
         Raises:
-            UserError: it does not, or its date is a number and others are not.
+            UserError: it does not, or its date is of another form than the first one.
         """
         titles = self._groups.setdefault((group, traits.stratum), Titles(group, traits))
         if traits.context != titles.traits.context:
@@ -100,10 +100,10 @@ class Gathering:
         if traits.weight != titles.traits.weight:
             self._other_weight.append(row)
         if traits.date is not None:
-            if self._numbers not in (None, is_number(traits.date)):
-                found = f"'{traits.date}' in row {row} of {self._table.name}, unlike those before"
-                raise UserError("dates that are all numbers, or all ISO", found, "write them all in one way")
-            self._numbers = is_number(traits.date)
+            form = form_of(traits.date)
+            self._first_date = self._first_date or (row, form)
+            if form != self._first_date[1]:
+                raise mixed_forms(self._first_date, (row, form), self._table.name)
             titles.dates[traits.date] = None
         return titles
 
@@ -124,11 +124,11 @@ class Gathering:
 def gather(
     table: Table, columns: Columns, issues: IssueLog, evidence: Callable[[dict[str, Any]], Any], missing: str
 ) -> list[Titles]:
-    """Titles by group and stratum. Rows whose ``evidence`` is None are counted as ``missing``."""
+    """Titles, stripped, by group and stratum. Rows whose ``evidence`` is None are counted as ``missing``."""
 
     def parse(row: dict[str, Any]) -> tuple[str | None, Traits, Any]:
         text, context = text_and_context(row, columns)
-        return text, Traits.of(row, columns, context), evidence(row)
+        return text and text.strip(), Traits.of(row, columns, context), evidence(row)
 
     gathering = Gathering(table)
     for number, (text, traits, known) in parsed_rows(table, parse):
@@ -170,12 +170,14 @@ def _read_clicks(table: Table, columns: Columns, data: DataConfig, issues: Issue
 
 
 def _arms(titles: Titles, shown: list[Shown]) -> Arms:
+    index: dict[str, int] = {}
     return Arms(
         group=titles.group,
         row=shown[0].row,
         clicks=tuple(int(s.clicks) for s in shown),
         impressions=tuple(int(s.impressions) for s in shown),
         date=titles.date,
+        titles=tuple(index.setdefault(s.text, len(index)) for s in shown),
     )
 
 
@@ -270,7 +272,8 @@ def _pair(row: dict[str, Any], columns: Columns) -> _Pair:
     context = as_context(cell_of(row, columns.context)) if columns.context else None
     if context and prompt:
         context = f"{context}\n{prompt}"
-    return _Pair(chosen, rejected, Traits.of(row, columns, context or prompt), margin)
+    traits = Traits.of(row, columns, context or prompt)
+    return _Pair(chosen and chosen.strip(), rejected and rejected.strip(), traits, margin)
 
 
 READERS = {"pairs": _read_pairs, "grades": _read_grades, "clicks": _read_clicks}

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from loracle.model.assemble import in_rounds
+from loracle.data.examples import Task
+from loracle.model.assemble import in_rounds, new_scorer
 from loracle.model.backbone import load_config
 from loracle.model.scorer import Scorer, by_text
 from loracle.text.encode import Encoded
@@ -22,24 +23,29 @@ from loracle.text.packing import ROOT, PackedBatch
 ROWS = 512  # of logits held at once: 100 MB with a vocabulary of 50,000
 
 
-def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, after: int) -> np.ndarray | None:
+def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, after: int) -> np.ndarray:
     """Mean log-likelihood of each text's own tokens given what stands before them, ``float32 [E]``.
 
     The template around the text is given, not scored. A first token that nothing precedes has no likelihood; a text
     without any other gets 0.
 
-    Args:
-        folder: of the base model, for the output embedding that a classifier does without. after: tokens behind a text.
+    A scorer whose upper layers were dropped has the whole base model loaded beside it for as long as this takes.
 
-    Returns:
-        None for models that do not predict the next token: encoders, and those whose upper layers were dropped.
+    Args:
+        scorer: an untuned decoder. folder: of the base model, for the output embedding that a classifier does without.
+        after: tokens behind a text.
+
+    Raises:
+        ValueError: the model does not predict the next token, or is not computed packed.
     """
-    dropped = scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers
-    if scorer.encoder or not scorer.packed or dropped:
-        return None
+    if scorer.encoder or not scorer.packed:
+        raise ValueError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
+    if scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers:
+        dtype = next(scorer.inner.base_model.parameters()).dtype
+        pad = scorer.inner.config.pad_token_id
+        rank = Task(kind="rank", evidence="clicks")
+        scorer = new_scorer(folder, rank, pad_token_id=pad, dtype=dtype, device=scorer.device)
     embedding = output_embedding(scorer, folder)
-    if embedding is None:
-        return None
 
     def function(batch: PackedBatch) -> Tensor:
         return by_text(_segment_likelihood(scorer.states(batch), batch, embedding, after)[:, None], batch)
@@ -47,7 +53,7 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
     return in_rounds(scorer, function, texts)[:, 0]
 
 
-def output_embedding(scorer: Scorer, folder: Path) -> Tensor | None:
+def output_embedding(scorer: Scorer, folder: Path) -> Tensor:
     """``[V, H]``: the input embedding where the two are tied, else the tensor that the folder calls ``lm_head.weight``."""
     if scorer.inner.config.tie_word_embeddings:
         return scorer.inner.get_input_embeddings().weight
@@ -56,7 +62,7 @@ def output_embedding(scorer: Scorer, folder: Path) -> Tensor | None:
             if "lm_head.weight" in tensors.keys():  # noqa: SIM118 - not a mapping
                 like = scorer.inner.get_input_embeddings().weight
                 return tensors.get_tensor("lm_head.weight").to(like.device, like.dtype)
-    return None
+    raise ValueError(f"no lm_head.weight in {folder}")
 
 
 def _segment_likelihood(states: Tensor, batch: PackedBatch, embedding: Tensor, after: int) -> Tensor:

@@ -11,6 +11,10 @@ CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{CJK}]|(?:(?![{CJK}])\w)+(?:['’\-](?:(?![{CJK}])\w)+)*|[^\w\s]+")
 
 
+def _tidy(title: str) -> str:
+    return re.sub(r"\s+", " ", title).strip()
+
+
 def leave_one_out(
     predictor: Predictor, titles: Sequence[str], context: str | None = None
 ) -> list[list[tuple[str, float]]]:
@@ -22,11 +26,9 @@ def leave_one_out(
     spans = [list(WORD.finditer(title)) for title in titles]
     spans = [found if len(found) > 1 else [] for found in spans]
     variants = [
-        re.sub(r"\s+", " ", title[: m.start()] + title[m.end() :]).strip()
-        for title, found in zip(titles, spans, strict=True)
-        for m in found
+        _tidy(title[: m.start()] + title[m.end() :]) for title, found in zip(titles, spans, strict=True) for m in found
     ]
-    texts = [*titles, *variants]
+    texts = [*map(_tidy, titles), *variants]  # both tidied, or a word would be charged with the blanks around it
     scores = iter(predictor.scores(texts, [context] * len(texts))[:, 0].tolist())
     whole = [next(scores) for _ in titles]
     return [[(m.group(), score - next(scores)) for m in found] for score, found in zip(whole, spans, strict=True)]

@@ -17,6 +17,8 @@ from loracle.run.folder import read_calibration, read_info, verify
 from loracle.text.encode import Encoder
 from loracle.text.template import check_contexts
 
+COMPARED = 100  # titles up to which each one's chance against each other is given
+
 
 @dataclass(frozen=True, slots=True)
 class RankedTitle:
@@ -103,8 +105,11 @@ class Predictor:
             return [[labels[i] for i in np.flatnonzero(row > 0.5)] for row in proba]
         return [labels[i] for i in proba.argmax(1)]
 
-    def rank(self, titles: Sequence[str], context: str | None = None) -> list[RankedTitle]:
+    def rank(self, titles: Sequence[str], context: str | None = None, *, draws: int | None = None) -> list[RankedTitle]:
         """Titles best first, each with what can be said about it; equal scores keep their order.
+
+        ``draws`` of Monte Carlo stand behind a lift (``judge.spread.expected_lift``). Of more than ``COMPARED`` titles
+        nobody reads every chance against every other, so ``beats`` is None.
 
         Raises:
             UserError: the run is a classifier, or there is nothing to rank.
@@ -118,8 +123,9 @@ class Predictor:
         scores = scores[order].astype(np.float64)
         if self.spread is None or len(titles) < 2:
             return [RankedTitle(titles[i], float(s)) for i, s in zip(order, scores, strict=True)]
-        beats, lifts = win_probability(scores, self.spread), expected_lift(scores, self.spread)
+        compared = win_probability(scores, self.spread) if len(titles) <= COMPARED else [None] * len(titles)
+        lifts = expected_lift(scores, self.spread, draws=draws)
         return [
-            RankedTitle(titles[i], float(s), tuple(map(float, wins)), *map(float, lift))
-            for i, s, wins, *lift in zip(order, scores, beats, *lifts, strict=True)
+            RankedTitle(titles[i], float(s), None if wins is None else tuple(map(float, wins)), *map(float, lift))
+            for i, s, wins, *lift in zip(order, scores, compared, *lifts, strict=True)
         ]
