@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,17 +18,24 @@ from loracle.cli import main
 from loracle.config import PlanConfig
 from loracle.data.examples import RankGroup
 from loracle.errors import UserError
+from loracle.judge.ranking import rank_metrics
 
 
 def groups_of(config, seed=0):
-    _, clicks, shown = planning.draw(config, config.tests, seed)
+    [(_, clicks, shown)] = planning.draw(config, config.tests, seed)
     return [
         RankGroup(
-            group=str(i), texts=tuple(f"title {i} {j}" for j in range(config.arms)), rows=(i,) * config.arms,
+            group=f"{config.arms} {i}", texts=tuple(f"title {i} {j}" for j in range(config.arms)), rows=(i,) * config.arms,
             clicks=tuple(map(int, c)), impressions=tuple(map(int, n)),
         )
         for i, (c, n) in enumerate(zip(clicks, shown, strict=True), 1)
     ]  # fmt: skip
+
+
+def mixed():
+    """Few titles shown often, and many shown rarely: most pairs are of the latter."""
+    small = PlanConfig(tests=300, arms=2, shown=20_000, rate=0.02, spread=0.3)
+    return groups_of(small) + groups_of(PlanConfig(tests=100, arms=8, shown=500, rate=0.01, spread=0.3))
 
 
 def test_without_noise_the_ceiling_is_reached_and_the_best_is_named():
@@ -40,6 +49,8 @@ def test_without_spread_there_is_nothing_to_find():
     point = planning.simulate(PlanConfig(spread=0.0, shown=20_000))
     assert point.highest_lift == pytest.approx(0)
     assert point.significant == pytest.approx(0.05, abs=0.005)  # the test's own level
+    assert point.ceiling == pytest.approx(0.5)  # of equals, either order is as right as the other
+    assert point.best_named == pytest.approx(0.25)
 
 
 def test_the_highest_lift_is_that_of_the_largest_of_normal_draws():
@@ -64,7 +75,7 @@ def test_a_detectable_lift_is_found_four_times_in_five():
     config = PlanConfig(tests=200, rate=0.05, shown=400, spread=0.4)
     wanted, found = planning.simulate(config).detectable_lift, []
     for seed in range(300):
-        truth, clicks, shown = planning.draw(config, config.tests, seed)
+        [(truth, clicks, shown)] = planning.draw(config, config.tests, seed)
         rng = np.random.default_rng(seed)
         rates = expit(truth)
         best = rates.max(1) / rates.mean(1) - 1
@@ -83,6 +94,69 @@ def test_a_log_gives_its_own_process_back():
     assert (found.tests, found.arms, found.shown) == (300, 5, 4000)
     assert found.rate == pytest.approx(true.rate, rel=0.1)
     assert found.spread == pytest.approx(true.spread, rel=0.15)
+
+
+def test_the_simulated_log_tells_what_the_report_says_of_the_log():
+    groups = mixed()
+    found = planning.simulate(planning.of_log(groups, PlanConfig()))
+    told = rank_metrics([np.zeros(len(g.texts)) for g in groups], groups)
+    assert found.ceiling == pytest.approx(told["ceiling"].value, abs=0.015)
+    assert found.significant == pytest.approx(told["significant_pairs"] / told["pairs"], abs=0.015)
+
+
+def test_a_log_is_drawn_again_as_it_is():
+    log = planning.of_log(mixed(), PlanConfig())
+    drawn = {truth.shape[1]: (truth, shown) for truth, _, shown in planning.draw(log, 20_000, 0)}
+    assert sorted(drawn) == [2, 8]
+    assert len(drawn[8][0]) == pytest.approx(5000, rel=0.05)  # a quarter of the groups
+    assert (drawn[2][1] == 20_000).all()
+    assert (drawn[8][1] == 500).all()
+    for n, rate in ((2, 0.02), (8, 0.01)):
+        assert expit(drawn[n][0]).mean() == pytest.approx(rate * np.exp(0.3**2 / 2), rel=0.1)
+
+
+def test_more_impressions_are_more_of_each_design():
+    curve = planning.plan(planning.of_log(mixed(), PlanConfig()))["impressions"]
+    assert [p.shown for p in curve] == [125, 250, 500, 1000, 2000]  # the median title is one of 8
+    assert [p.ceiling for p in curve] == sorted(p.ceiling for p in curve)
+
+
+@pytest.mark.parametrize("name", ["arms", "shown", "rate", "spread"])
+def test_a_given_number_wins_over_the_logs_also_when_it_is_their_median(name):
+    log = planning.of_log(mixed(), PlanConfig())
+    value = {"arms": 2, "shown": int(log.shown), "rate": 0.3, "spread": 0.0}[name]
+    drawn = list(planning.draw(dataclasses.replace(log, **{name: value}), 1000, 0))
+    if name == "arms":
+        [(truth, _, shown)] = drawn
+        assert truth.shape == (1000, 2)
+        assert set(shown.ravel()) == {500, 20_000}
+    if name == "shown":
+        assert {n for *_, shown in drawn for n in shown.ravel()} == {value}
+    if name == "rate":
+        assert np.median(np.concatenate([t.ravel() for t, *_ in drawn])) == pytest.approx(np.log(3 / 7), abs=0.05)
+    if name == "spread":
+        assert all(np.ptp(truth, axis=1).max() == 0 for truth, *_ in drawn)
+
+
+def test_the_largest_numbers_are_planned_with():
+    curves = planning.plan(PlanConfig(shown=10**12 - 1, tests=10**12 - 1))
+    assert curves["impressions"][-1].shown == curves["tests"][-1].tests == 10**12 - 1
+
+
+def test_memory_does_not_grow_with_pairs():
+    tracemalloc.start()
+    planning.simulate(PlanConfig(arms=200))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+
+
+def test_a_learning_curve_at_0_is_drawn_there(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    told = {"groups": 9, "pair_accuracy": {"value": 0.0, "low": None, "high": None}}
+    planning.plot(planning.plan(PlanConfig(rate=1e-9, shown=10)), [told], tmp_path / "plan.png")
+    assert drawn[0].axes[2].lines[0].get_ydata() == [0.0]
 
 
 def test_groups_without_clicks_are_refused():
@@ -106,6 +180,29 @@ def test_the_table_names_its_process():
     assert "noise ceiling" in said
 
 
+def test_what_nothing_tells_is_left_open():
+    flags = ["--rate", "1e-9", "--shown", "10"]
+    said = simulate(*flags).stdout
+    assert "nan" not in said
+    assert re.search(r"^noise ceiling, all pairs( +–){5}$", said, re.MULTILINE)
+    assert re.search(r"^detectable lift( +–){5}$", said, re.MULTILINE)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(simulate(*flags, "--json").stdout, parse_constant=refuse)
+    for name in ("ceiling", "significant", "detectable_lift", "detectable_accuracy"):
+        assert found["tests"][0][name] is None
+
+
+def test_a_log_is_said_to_be_one_of_medians():
+    log, curves = planning.of_log(mixed(), PlanConfig()), planning.plan(PlanConfig())
+    said = planning.lines(log, curves)[0]
+    assert said.startswith("400 tests of median 2 titles, median 500 impressions each, median click rate ")
+    said = planning.lines(dataclasses.replace(log, arms=2, rate=0.02), curves)[0]
+    assert said.startswith("400 tests of 2 titles, median 500 impressions each, click rate 2.00%, spread ")
+
+
 def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     rows = [
         {"test_id": g.group, "headline": t, "clicks": c, "impressions": n}
@@ -124,6 +221,9 @@ def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     [
         (["--rate", "1.5"], "expected rate below 1; found 1.5"),
         (["--arms", "1"], "expected arms of 2 or more; found 1"),
+        (["--shown", "99999999999999999999"], "expected shown below 1e+12; found 99999999999999999999"),
+        (["--tests", "9" * 400], "expected tests below 1e+12; found 9999"),
+        (["--arms", "1001"], "expected arms below 1001; found 1001"),
         (["--clicks", "c"], "expected --data beside columns; found --clicks alone"),
         (["--plot", "plan.xyz"], "expected a .png, .svg or .pdf file to draw to"),
         (["--plot", "no/such/folder/plan.png"], "expected a .png, .svg or .pdf file to draw to"),

@@ -30,6 +30,7 @@ from loracle.judge.ranking import SIGNIFICANT_Z
 DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
 PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that
 TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the planned size
+MOST = 10**12 - 1  # tests, and impressions a title, that PlanConfig takes
 SHARES = (0.25, 0.5, 1.0)  # of the user's own log, for the learning curve
 POWER, LEVEL = 0.8, 0.05
 Own = TypeVar("Own", "Count", "Number")
@@ -45,9 +46,7 @@ class Point:
     tests: int
     arms: int
     shown: float
-    ceiling: (
-        float | None
-    )  # of pairs whose observed rates differ, those in true order: the best that any ranker can score
+    ceiling: float | None  # of pairs whose observed rates differ, those in true order: no ranker can score higher
     significant: float | None  # of the same pairs, those that differ at p < .05
     best_named: float  # tests whose highest observed rate is the truly best title's; of equals, by chance
     highest_lift: float | None  # what always picking the truly best title would gain
@@ -71,14 +70,15 @@ def plan(config: PlanConfig) -> dict[str, list[Point]]:
     """Curves over impressions a title and over tests, at ``TIMES`` the planned numbers."""
     return {
         "impressions": [simulate(replace(config, shown=_scaled(config.shown, t))) for t in TIMES],
-        "tests": [simulate(replace(config, tests=max(2, round(config.tests * t)))) for t in TIMES],
+        "tests": [simulate(replace(config, tests=min(max(2, round(config.tests * t)), MOST))) for t in TIMES],
     }
 
 
 def _scaled(shown: int, times: float) -> int:
+    median = min(max(1, round(shown * times)), MOST)
     if not isinstance(shown, Count):
-        return max(1, round(shown * times))
-    return _own(Count(max(1, round(shown * times))), [np.maximum(np.rint(each * times), 1) for each in shown.each])
+        return median
+    return _own(Count(median), [np.clip(np.rint(each * times), 1, MOST) for each in shown.each])
 
 
 def designs(config: PlanConfig) -> dict[int, tuple[Array, Array, Array | None]]:
@@ -252,8 +252,9 @@ def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[d
         ["detectable pair accuracy", *(_percent(p.detectable_accuracy) for p in curves["tests"])],
     ]
     said = [
-        f"{config.tests:,} tests of {_said(config.arms, ',')} titles, {_said(config.shown, ',')} impressions each, "
-        f"click rate {_said(config.rate, '.2%')}, spread of the true log-odds {config.spread:.2f}",
+        f"{config.tests:,} tests of {_median(config.arms)}{config.arms} titles, "
+        f"{_median(config.shown)}{config.shown:,} impressions each, {_median(config.rate)}click rate {config.rate:.2%}, "
+        f"spread of the true log-odds {config.spread:.2f}",
         f"always picking the best title would lift clicks by {_percent(curves['tests'][0].highest_lift, '+.1%')}",
         "",
         plain_table(rows),
@@ -273,9 +274,9 @@ def _percent(share: float | None, form: str = ".1%") -> str:
     return "–" if share is None else format(share, form)
 
 
-def _said(number: float, form: str) -> str:
-    """A number of the process; "median" before one that stands for the log's groups, each of which has its own."""
-    return ("median " if isinstance(number, Count | Number) else "") + format(number, form)
+def _median(number: float) -> str:
+    """Said before a number that stands for the log's groups, each of which has its own."""
+    return "median " if isinstance(number, Count | Number) else ""
 
 
 def _drawn(share: float | None) -> float:

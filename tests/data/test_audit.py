@@ -213,7 +213,7 @@ class TestLines:
             "test examples     0",
             "",
             "allocation",
-            "  0.0% (0 of 1) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
+            "  0.0% (0 of 1) of the groups of 2 titles or more were not shown in equal shares (p < 0.001)",
             "  what was clicked more was not shown more than chance has it (z = +0.0)",
             "  so click rates within a group can be compared",
             "",
@@ -225,7 +225,7 @@ class TestLines:
             replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500 if i == 3 else 1000)}), date=f"{i}")
             for i in range(2, 5)
         ]
-        assert audit(examples(CLICKS, groups)).issues == ()
+        assert noticed(audit(examples(CLICKS, groups))) == {"uneven-allocation": (1, (3,))}
         groups = [
             replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500)}), date=f"{201400 + i // 10}")
             for i in range(2, 52)
@@ -234,8 +234,9 @@ class TestLines:
         assert noticed(found) == {"uneven-allocation": (50, (2, 3, 4, 5, 6))}
         assert found.lines()[8:] == [
             "allocation",
-            "  100.0% (50 of 50) of the groups of 2 rows or more were not shown in equal shares (p < 0.001)",
+            "  100.0% (50 of 50) of the groups of 2 titles or more were not shown in equal shares (p < 0.001)",
             "    201400 to 201405: 100.0% (50 of 50)",
+            "    they begin in rows 2, 3, 4, 5, 6, ...; beyond chance for so many groups: 50",
             "  what was clicked more was shown less, beyond chance (z = -7.1)",
             "  Pair accuracy, significance, CTR lift and the noise ceiling all take it that chance decided who saw what.",
             "  Where it did not, a click rate also tells when and to whom a title was shown, not only how good it is.",

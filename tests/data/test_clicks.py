@@ -46,23 +46,33 @@ def test_a_group_that_tells_nothing_is_skipped_and_counted(shown, counted):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "expected"),
+    ("wrong", "found"),
     [
-        (Shown(7, "a", 5, 4), "no more clicks than impressions"),
-        (Shown(7, "a", -1, 4), "clicks and impressions of 0 or more"),
-        (Shown(7, "a", 0.5, 4), "whole numbers of clicks and impressions"),
-        (Shown(7, "a", 1, 4.5), "whole numbers of clicks and impressions"),
+        (Shown(7, "a", 5, 4), "more clicks than impressions"),
+        (Shown(7, "a", -1, 4), "counts below 0"),
+        (Shown(7, "a", 0.5, 4), "fractions"),
+        (Shown(7, "a", 1, 4.5), "fractions"),
     ],
 )
-def test_impossible_counts_are_refused_by_row(wrong, expected):
+def test_impossible_counts_are_refused_by_row(wrong, found):
     with pytest.raises(UserError) as error:
         check_counts([Shown(6, "a", 4, 4), wrong], "x.csv")
-    assert (
-        str(error.value)
-        == f"expected {expected}; found other counts in row 7 of x.csv. Correct or remove what is wrong there."
+    assert str(error.value) == (
+        "expected whole numbers of clicks and impressions, 0 or more, and no more clicks than impressions; "
+        f"found {found}: 1 (row 7) in x.csv. Correct or remove what is wrong there."
     )
-    with pytest.raises(UserError, match=r"in rows 7, 7, 7, 7, 7, \.\.\. \(6 in all\) of x\.csv"):
+    with pytest.raises(UserError, match=rf"found {found}: 6 \(rows 7, 7, 7, 7, 7, \.\.\.\) in x\.csv"):
         check_counts([wrong] * 6, "x.csv")
+
+
+def test_all_kinds_of_impossible_counts_are_named_at_once():
+    shown = [Shown(2, "a", 5, 4), Shown(3, "b", 1.5, 1), Shown(4, "c", -1, 9), Shown(5, "d", 9, 4), Shown(6, "e", 1, 9)]
+    with pytest.raises(UserError) as error:
+        check_counts(shown, "x.csv")
+    assert (
+        error.value.found
+        == "fractions: 1 (row 3), counts below 0: 1 (row 4), more clicks than impressions: 3 (rows 2, 3, 5) in x.csv"
+    )
 
 
 COUNTS = st.tuples(st.sampled_from("abc"), st.integers(0, 50), st.integers(50, 200))

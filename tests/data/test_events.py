@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import polars as pl
 import pytest
@@ -187,6 +189,13 @@ class TestOddRows:
             "Name another column with --clicked, or mend them."
         )
 
+    def test_titles_that_differ_in_space_around_them_are_one(self, tmp_path: Path) -> None:
+        found = read(log(tmp_path / "x.csv", "t, a,1", "t,b,0", "t,a ,0", "t,\u3000a,1"))
+        assert [(g.texts, g.rows, g.clicks, g.impressions) for g in found.items] == [
+            (("a", "b"), (2, 3), (2, 0), (3, 1))
+        ]
+        assert found.issues == ()
+
     def test_weights_are_those_of_groups(self, tmp_path: Path) -> None:
         header = "test,title,clicked,w"
         path = log(tmp_path / "x.csv", "t,a,1,2", "t,b,0, 2.0", "u,a,1,", "u,b,0,1", header=header)
@@ -201,21 +210,51 @@ class TestOddRows:
         assert "expected a number of 0 or more as weight; found others in rows 2, 3" in error_of(path, weight="w")
 
     @pytest.mark.parametrize(
-        ("dates", "latest"), [(("9", "10", "8"), "10"), (("2014-11-03", "2014-11-12T10:00", "2014-11-04"), None)]
-    )
-    def test_the_date_of_a_group_is_its_latest(
-        self, tmp_path: Path, dates: tuple[str, ...], latest: str | None
-    ) -> None:
+        ("dates", "latest"),
+        [(("9", "10", "8"), "10"), (("9.5", "10.25", "10"), "10.25"),
+         (("2014-11-03", "2014-11-12", " 2014-11-04"), "2014-11-12"), (("2014-W05", "2014-W40", "2014-W06"), "2014-W40"),
+         (("2014-01-01T23:00-05:00", "2014-01-02T10:00+09:00"), "2014-01-02T04:00:00+00:00"),
+         (("2014-01-01T23:00", "2014-01-01 23:30"), "2014-01-01T23:30:00")],
+    )  # fmt: skip
+    def test_the_date_of_a_group_is_its_latest(self, tmp_path: Path, dates: tuple[str, ...], latest: str) -> None:
         rows = [f"t,{title},1,{date}" for title in "ab" for date in dates]
         found = read(log(tmp_path / "x.csv", *rows, header="test,title,clicked,day"), date="day")
-        assert [g.date for g in found.items] == [latest or dates[1]]
+        assert [g.date for g in found.items] == [latest]
 
-    @pytest.mark.parametrize("odd", ["", "3/11/2014", "2014-11-03"])
+    @pytest.mark.parametrize(
+        ("days", "latest"),
+        [([datetime.date(2014, 11, d) for d in (3, 12)], "2014-11-12"), ([9, 10], "10"),
+         ([datetime.datetime(2014, 11, d, 10, tzinfo=ZoneInfo("Asia/Tokyo")) for d in (3, 12)],
+          "2014-11-12T01:00:00+00:00")],
+        ids=["dates", "numbers", "times"],
+    )  # fmt: skip
+    def test_dates_of_parquet(self, tmp_path: Path, days: list[Any], latest: str) -> None:
+        frame = pl.DataFrame({"test": "t", "title": ["a", "a", "b", "b"], "clicked": 1, "day": days * 2})
+        frame.write_parquet(tmp_path / "x.parquet")
+        assert [g.date for g in read(tmp_path / "x.parquet", date="day").items] == [latest]
+
+    def test_dates_have_one_form_in_the_rows_that_are_used(self, tmp_path: Path) -> None:
+        header, odd = "test,title,clicked,day", "t,,1,2014-11"
+        path = log(tmp_path / "x.csv", odd, "t,a,1,2014-W05", "t,b,0,2014-W06", odd, header=header)
+        assert [g.date for g in read(path, date="day").items] == ["2014-W06"]
+        path = log(
+            tmp_path / "x.csv",
+            odd,
+            "t,a,1,2014-W05",
+            "t,b,0,2014-W06",
+            "t,a,1,2014-12-01",
+            "u,c,1,2014-Q1",
+            header=header,
+        )
+        assert error_of(path, date="day") == (
+            f"expected dates of one form; found a date in row 5 of {path}, but a week in row 3. Write them all in one way."
+        )
+
+    @pytest.mark.parametrize("odd", ["", "3/11/2014", "2014-99-99"])
     def test_dates_that_are_none_are_refused(self, tmp_path: Path, odd: str) -> None:
         path = log(tmp_path / "x.csv", "t,a,1,201446", f"t,b,1,{odd}", header="test,title,clicked,day")
-        assert (
-            "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03, all in one way; found "
-            in (said := error_of(path, date="day"))
+        assert "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03; found " in (
+            said := error_of(path, date="day")
         )
         assert "others in row 3" in said
 

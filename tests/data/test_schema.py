@@ -478,13 +478,13 @@ def test_a_click_log_makes_groups(log):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["t3,i,A,5,6", "t3,i,B,5,5"], "expected no more clicks than impressions; found other counts in row 9 of"),
+        (["t3,i,A,5,6", "t3,i,B,5,5"], "found more clicks than impressions: 1 (row 9) in"),
         (
             ["t3,i,A,-5,-6", "t3,i,B,5,-1"],
-            "expected clicks and impressions of 0 or more; found other counts in rows 9, 10",
+            "found counts below 0: 2 (rows 9, 10)",
         ),
-        (["t3,i,A,5.5,1"], "expected whole numbers of clicks and impressions; found other counts in row 9 of"),
-        (["t3,i,A,5,1.5"] * 7, "found other counts in rows 9, 10, 11, 12, 13, ... (7 in all) of"),
+        (["t3,i,A,5.5,1"], "found fractions: 1 (row 9)"),
+        (["t3,i,A,5,1.5"] * 7, "found fractions: 7 (rows 9, 10, 11, 12, 13, ...)"),
         (["t3,i,A,many,1"], "expected a number as impressions; found 'many' in row 9 of"),
         (["t3,i,Caf\udce9,500,1"], "expected text in UTF-8; found byte 0xe9 in line 9 of"),
     ],
@@ -575,8 +575,33 @@ def test_dates_that_do_not_sort_are_refused():
         "Correct or remove that row, or drop --date."
     )
     rows[1]["day"] = "2014-01"
-    assert "expected dates that are all numbers, or all ISO; found '2014-01' in row 2" in error_of(rows, date="day")
+    assert error_of(rows, date="day") == (
+        "expected dates of one form; found a month in row 2 of x.json, but a number in row 1. Write them all in one way."
+    )
     assert "expected titles to rank beside --date; found labels" in error_of(texts(1, 2), date="label")
+
+
+@pytest.mark.parametrize(
+    ("known", "kinds"),
+    [({"clicks": 5, "impressions": 200}, {"repeated-title": (2, (2, 4))}),
+     ({"grade": 1}, {"repeated-title": (1, (2,)), "mixed-grades": (1, (4,))})],
+    ids=["clicks", "grades"],
+)  # fmt: skip
+def test_titles_that_differ_in_space_around_them_are_one(known, kinds):
+    rows = [{"group": 1, "title": t, **known} for t in ("a", " a", "b", "b\n")]
+    rows[3] = {name: 2 * value if isinstance(value, int) else value for name, value in rows[3].items()} | {"group": 1}
+    examples = read(rows, group="group")
+    [group] = examples.items
+    assert (group.texts, group.rows) == (("a", "b"), (1, 3))
+    assert counted(examples.issues) == kinds
+
+
+def test_sides_that_differ_in_space_around_them_are_one():
+    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in (("a ", "b"), ("a", "\tb"), ("a", " a"))]
+    examples = read(rows)
+    [group] = examples.items
+    assert (group.texts, group.rows, len(group.preferences)) == (("a", "b"), (1, 1), 2)
+    assert counted(examples.issues) == {"same-pair": (1, (3,))}
 
 
 def test_min_impressions_counts(log):
@@ -587,8 +612,8 @@ def test_clicks_above_impressions_are_refused(tmp_path):
     (tmp_path / "clicks.csv").write_text(CLICKS + "t3,i1,A,5,6\nt4,i1,A,5,7\n")
     spec = str(tmp_path / "clicks.csv")
     assert error_of(open_table(spec), group="test") == (
-        f"expected no more clicks than impressions; found other counts in rows 9, 10 of {spec}. "
-        "Correct or remove what is wrong there."
+        "expected whole numbers of clicks and impressions, 0 or more, and no more clicks than impressions; "
+        f"found more clicks than impressions: 2 (rows 9, 10) in {spec}. Correct or remove what is wrong there."
     )
 
 

@@ -58,12 +58,12 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
     columns = replace(columns, text=columns.text or columns.messages, messages=None)
     try:
         with _scanned(table, columns) as frame:
-            titles, odd = _summed(frame, table, columns)
+            titles, odd = _summed(frame, columns)
         if any("\0" in cell for title in titles for cell in title.values() if isinstance(cell, str)):
             raise Unscannable  # no text; and what Polars makes of half a surrogate pair in JSON
     except (Unscannable, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the last one is a BaseException
         with _written(table, columns) as frame:
-            titles, odd = _summed(frame, table, columns)
+            titles, odd = _summed(frame, columns)
     _refuse(titles, odd, table)
     for kind in filter(odd.__contains__, SKIPPED):
         issues.count(kind, *odd[kind])
@@ -162,7 +162,7 @@ Odd = dict[str, tuple[int, list[int]]]
 """Rows that cannot be used: how many of a kind, and the first ones."""
 
 
-def _summed(frame: pl.LazyFrame, table: Table, columns: Columns) -> tuple[list[dict[str, Any]], Odd]:
+def _summed(frame: pl.LazyFrame, columns: Columns) -> tuple[list[dict[str, Any]], Odd]:
     """Each title: its cells (``key 0``, …), clicks, impressions, first row, weights, latest date, its form; and odd rows."""
     import polars as pl
 
@@ -246,7 +246,7 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
         weight.alias("weight"),
         pl.col(DATE).alias("date"),
         pl.when(pl.col(DATE).str.contains(NUMBER)).then(pl.col(DATE)).cast(pl.Float64).alias("number"),
-        _mapped(pl.col(DATE), form_of).alias("form"),
+        (_mapped(pl.col(DATE), form_of) if columns.date else pl.lit(None, pl.String)).alias("form"),
         kind.alias("kind"),
     )
 
