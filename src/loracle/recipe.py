@@ -262,7 +262,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
 
     # The test examples, once.
     scores = score_examples(scorer, encoder, data.test)
-    metrics = {
+    metrics: dict[str, Any] = {
         "task": task.kind,
         "base": base.note or base.source,
         "train": _speed(outcome, time.perf_counter() - started),
