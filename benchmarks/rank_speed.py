@@ -25,7 +25,7 @@ from pathlib import Path
 from results import SHARED, write_table
 from train_speed import last_json
 
-TESTS, ROUNDS, BATCHES, GROUPS = 60, 3, (8, 16, 32), 8
+TESTS, ROUNDS, BATCHES, GROUPS = 40, 3, (16, 32), 8
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
 PEER = SHARED / "bench" / "peer_rank.py"
 
