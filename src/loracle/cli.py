@@ -411,21 +411,24 @@ def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any
     from loracle import planning
 
     settings = {f.name: v for f in dataclasses.fields(PlanConfig) if (v := given.pop(f.name)) is not None}
-    plan, learnt = PlanConfig(**settings), []
+    plan, own, learnt = PlanConfig(**settings), None, []
     if data is not None:
         groups = _click_groups(data, given)
-        plan = dataclasses.replace(planning.of_log(groups, plan), **settings)
+        plan, own = planning.of_log(groups, plan)
+        plan = dataclasses.replace(plan, **settings)
         learnt = planning.learning_curve(groups, plan.seed)
+        if settings.keys() - {"tests", "seed"}:  # other titles than the log's: its medians stand for the rest
+            own = None
     elif columns := [name for name, value in given.items() if value is not None]:
         raise UserError("--data beside columns", f"--{columns[0].replace('_', '-')} alone", "name the click log")
-    curves = planning.plan(plan)
+    curves = planning.plan(plan, own)
     if picture is not None:
         planning.plot(curves, learnt, picture)
     if as_json:
         points = {name: [dataclasses.asdict(p) for p in points] for name, points in curves.items()}
         click.echo(json.dumps({"process": dataclasses.asdict(plan), **points, "learning_curve": learnt}, indent=1))
     else:
-        click.echo("\n".join(planning.lines(plan, curves, learnt)))
+        click.echo("\n".join(planning.lines(plan, curves, learnt, own=own is not None)))
 
 
 def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:

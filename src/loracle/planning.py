@@ -5,7 +5,7 @@ times and clicked binomially. From it follow what no ranker can beat (the order 
 names its best title, and which lift of a picker would stand out. With a log of one's own, each test is one of its groups
 again: as many titles, shown as often, with log-odds from their posterior. A learning curve says whether more would help.
 
-Shapes: G tests, n titles each; D designs, of which there is one where no log is given.
+Shapes: G tests, n titles each; D groups of a log, drawn from again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
@@ -33,7 +33,6 @@ TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the planned size
 MOST = 10**12 - 1  # tests, and impressions a title, that PlanConfig takes
 SHARES = (0.25, 0.5, 1.0)  # of the user's own log, for the learning curve
 POWER, LEVEL = 0.8, 0.05
-Own = TypeVar("Own", "Count", "Number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,79 +53,66 @@ class Point:
     detectable_accuracy: float | None  # smallest pair accuracy that does
 
 
-class Count(int):
-    """A median of a log's groups, which remembers each. A flag beside ``--data`` puts a bare number in its place."""
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Groups of a log of one's own: impressions and true log-odds of each one's titles, ``[n]`` each."""
 
-    each: list[Any]  # [D], numbers of titles; or arrays [n], impressions of each title
-
-
-class Number(float):
-    """The same of click rates, and of the spread, whose median it is not: it remembers what each title lies off by."""
-
-    each: list[Any]  # [D], click rates; or arrays [n], log-odds
+    shown: list[Array]
+    truth: list[Array]
 
 
-def plan(config: PlanConfig) -> dict[str, list[Point]]:
+def plan(config: PlanConfig, own: Own | None = None) -> dict[str, list[Point]]:
     """Curves over impressions a title and over tests, at ``TIMES`` the planned numbers."""
     return {
-        "impressions": [simulate(replace(config, shown=_scaled(config.shown, t))) for t in TIMES],
-        "tests": [simulate(replace(config, tests=min(max(2, round(config.tests * t)), MOST))) for t in TIMES],
+        "impressions": [simulate(config, own, times=t) for t in TIMES],
+        "tests": [simulate(replace(config, tests=min(max(2, round(config.tests * t)), MOST)), own) for t in TIMES],
     }
 
 
-def _scaled(shown: int, times: float) -> int:
-    median = min(max(1, round(shown * times)), MOST)
-    if not isinstance(shown, Count):
-        return median
-    return _own(Count(median), [np.clip(np.rint(each * times), 1, MOST) for each in shown.each])
+def _scaled(shown: Any, times: float) -> Any:
+    return np.clip(np.rint(np.asarray(shown, dtype=np.float64) * times), 1, MOST)
 
 
-def designs(config: PlanConfig) -> dict[int, tuple[Array, Array, Array | None]]:
-    """What tests are drawn from, by their number of titles n: impressions ``[D, n]``, log-odds in the middle of the test
-    ``[D, 1]``, and what titles lie off that ``[D, n]``, None where it is ``config.spread`` times standard normal."""
-    own = {name: getattr(getattr(config, name), "each", None) for name in ("arms", "shown", "rate", "spread")}
-    size = next((len(each) for each in own.values() if each), 1)
-    arms, shown, rate = (own[name] or [getattr(config, name)] * size for name in ("arms", "shown", "rate"))
-    off = own["spread"] if own["arms"] else None  # of other titles than the log's, nothing is known
-    level, by_arms = logit(rate), defaultdict(list)
-    for d, n in enumerate(arms):
-        by_arms[n].append(d)
-    return {
-        n: (
-            np.array([np.resize(shown[d], n) for d in of_n], dtype=np.float64),  # in turn, where --arms says otherwise
-            level[of_n][:, None],
-            np.array([off[d] for d in of_n]) if off else None,
-        )
-        for n, of_n in sorted(by_arms.items())
-    }
+def draw(
+    config: PlanConfig, tests: int, seed: int, own: Own | None = None, *, times: float = 1.0
+) -> Iterator[tuple[Array, Array, Array]]:
+    """True log-odds, clicks and impressions of ``tests`` tests, ``[G, n]`` each, for each number of titles n.
 
-
-def draw(config: PlanConfig, tests: int, seed: int) -> Iterator[tuple[Array, Array, Array]]:
-    """True log-odds, clicks and impressions of ``tests`` tests, ``[G, n]`` each, for each number of titles n."""
-    of_size = designs(config)
-    share = np.array([len(level) for _, level, _ in of_size.values()])
+    Impressions are ``times`` those of ``config``, or of the groups of ``own``, which are drawn with replacement.
+    """
+    of_size = defaultdict(list)
+    for d, titles in enumerate(own.truth if own else ()):
+        of_size[len(titles)].append(d)
+    share = np.array([len(of_n) for of_n in of_size.values()] or [1])
     counts = np.random.Generator(np.random.PCG64(seed)).multinomial(tests, share / share.sum())
-    for (n, (shown, level, off)), count in zip(of_size.items(), counts, strict=True):
+    for n, of_n, count in zip(of_size or [config.arms], of_size.values() or [[]], counts, strict=True):
         rng = np.random.Generator(np.random.PCG64([seed, n]))
-        which = rng.integers(len(shown), size=count)
-        truth = level[which] + (config.spread * rng.standard_normal((count, n)) if off is None else off[which])
-        yield truth, rng.binomial(shown[which].astype(np.int64), expit(truth)).astype(np.float64), shown[which]
+        if own:
+            which = rng.choice(of_n, count)
+            truth, shown = (np.array([values[d] for d in which]).reshape(count, n) for values in (own.truth, own.shown))
+        else:
+            truth = logit(config.rate) + config.spread * rng.standard_normal((count, n))
+            shown = np.full_like(truth, config.shown)
+        shown = _scaled(shown, times)
+        yield truth, rng.binomial(shown.astype(np.int64), expit(truth)).astype(np.float64), shown
 
 
-def simulate(config: PlanConfig) -> Point:
+def simulate(config: PlanConfig, own: Own | None = None, *, times: float = 1.0) -> Point:
     """One point: drawn tests for what a single test tells, scaled to ``config.tests`` for what all of them do."""
-    arms = np.array(getattr(config.arms, "each", [config.arms]), dtype=np.float64)
+    arms = np.array([len(titles) for titles in own.truth] if own else [config.arms], dtype=np.float64)
     tests = min(DRAWN, max(FEWEST, int(PAIRS / (arms * (arms - 1) / 2).mean())))
     random = np.random.Generator(np.random.PCG64([config.seed, 0, 1]))
-    tallies = [_tally(*drawn, random.random(drawn[0].shape)) for drawn in draw(config, tests, config.seed)]
+    tallies = [
+        _tally(*drawn, random.random(drawn[0].shape)) for drawn in draw(config, tests, config.seed, own, times=times)
+    ]
     told, right, significant, wins, named, best, gain, mean, true_mean = np.concatenate(tallies, axis=1)
     detectable = norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)
     lift = _standard_error(gain, mean, config.tests) if told.any() else None
     accuracy = _standard_error(wins - told / 2, told, config.tests) if told.any() else None
     return Point(
         tests=config.tests,
-        arms=int(config.arms),
-        shown=int(config.shown),
+        arms=config.arms,
+        shown=int(_scaled(config.shown, times)),
         ceiling=_ratio(right, told),
         significant=_ratio(significant, told),
         best_named=float(named.mean()),
@@ -174,8 +160,8 @@ def _standard_error(residual: Array, weight: Array, tests: int) -> float:
 # --- a log of one's own -----------------------------------------------------------------------------------------------
 
 
-def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> PlanConfig:
-    """The process behind a click log: its tests, its groups' titles and impressions, their true log-odds as clicks tell.
+def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> tuple[PlanConfig, Own]:
+    """The process behind a click log, in medians, and its groups, with true log-odds as clicks tell.
 
     Those are drawn from the posterior that the report's noise ceiling rests on, as often as makes ``DRAWN`` groups.
 
@@ -195,20 +181,15 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> PlanConfig:
     truths = posterior_log_odds(some, found, draws=draws, seed=config.seed)
     shown = [np.maximum(np.array(g.impressions, dtype=np.float64), 1) for g in some]
     truth = [drawn for of_group in truths for drawn in of_group]
-    rate = [float(expit(t.mean())) for t in truth]
-    return replace(
+    medians = replace(
         config,
         tests=len({g.group for g in groups}),
-        arms=_own(Count(np.median([len(n) for n in shown])), [len(n) for n in shown for _ in range(draws)]),
-        shown=_own(Count(np.median(np.concatenate(shown))), [n for n in shown for _ in range(draws)]),
-        rate=_own(Number(np.median(rate)), rate),
-        spread=_own(Number(found.spread), [t - t.mean() for t in truth]),
+        arms=int(np.median([len(n) for n in shown])),
+        shown=int(np.median(np.concatenate(shown))),
+        rate=float(np.median([expit(t.mean()) for t in truth])),
+        spread=found.spread,
     )
-
-
-def _own(number: Own, each: list[Any]) -> Own:
-    number.each = each
-    return number
+    return medians, Own([n for n in shown for _ in range(draws)], truth)
 
 
 def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any]]:
@@ -235,8 +216,11 @@ def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any
 # --- how it looks -----------------------------------------------------------------------------------------------------
 
 
-def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """What ``loracle simulate`` prints."""
+def lines(
+    config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]] = (), *, own: bool = False
+) -> list[str]:
+    """What ``loracle simulate`` prints; ``own``: the numbers of ``config`` are medians of a log."""
+    median = "median " if own else ""
     from loracle.judge.report import figure, plain_table
 
     rows = [
@@ -252,8 +236,8 @@ def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[d
         ["detectable pair accuracy", *(_percent(p.detectable_accuracy) for p in curves["tests"])],
     ]
     said = [
-        f"{config.tests:,} tests of {_median(config.arms)}{config.arms} titles, "
-        f"{_median(config.shown)}{config.shown:,} impressions each, {_median(config.rate)}click rate {config.rate:.2%}, "
+        f"{config.tests:,} tests of {median}{config.arms} titles, "
+        f"{median}{config.shown:,} impressions each, {median}click rate {config.rate:.2%}, "
         f"spread of the true log-odds {config.spread:.2f}",
         f"always picking the best title would lift clicks by {_percent(curves['tests'][0].highest_lift, '+.1%')}",
         "",
@@ -272,11 +256,6 @@ def lines(config: PlanConfig, curves: dict[str, list[Point]], learnt: Sequence[d
 
 def _percent(share: float | None, form: str = ".1%") -> str:
     return "–" if share is None else format(share, form)
-
-
-def _median(number: float) -> str:
-    """Said before a number that stands for the log's groups, each of which has its own."""
-    return "median " if isinstance(number, Count | Number) else ""
 
 
 def _drawn(share: float | None) -> float:
