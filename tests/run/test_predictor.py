@@ -84,12 +84,12 @@ def test_several_labels_are_those_above_one_half(base, tmp_path):
 
 def test_a_ranker_ranks_best_first(ranker):
     ranked = Predictor(ranker).rank(["bad title 1", "good title 2", "bad title 3"])
-    assert ranked[0][0] == "good title 2"
-    assert [value for _, value in ranked] == sorted((value for _, value in ranked), reverse=True)
+    assert ranked[0].text == "good title 2"
+    assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
 
 
 def test_equal_titles_keep_their_order(ranker):
-    assert [t for t, _ in Predictor(ranker).rank(["same", "same"])] == ["same", "same"]
+    assert [r.text for r in Predictor(ranker).rank(["same", "same"])] == ["same", "same"]
 
 
 def test_no_texts_have_no_scores(classifier):
