@@ -1,5 +1,7 @@
 """Click logs: counts are checked, repeated titles merged before the filter, and everything left out is counted."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from loracle.errors import UserError
 
 def group_of(shown, min_impressions=100):
     log = IssueLog(CLICK_ISSUES)
-    made = click_group("g", None, shown, min_impressions=min_impressions, issues=log)
+    made = click_group(shown, partial(RankGroup, group="g"), min_impressions=min_impressions, issues=log)
     return made, {issue.kind: (issue.count, issue.rows) for issue in log.issues()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loracle.data.examples import RankGroup
@@ -52,14 +52,15 @@ def _named(rows: Sequence[int]) -> str:
 
 
 def click_group(
-    group: str, context: str | None, shown: Sequence[Shown], *, min_impressions: int, issues: IssueLog
+    shown: Sequence[Shown], make: Callable[..., RankGroup], *, min_impressions: int, issues: IssueLog
 ) -> RankGroup | None:
     """The titles of one group, each once, with the sums of its counts; None where they tell nothing.
 
     Titles are merged before they are filtered: two rows of 60 impressions are one title of 120.
 
     Args:
-        shown: checked rows of this group, in the order of the log.
+        shown: checked rows of this group, in the order of the log. make: of its titles and counts, the group, which knows
+            the rest about itself.
         min_impressions: titles shown less often are left out.
         issues: counts what was merged, left out and skipped.
     """
@@ -82,9 +83,7 @@ def click_group(
     if not any(s.clicks for s in titles):
         issues.add("zero-clicks", titles[0].row)
         return None
-    return RankGroup(
-        group=group,
-        context=context,
+    return make(
         texts=tuple(s.text for s in titles),
         rows=tuple(s.row for s in titles),
         clicks=tuple(int(s.clicks) for s in titles),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from loracle.config import DataConfig
@@ -160,13 +160,12 @@ def _read_clicks(table: Table, columns: Columns, data: DataConfig, issues: Issue
     gathered = gather(table, columns, issues, counts, "no-count")
     shown = [[Shown(row, text, *known) for row, text, known in titles.met] for titles in gathered]
     check_counts(sorted((s for group in shown for s in group), key=lambda s: s.row), table.name)
-    groups: list[RankGroup] = []
-    for titles, met in zip(gathered, shown, strict=True):
-        context, weight = titles.traits.context, titles.traits.weight
-        made = click_group(titles.group, context, met, min_impressions=data.min_impressions, issues=issues)
-        if made is not None:
-            groups.append(replace(made, stratum=titles.traits.stratum, weight=weight, date=titles.date))
-    return groups, tuple(_arms(titles, met) for titles, met in zip(gathered, shown, strict=True))
+    both = list(zip(gathered, shown, strict=True))
+    groups = (
+        click_group(met, titles.marked, min_impressions=data.min_impressions, issues=issues) for titles, met in both
+    )
+    kept = [group for group in groups if group is not None]
+    return kept, tuple(_arms(titles, met) for titles, met in both)
 
 
 def _arms(titles: Titles, shown: list[Shown]) -> Arms:
