@@ -53,7 +53,7 @@ def ours() -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from loracle.data.examples import RankGroup, Task
-    from loracle.judge.ranking import group_pairs
+    from loracle.judge.pairs import group_pairs
     from loracle.model.assemble import new_scorer
     from loracle.model.backbone import demo_model_folder
     from loracle.text.encode import Encoded

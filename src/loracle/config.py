@@ -150,6 +150,9 @@ class LoraConfig:
             raise UserError("--full or --adapt-top", "both", "leave one of them out")
 
 
+SATURATING = ("list", "dirichlet", "binomial")  # losses in which the weight of a group of clicks saturates
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long, how fast and towards what."""
@@ -204,7 +207,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.saturation is not None and self.loss not in ("auto", "list", "dirichlet", "binomial"):
+        if self.saturation is not None and self.loss not in ("auto", *SATURATING):
             raise UserError(
                 "--saturation with the loss list, dirichlet or binomial",
                 f"--loss {self.loss}",

@@ -12,15 +12,8 @@ from sklearn.metrics import ndcg_score
 from loracle.data.examples import Preference, RankGroup
 from loracle.errors import UserError
 from loracle.judge.metrics import Interval
-from loracle.judge.pairs import rate_gap
-from loracle.judge.ranking import (
-    evidence_of,
-    grade_gains,
-    group_pairs,
-    paired_difference,
-    rank_metrics,
-    significant,
-)
+from loracle.judge.pairs import evidence_of, grade_gains, group_pairs, rate_gap, significant
+from loracle.judge.ranking import paired_difference, rank_metrics
 from loracle.judge.spread import fit_spread, posterior_log_odds
 from loracle.judge.tallies import GAPS, true_rates
 

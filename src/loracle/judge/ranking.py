@@ -14,18 +14,7 @@ import numpy as np
 
 from loracle.data.examples import RankGroup
 from loracle.judge.metrics import Array, Interval, bootstrap, ratio
-from loracle.judge.pairs import SIGNIFICANT_Z, evidence_of, grade_gains, group_pairs, significant
 from loracle.judge.tallies import SCORELESS, read_cases, tally_table
-
-__all__ = [
-    "SIGNIFICANT_Z",
-    "evidence_of",
-    "grade_gains",
-    "group_pairs",
-    "paired_difference",
-    "rank_metrics",
-    "significant",
-]
 
 
 def rank_metrics(

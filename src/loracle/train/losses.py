@@ -21,9 +21,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from torch import Tensor
 
+from loracle.config import SATURATING
 from loracle.data.examples import LabeledText, RankGroup, Task
 from loracle.errors import UserError
-from loracle.judge.ranking import grade_gains, group_pairs
+from loracle.judge.pairs import grade_gains, group_pairs
 
 Bound = Callable[[Tensor], tuple[Tensor, float]]  # scores of the examples it was bound to -> (sum, count)
 Loss = Callable[[Sequence[Any]], Bound]  # all LabeledText, or all RankGroup
@@ -141,7 +142,7 @@ def click_rate(groups: Sequence[RankGroup]) -> float:
     return clicks / shown if shown else 0.0
 
 
-PAIRWISE, CLICKWISE = ("bradley-terry", "margin"), ("list", "dirichlet", "binomial", "soft-bradley-terry")
+PAIRWISE, CLICKWISE = ("bradley-terry", "margin"), (*SATURATING, "soft-bradley-terry")
 
 
 def resolve_loss(task: Task, name: str = "auto", rate: float = 0.0) -> str:
