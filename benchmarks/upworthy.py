@@ -35,6 +35,7 @@ from loracle.data.schema import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
 from loracle.judge.baselines import frozen_ranker, length_ranker, tfidf_ranker
+from loracle.judge.metrics import as_json
 from loracle.judge.ranking import paired_difference, rank_metrics
 from loracle.judge.report import figure
 from loracle.train.losses import numpy_objective
@@ -58,7 +59,7 @@ def config() -> RunConfig:
 def read_groups() -> list[RankGroup]:
     """Every comparable group of the archive. Dates are kept for the report and not split by."""
     where = config().data
-    return list(read_examples(open_table(str(DATA)), where).items)  # type: ignore[arg-type]
+    return list(read_examples(open_table(str(DATA)), where).items)
 
 
 def rotation(number: int, groups: list[RankGroup]) -> Path:
@@ -180,7 +181,8 @@ def main(only: int | None) -> None:
 
 def figures(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Metrics as a table has them; a dash for what there is none of."""
-    return [figure(v.to_json() if hasattr(v := found.get(n), "to_json") else v, n) for n in names]
+    known = as_json(found)
+    return [figure(known.get(n), n) for n in names]
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         click.echo(f"note: {issue}", err=True)
     _calm()
     from loracle import recipe
-    from loracle.judge.report import ceiling_line, plain_table, result_rows
+    from loracle.judge.report import summary
     from loracle.run.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
@@ -324,11 +324,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return
     click.echo(f"{len(examples.items):,} {'groups' if info.task.kind == 'rank' else 'texts'} of {data}")
-    click.echo(plain_table(result_rows({"test": metrics}, info.task.kind)))
-    if ceiling := ceiling_line(metrics):
-        click.echo(ceiling)
-    if info.base.get("note"):
-        click.echo(f"(figures of {info.base['note']})")
+    click.echo(summary({"test": metrics}, info.task.kind, info.base.get("note")))
 
 
 REMEMBERED = (

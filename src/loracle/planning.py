@@ -24,8 +24,8 @@ from loracle.config import PlanConfig
 from loracle.data.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
-from loracle.judge.metrics import Array
-from loracle.judge.ranking import SIGNIFICANT_Z
+from loracle.judge.metrics import Array, as_json
+from loracle.judge.pairs import SIGNIFICANT_Z
 
 DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
 PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that
@@ -208,8 +208,8 @@ def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any
     found = []
     for share in SHARES:
         part = [sides.train[i] for i in order[: max(1, round(share * len(order)))]]
-        metrics = rank_metrics(tfidf_ranker(part, sides.held, objective, seed=seed), sides.held)
-        found.append({"share": share, "groups": len(part), "pair_accuracy": metrics["pair_accuracy"].to_json()})  # type: ignore[union-attr]
+        metrics = as_json(rank_metrics(tfidf_ranker(part, sides.held, objective, seed=seed), sides.held))
+        found.append({"share": share, "groups": len(part), "pair_accuracy": metrics["pair_accuracy"]})
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loracle.config import DataConfig, RunConfig
+from loracle.config import SATURATING, DataConfig, RunConfig
 from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
@@ -25,15 +25,15 @@ from loracle.data.splits import split
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
-from loracle.judge.metrics import Interval, classification_metrics, headline_metric, probabilities, target_array
+from loracle.judge.metrics import as_json, classification_metrics, headline_metric, probabilities, target_array
 from loracle.judge.ranking import rank_metrics
-from loracle.judge.report import ceiling_line, markdown_table, plain_table, result_rows
+from loracle.judge.report import ceiling_line, markdown_table, result_rows, summary
 from loracle.judge.spread import Spread, fit_spread
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.depth import LowerLayers, keep_lower
-from loracle.model.likelihood import log_likelihood
+from loracle.model.likelihood import NoLikelihoodError, log_likelihood
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
@@ -41,7 +41,6 @@ from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
 from loracle.train.loop import Fit, Schedule, fit
 from loracle.train.losses import (
-    CLICKWISE,
     SATURATION,
     Loss,
     class_weights,
@@ -279,11 +278,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say("")
-    say(plain_table(result_rows(metrics, task.kind)))
-    if ceiling := ceiling_line(metrics["test"]):
-        say(ceiling)
-    if base.note:
-        say(f"(figures of {base.note})")
+    say(summary(metrics, task.kind, base.note))
     say(f"\nrun folder: {folder}")
     return folder
 
@@ -317,13 +312,10 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
 
 def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -> dict[str, Any]:
     """Metrics with intervals, as JSON has them."""
-    found: dict[str, Interval | float]
     if task.kind == "rank":
-        found = rank_metrics([s[:, 0] for s in scores], examples)
-    else:
-        same = [e.identity for e in examples]
-        found = classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same)
-    return {name: value.to_json() if isinstance(value, Interval) else value for name, value in found.items()}
+        return as_json(rank_metrics([s[:, 0] for s in scores], examples))
+    same = [e.identity for e in examples]
+    return as_json(classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same))
 
 
 def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
@@ -350,7 +342,7 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     if task.kind != "rank":
         weights = class_weights(data.train, task, schedule.class_weights)
         return make_loss(task, name=name, weights=weights), {"name": name}
-    if name not in CLICKWISE or name == "soft-bradley-terry" or task.evidence != "clicks":
+    if name not in SATURATING or task.evidence != "clicks":
         return make_loss(task, name=name, margin=schedule.margin), {"name": name}
     m0 = schedule.saturation
     if m0 is None:
@@ -391,10 +383,9 @@ def measure_baselines(
             "frozen": baselines.frozen_ranker(seen, some, unseen, objective, seed=seed),
         }
         try:
-            after = 0 if encoder.encoder else encoder.after
-            untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=after)
+            untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
             ranked["untuned"] = _by_example(untuned, data.test)
-        except ValueError as e:
+        except NoLikelihoodError as e:
             say(f"note: no untuned baseline, {e}")
         return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
     targets = target_array(data.train, task)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,11 @@ class Interval:
         """``{"value", "low", "high"}``; NaN, which JSON does not know, becomes None."""
         bounds = {"value": self.value, "low": self.low, "high": self.high}
         return {name: bound if np.isfinite(bound) else None for name, bound in bounds.items()}
+
+
+def as_json(metrics: Mapping[str, Interval | float]) -> dict[str, Any]:
+    """Metrics as JSON has them: intervals as ``{"value", "low", "high"}``, counts as they are."""
+    return {name: m.to_json() if isinstance(m, Interval) else m for name, m in metrics.items()}
 
 
 def headline_metric(task: Task) -> str:

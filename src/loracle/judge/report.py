@@ -47,6 +47,12 @@ def ceiling_line(test: Mapping[str, Any], who: str = "the model") -> str | None:
     return f"{line}; {who} is {value} %{interval} of the way from chance to it"
 
 
+def summary(metrics: Mapping[str, Any], kind: str, note: str | None) -> str:
+    """What ends a run or an evaluation: the table, the noise ceiling of a click log, and what ``note`` says of the base."""
+    lines = [plain_table(result_rows(metrics, kind)), ceiling_line(metrics["test"]), note and f"(figures of {note})"]
+    return "\n".join(filter(None, lines))
+
+
 def figure(metric: Any, name: str) -> str:
     """A number or ``{"value", "low", "high"}`` as people write it."""
     value, low, high = (

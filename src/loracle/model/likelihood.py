@@ -23,6 +23,10 @@ from loracle.text.packing import ROOT, PackedBatch
 ROWS = 512  # of logits held at once: 100 MB with a vocabulary of 50,000
 
 
+class NoLikelihoodError(ValueError):
+    """The model does not predict the next token, or not in a way that is known here."""
+
+
 def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, after: int) -> np.ndarray:
     """Mean log-likelihood of each text's own tokens given what stands before them, ``float32 [E]``.
 
@@ -36,10 +40,10 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
         after: tokens behind a text.
 
     Raises:
-        ValueError: the model does not predict the next token, or is not computed packed.
+        NoLikelihoodError: the model does not predict the next token, or is not computed packed.
     """
     if scorer.encoder or not scorer.packed:
-        raise ValueError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
+        raise NoLikelihoodError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
     if scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers:
         dtype = next(scorer.inner.base_model.parameters()).dtype
         pad = scorer.inner.config.pad_token_id
@@ -62,7 +66,7 @@ def output_embedding(scorer: Scorer, folder: Path) -> Tensor:
             if "lm_head.weight" in tensors.keys():  # noqa: SIM118 - not a mapping
                 like = scorer.inner.get_input_embeddings().weight
                 return tensors.get_tensor("lm_head.weight").to(like.device, like.dtype)
-    raise ValueError(f"no lm_head.weight in {folder}")
+    raise NoLikelihoodError(f"no lm_head.weight in {folder}")
 
 
 def _segment_likelihood(states: Tensor, batch: PackedBatch, embedding: Tensor, after: int) -> Tensor:
