@@ -148,7 +148,8 @@ def main() -> None:
         f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, {LIMIT} examples, one epoch, "
         f"{ROUNDS} rounds in turn; model load left out.",
         f"Ours / best Trainer, both from the call of their loop to its end: **{mine / best_peer:.2f}×**. Ours / the reference "
-        f"script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the first 8 not timed; with the script's dropout of 0.05, ours with none; ours "
+        f"script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the first 8 not timed; with "
+        f"the script's dropout of 0.05, ours with none; ours "
         f"{', '.join(f'{v:.2f}' for v in in_steps)}): **{statistics.median(in_steps) / median[REFERENCE]:.1f}×**.",
     ]
     write_table("train_speed", rows, notes)
