@@ -136,12 +136,52 @@ def test_lean_is_pefts_own(tiny_model, monkeypatch, dtype):
         close(f, w, 1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    x = torch.ones(400, 500)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
+    x = torch.ones(401, 501, dtype=dtype)
     torch.manual_seed(0)
-    keep = adapters._dropout_mask(x, 0.05)
+    keep, scale = adapters._dropout(x, 0.05)
+    assert keep.shape == x.shape
+    assert keep.dtype == dtype
+    assert set(keep.unique().tolist()) == {0, 1}
     assert (keep == 0).float().mean().item() == pytest.approx(13 / 256, abs=2e-3)
-    assert keep.mean().item() == pytest.approx(1, abs=2e-3)
+    assert keep.float().mean().item() * scale == pytest.approx(1, abs=2e-3)
     torch.manual_seed(0)
-    assert torch.equal(keep, adapters._dropout_mask(x, 0.05))
-    assert not torch.equal(keep, adapters._dropout_mask(x, 0.05))
+    assert torch.equal(keep, adapters._dropout(x, 0.05)[0])
+    assert not torch.equal(keep, adapters._dropout(x, 0.05)[0])
+
+
+def test_layers_that_read_the_same_drop_the_same_and_learn_by_it(tiny_model):
+    folder = tiny_model("qwen2")
+    made = trained(folder, load_tokenizer(folder), lora=LORA | {"dropout": 0.4}).double().train()
+    attention = next(m for m in made.modules() if hasattr(m, "q_proj"))
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_()
+    x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    learnt = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    torch.manual_seed(3)
+    keep, scale = adapters._dropout(x, 0.4)
+
+    def plain(layer):
+        inside = (x * keep * scale) @ layer.lora_A["default"].weight.t()
+        return layer.base_layer(x) + inside @ layer.lora_B["default"].weight.t() * layer.scaling["default"]
+
+    torch.manual_seed(3)
+    found = torch.cat([layer(x) for layer in layers], dim=1)
+    wanted = torch.cat([plain(layer) for layer in layers], dim=1)
+    close(found, wanted, 1e-12)
+    for f, w in zip(*(torch.autograd.grad(y.pow(3).sum(), learnt) for y in (found, wanted)), strict=True):
+        close(f, w, 1e-9)
+    assert not torch.equal(layers[0](x), layers[0](x))  # drawn anew once each layer has had its part
+
+
+def test_only_some_of_those_that_read_the_same_are_asked(tiny_model):
+    folder = tiny_model("qwen2")
+    made = trained(folder, load_tokenizer(folder))
+    attention = next(m for m in made.modules() if hasattr(m, "q_proj"))
+    x, y = torch.randn(5, 32), torch.randn(6, 32)
+    for seen in (x, y, x, x):
+        close(attention.q_proj(seen), PeftLinear.forward(attention.q_proj, seen), 1e-5)
+    close(attention.v_proj(x), PeftLinear.forward(attention.v_proj, x), 1e-5)

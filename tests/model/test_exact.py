@@ -189,7 +189,8 @@ def test_gradients_packed_shared_and_alone(tiny_model, kind, shape):
     assert any("score" in n for n in wanted)
     for share_from in (SHARE_FROM, None):
         made.share_from = share_from
-        assert_same_gradients(gradients(made, enumerate(made(made.pack(texts)))), wanted, 1e-5)
+        # Of the whole gradient of a weight; q's is a small difference of large sums. In float64 it is 1e-9, below.
+        assert_same_gradients(gradients(made, enumerate(made(made.pack(texts)))), wanted, 2e-5)
 
 
 @pytest.mark.parametrize("kind", DECODERS)

@@ -5,6 +5,7 @@ The head is PEFT's ``modules_to_save``: saved with the adapter, never a target o
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from loracle.errors import UserError
 from loracle.model.backbone import head_names
+
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))  # the same input
 
 
 def add_lora(
@@ -48,7 +51,7 @@ def add_lora(
         use_rslora=rslora,
     )
     config._register_custom_module({nn.Linear: LeanLinear})
-    return get_peft_model(model, config)
+    return _join(get_peft_model(model, config))
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
@@ -60,7 +63,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     try:
         config = LoraConfig.from_pretrained(str(folder))
         config._register_custom_module({nn.Linear: LeanLinear})
-        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+        return _join(PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable))
     except (RuntimeError, ValueError) as e:
         raise UserError(
             "an adapter made for this base model",
@@ -77,66 +80,130 @@ def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -
 
 
 class LeanLinear(PeftLinear):
-    """PEFT's LoRA linear layer, computed without widening the activations to the adapters' float32.
+    """PEFT's LoRA linear layer without widening the activations to the adapters' float32. Parameters, names and merging are
+    PEFT's.
 
     PEFT casts ``x [T, in]`` to float32, multiplies, adds and casts back; here the small matrices are cast instead, and the
-    adapter's product is added in place by the matrix product itself. Parameters, names and merging are PEFT's.
+    adapter's product is added in place by the matrix product itself. Layers that read the same x, as q, k and v do, go
+    through A in one product and drop out the same numbers of it.
     """
+
+    together: _Together
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
-        if self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant:
+        if not self.lean:
             return super().forward(x, *args, **kwargs)
-        base, p = self.get_base_layer(), getattr(self.lora_dropout[name], "p", 0.0)
-        keep = _dropout_mask(x, p) if self.training and p else None
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name], keep)
+        base, name = self.get_base_layer(), str(self.active_adapters[0])
+        inside = self.together.inside(self, x)
+        return _LoraProduct.apply(x, base.weight, base.bias, inside, self.lora_B[name].weight, self.scaling[name])
+
+    @property
+    def lean(self) -> bool:
+        """Whether one plain adapter is at work here."""
+        name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
+        return not self.disable_adapters and not self.merged and name in self.lora_A and name not in self.lora_variant
 
 
-def _dropout_mask(x: Tensor, p: float) -> Tensor:
-    """What dropout multiplies ``x`` by: 0 with probability p, else 1 / (1 - p).
+class _Together:
+    """The adapted layers of one module that read the same input, and what A makes of it until each has taken its part."""
 
-    On a CPU a Bernoulli draw for each number costs as much as the layer's matrix product. A random byte for each is six
-    times cheaper; p is then a multiple of 1/256 (0.05 becomes 0.0508), and the scale is that p's own.
+    def __init__(self, layers: list[LeanLinear]):
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.parts: dict[LeanLinear, Tensor] = {}
+
+    def inside(self, layer: LeanLinear, x: Tensor) -> Tensor:
+        """``A x`` of one layer, ``[T, r]``."""
+        if self.x is not x or layer not in self.parts:
+            lean = [other for other in self.layers if other.lean]
+            name = str(layer.active_adapters[0])
+            p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+            parts = _Down.apply(x, p, *(other.lora_A[name].weight for other in lean))
+            self.x, self.parts = x, dict(zip(lean, parts, strict=True))
+        part = self.parts.pop(layer)
+        if not self.parts:
+            self.x = None
+        return part
+
+
+def _join(model: nn.Module) -> nn.Module:
+    """Tell every adapted layer which others read what it reads."""
+    for module in model.modules():
+        lean = {name: child for name, child in module.named_children() if isinstance(child, LeanLinear)}
+        for names in (*READ_TOGETHER, *((name,) for name in lean.keys() - set(itertools.chain(*READ_TOGETHER)))):
+            together = _Together([lean[name] for name in names if name in lean])
+            for layer in together.layers:
+                layer.together = together
+    return model
+
+
+class _Down(torch.autograd.Function):
+    """``(x ⊙ keep) Aᵀ / (1 - p)`` for several A at once, with gradients for x and each A.
+
+    x ``[..., in]``, A ``[r, in]``; a result ``[T, r]`` for each A.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, *a: Tensor):
+        flat = x.reshape(-1, x.shape[-1])
+        keep, ctx.scale = _dropout(flat, p) if p else (None, 1.0)
+        seen = flat if keep is None else flat * keep
+        down = (torch.cat(a) * ctx.scale).to(x.dtype)
+        ctx.save_for_backward(seen, down, keep)
+        ctx.like = x.shape, a[0].dtype, [len(one) for one in a]
+        return (seen @ down.t()).split(ctx.like[2], dim=1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        seen, down, keep = ctx.saved_tensors
+        shape, dtype, ranks = ctx.like
+        g = torch.cat(grads, dim=1)
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = g @ down
+            g_x = (g_x if keep is None else g_x.mul_(keep)).view(shape)
+        return g_x, None, *(g.t() @ seen).to(dtype).mul_(ctx.scale).split(ranks)
+
+
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """A mask of ones and zeros for ``x``, and what the kept numbers are then to be multiplied by.
+
+    On a CPU a Bernoulli draw for each number costs as much as the layer's matrix product. A random byte for each is ten times
+    cheaper: p is then a multiple of 1/256 (0.05 becomes 0.0508), and the scale is that p's own.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+        return torch.empty_like(x).bernoulli_(1 - p), 1 / (1 - p)
     dropped = min(255, max(1, round(p * 256)))
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return keep.to(x.dtype).mul_(256 / (256 - dropped))
+    half = (x.numel() + 1) // 2
+    pairs = torch.empty((half + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:half]
+    bits = torch.stack((pairs & 255, (pairs >> 8) & 255))
+    # 0 or -1 by the sign of (byte - dropped), turned round: then 0x3F80, the bits of 1.0, where the byte is kept.
+    bits.sub_(dropped).bitwise_right_shift_(15).bitwise_not_().bitwise_and_(0x3F80)
+    keep = bits.view(torch.bfloat16).view(-1)[: x.numel()].view(x.shape)
+    return keep.to(x.dtype), 256 / (256 - dropped)
 
 
 class _LoraProduct(torch.autograd.Function):
-    """``x Wᵀ + bias + s (x ⊙ keep) Aᵀ Bᵀ`` with gradients for x, A and B; W and the bias are frozen.
+    """``x Wᵀ + bias + s inside Bᵀ`` with gradients for x, inside and B; W and the bias are frozen.
 
-    x ``[..., in]``, W ``[out, in]``, A ``[r, in]``, B ``[out, r]``.
+    x ``[..., in]``, W ``[out, in]``, inside ``[T, r]``, B ``[out, r]``.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling: float, keep):
-        a, b = a.to(x.dtype), (b * scaling).to(x.dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        inside = (flat if keep is None else flat * keep.view_as(flat)) @ a.t()  # [T, r]
-        out = F.linear(flat, weight, bias).addmm_(inside, b.t())
-        ctx.save_for_backward(x, weight, a, b, inside, keep)
-        ctx.scaling = scaling
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor, b: Tensor, scaling: float):
+        up = (b * scaling).to(x.dtype)
+        out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).addmm_(inside, up.t())
+        ctx.save_for_backward(weight, inside, up)
+        ctx.scaling, ctx.dtype = scaling, b.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, a, b, inside, keep = ctx.saved_tensors
-        flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        g_inside = g @ b  # [T, r]
-        g_x = None
-        if ctx.needs_input_grad[0]:
-            g_x = g @ weight
-            g_x = g_x.addmm_(g_inside, a) if keep is None else g_x.addcmul_(g_inside @ a, keep.view_as(flat))
-            g_x = g_x.view_as(x)
-        seen = flat if keep is None else flat * keep.view_as(flat)
-        g_a = (g_inside.t() @ seen).to(torch.promote_types(x.dtype, torch.float32))
-        g_b = (g.t() @ inside).to(g_a.dtype) * ctx.scaling
-        return g_x, None, None, g_a, g_b, None, None
+    def backward(ctx, grad: Tensor):
+        weight, inside, up = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        g_x = (g @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        g_b = (inside.t() @ g).t().to(ctx.dtype, memory_format=torch.contiguous_format).mul_(ctx.scaling)
+        return g_x, None, None, g @ up, g_b, None
 
 
 def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> str:

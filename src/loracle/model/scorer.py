@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from loracle.model import attention
 from loracle.model.depth import LowerLayers
+from loracle.model.fused import fuse
 from loracle.text.encode import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
 
@@ -48,6 +49,7 @@ class Scorer(nn.Module):
         self.packed = kind in PACKABLE
         if self.packed:
             inner.set_attn_implementation(attention.NAME)
+            fuse(inner)
         self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
         self._width = 0
         self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
