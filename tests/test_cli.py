@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from small import clicked, graded, integers, labelled, messages, pairs, prompted, several, write
 
 from loracle.cli import main
+from loracle.run.folder import read_info
 
 FAST = ["--epochs", "8", "--batch", "8", "--lr", "0.01", "--test-share", "0.2", "--validation-share", "0.2"]
 CLICKS = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
@@ -168,6 +169,24 @@ def test_a_cut_model_with_adapters_on_top_reloads_and_its_cache_is_listed(tiny_m
     assert "MB freed" in loracle("cache", "--clear").stdout
     assert "lower" not in loracle("cache").stdout
     assert loracle("rank", run, "bad headline 1", "good headline 1").stdout
+
+
+@pytest.mark.parametrize("rows", [labelled, clicked])
+def test_a_depth_found_by_evidence_is_kept_by_the_run(tiny_model, tmp_path, rows):
+    data = write(tmp_path / "data.jsonl", rows(60))
+    flags = ["--model", tiny_model("qwen2"), *(CLICKS if rows is clicked else [])]
+    probed = json.loads(loracle("probe", data, *flags, "--json", "--plot", tmp_path / "depth.svg").stdout)
+    assert [d["layers"] for d in probed["depths"]] == [1, 2, 3]
+    assert all(d["low"] <= d["value"] <= d["high"] for d in probed["depths"])
+    assert "<svg" in (tmp_path / "depth.svg").read_text()
+    said = loracle("probe", data, *flags).stdout
+    assert f"depth {probed['auto']} of 3: a linear probe reaches" in said
+    run = tmp_path / "run"
+    said = loracle("train", data, *flags, "--depth", "auto", "--epochs", "1", "--no-baselines", "-o", run).stdout
+    assert f"depth {probed['auto']} of 3" in said
+    assert read_info(run).config.model.depth == probed["auto"]
+    words = loracle("train", data, *flags, "--depth", "half", "-o", tmp_path / "no", code=2).stderr
+    assert "a number of layers for --depth, or auto; found 'half'" in words
 
 
 def test_what_cannot_be_ranked_is_said_in_a_line(tiny_model, tmp_path):

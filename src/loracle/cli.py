@@ -46,9 +46,16 @@ def _option(f: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
     shown = f.metadata["help"] + ("" if f.default is None or kinds[0] is bool else f"  [{f.default}]")
     choices = f.metadata["choices"]
     kind = None if kinds[0] is bool else click.Choice(choices) if choices else kinds[0]
+    if kinds == [int, str]:
+        kind = number_or_auto
     return click.option(
         *([SHORT[f.name]] if f.name in SHORT else []), flag, f.name, type=kind, default=None, help=shown
     )
+
+
+def number_or_auto(word: str) -> int | str:
+    """What a dial that can find its own number takes."""
+    return int(word) if word.isdecimal() else word
 
 
 class Commands(click.Group):
@@ -385,6 +392,35 @@ def check(data: str, as_json: bool, **given: Any) -> None:
     else:
         click.echo("\n".join([*found.columns.said, *report.lines()]))
     refuse(found)
+
+
+@main.command()
+@click.argument("data")
+@options(DataConfig)
+@options(ModelConfig, only=("model", "revision", "template", "max_length", "long", "dtype", "device"))
+@options(TrainConfig, only=("loss", "seed"))
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="also draw it: a .png, .svg or .pdf file")
+@click.option("--json", "as_json", is_flag=True, help="print everything as JSON")
+def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
+    """Say how much of the model DATA needs: a linear probe on the states of every layer; nothing is trained.
+
+    train --depth N, or auto, then drops the layers above.
+    """
+    import json
+
+    _calm()
+    from loracle import recipe
+    from loracle.judge import probe as probing
+
+    config = RunConfig.from_flat({"data": data, **{k: v for k, v in given.items() if v is not None}})
+    depths, metric = recipe.probe(config, say=lambda line: click.echo(line, err=as_json))
+    if picture is not None:
+        probing.plot(depths, metric, picture)
+    if as_json:
+        chosen = probing.choose(depths).layers
+        click.echo(json.dumps({"metric": metric, "depths": [dataclasses.asdict(d) for d in depths], "auto": chosen}))
+    else:
+        click.echo("\n".join(probing.lines(depths, metric)))
 
 
 @main.command()

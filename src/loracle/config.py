@@ -41,6 +41,8 @@ def _check(config: Any) -> None:
         if may["choices"] and value not in may["choices"]:
             listed = ", ".join(may["choices"])
             raise UserError(f"{f.name} to be one of {listed}", repr(value), f"pick one of these for {flag}")
+        if isinstance(value, str):
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"a finite number for {f.name}", str(value), f"pass another {flag}")
         if may["above"] is not None and value <= may["above"]:
@@ -99,8 +101,10 @@ class ModelConfig:
     )
     max_length: int = dial(512, "tokens a text may take together with its template")
     long: str = dial("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
-    depth: int | None = dial(
-        None, "lowest layers of a decoder that are kept; those above are dropped for good", least=1
+    depth: int | str | None = dial(
+        None,
+        "lowest layers of a decoder that are kept, for good; auto: as many as a probe of each layer calls for",
+        least=1,
     )
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
@@ -125,9 +129,19 @@ class ModelConfig:
                 repr(self.template),
                 "write for example --template 'Brief: {context} Title: {text}'",
             )
+        if isinstance(self.depth, str) and self.depth != "auto":
+            raise UserError(
+                "a number of layers for --depth, or auto", repr(self.depth), "pass for example --depth auto"
+            )
         if self.max_length < 8:
             raise UserError("room for at least 8 tokens", f"max_length {self.max_length}", "pass --max-length 512")
         _check(self)
+
+    @property
+    def layers(self) -> int | None:
+        """The depth, once it is settled."""
+        assert not isinstance(self.depth, str), "--depth auto is settled before a model is made"
+        return self.depth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,6 +24,7 @@ from loracle.config import PlanConfig
 from loracle.data.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
+from loracle.judge import pictures
 from loracle.judge.metrics import Array, as_json
 from loracle.judge.pairs import SIGNIFICANT_Z
 
@@ -269,11 +270,7 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
     Raises:
         UserError: matplotlib is not installed, or it cannot write such a file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib for --plot", "none installed", "run: pip install 'loracle[plot]'") from None
-    figure = Figure(figsize=(12 if learnt else 8.5, 3.6), layout="constrained")
+    figure = pictures.new_figure(12 if learnt else 8.5, 3.6)
     axes = figure.subplots(1, 3 if learnt else 2)
     by_shown, by_tests = curves["impressions"], curves["tests"]
     shown = [p.shown for p in by_shown]
@@ -291,10 +288,4 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
         axes[2].fill_between([r["groups"] for r in learnt], low, high, alpha=0.2)
         axes[2].plot([r["groups"] for r in learnt], value, "o-", label="TF-IDF ranker on held-out pairs")
         axes[2].set(xlabel="groups learnt from", ylabel="pair accuracy, %")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
-        raise UserError("a .png, .svg or .pdf file to draw to", f"{path} ({e})", "give --plot another name") from None
+    pictures.save(figure, path)

@@ -26,6 +26,7 @@ from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
 from loracle.judge.metrics import as_json, classification_metrics, headline_metric, probabilities, target_array
+from loracle.judge.probe import Depth, by_depth, choose, ridge, verdict
 from loracle.judge.ranking import rank_metrics
 from loracle.judge.report import ceiling_line, markdown_table, result_rows, summary
 from loracle.judge.spread import Spread, fit_spread
@@ -196,13 +197,13 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
-    base = resolve_base(model.model, model.revision)
-    base_config = load_config(base.folder)
-    encoder_type, room = is_encoder(base_config), min(model.max_length, _positions(base_config))
-    if room < model.max_length:
-        say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
-    check_contexts(model.template, (e.context for side in (data.train, data.validation, data.test) for e in side))
-    tokenizer = bake(load_tokenizer(base.folder), model.template, room, encoder=encoder_type)
+    base, base_config, tokenizer, room = open_base(config, data, say)
+    if model.depth == "auto":
+        say("a linear probe on every layer …")
+        depths = probe_depths(config, data, loss, base, tokenizer)
+        say(verdict(depths))
+        config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
+        model = config.model
     dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
     scorer = assemble.new_scorer(
         base.folder,
@@ -212,7 +213,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         device=device,
         pooling=model.pooling,
         head=model.head,
-        depth=model.depth,
+        depth=model.layers,
         lora=None if config.lora.full else _lora(config),
         seed=schedule.seed,
     )
@@ -284,6 +285,58 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, Any, int]:
+    """The base model, its config, its tokenizer with the template baked in, and how many tokens a text may have."""
+    model = config.model
+    base = resolve_base(model.model, model.revision)
+    base_config = load_config(base.folder)
+    room = min(model.max_length, _positions(base_config))
+    if room < model.max_length:
+        say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
+    check_contexts(model.template, (e.context for side in (data.train, data.validation, data.test) for e in side))
+    tokenizer = bake(load_tokenizer(base.folder), model.template, room, encoder=is_encoder(base_config))
+    return base, base_config, tokenizer, room
+
+
+def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
+    """What a linear probe reaches on the states of each layer of the untuned model, on validation examples; and in what.
+
+    Raises:
+        UserError: as ``train``.
+    """
+    config = _absolute(config)
+    data = read_data(config, say)
+    loss, _ = choose_loss(config, data)
+    base, _, tokenizer, _ = open_base(config, data, say)
+    return probe_depths(config, data, loss, base, tokenizer), headline_metric(data.task)
+
+
+def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
+    """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
+    task, seed = data.task, config.train.seed
+    scorer = assemble.new_scorer(
+        base.folder,
+        task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=pick_dtype(config.model.dtype, full=False),
+        device=pick_device(config.model.device),
+    )
+    encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
+    some, held = _some(data.train, seed), _some(data.validation, seed)
+    seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side)) for side in (some, held))
+
+    def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+        if task.kind == "rank":
+            objective = numpy_objective(loss)
+            ranked = baselines.frozen_ranker(
+                _by_example(here, some), some, _by_example(there, held), objective, seed=seed
+            )
+            return [scores[:, None] for scores in ranked]
+        return list(ridge(here, target_array(some, task), there, task)[:, None])
+
+    return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
 
 
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:

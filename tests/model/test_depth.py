@@ -95,6 +95,20 @@ def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
     assert shallow.inner.config.num_hidden_layers == 1 < whole.inner.config.num_hidden_layers
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kind):
+    whole = made(tiny_model(kind), lora=False)
+    found = assemble.layer_features(whole, TEXTS)
+    layers = whole.inner.config.num_hidden_layers
+    assert found.shape[:2] == (len(TEXTS), layers)
+    for depth in range(1, layers + 1):
+        cut = made(tiny_model(kind), depth=depth, lora=False)
+        cut.load_state_dict(whole.state_dict(), strict=False)
+        np.testing.assert_allclose(found[:, depth - 1], assemble.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:, -1], assemble.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "wanted", "words"), [
     ("qwen2", 99, "--depth of"), ("bert", 1, "a decoder for --depth"),
 ])  # fmt: skip

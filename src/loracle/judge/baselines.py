@@ -72,7 +72,7 @@ def frozen_classifier(
 
     The regularisation is chosen by log loss on a fifth of the training texts, then all of them are fitted.
     """
-    train, test = _standardised(train_features, test_features)
+    train, test = standardised(train_features, test_features)
     fit, held = _held_out(len(train), seed)
 
     def held_loss(strength: float) -> float:
@@ -108,7 +108,7 @@ def _logistic(train: Features, targets: np.ndarray, test: Features, task: Task, 
 def _decision(train: Features, classes: np.ndarray, test: Features, c: float) -> Array:
     """Logits ``[N_test, K]`` of the K >= 2 classes that occur, in ascending order."""
     model = LogisticRegression(C=c, max_iter=ITERATIONS)
-    with _one_thread(), warnings.catch_warnings():  # scikit-learn warns where a log line is enough
+    with one_thread(), warnings.catch_warnings():  # scikit-learn warns where a log line is enough
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(train, classes)
     if model.n_iter_.max() >= ITERATIONS:
@@ -153,7 +153,7 @@ def frozen_ranker(
 ) -> list[Array]:
     """Scores ``[n_i]`` of each test group linear in standardised features ``[n_i, H]`` of a frozen model."""
     sizes = [len(part) for part in test_features]
-    train, test = _standardised(np.concatenate(train_features), np.concatenate(test_features))
+    train, test = standardised(np.concatenate(train_features), np.concatenate(test_features))
     weights = linear_ranker(train, train_groups, objective, seed=seed)
     return np.split(test @ weights, np.cumsum(sizes)[:-1])
 
@@ -196,11 +196,11 @@ def _minimise(features: Features, loss: RankLoss, penalty: float, start: Array) 
         value, gradient = loss(features @ weights)
         return value + penalty / 2 * float(weights @ weights), features.T @ gradient + penalty * weights
 
-    with _one_thread():
+    with one_thread():
         return minimize(cost, start, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}).x
 
 
-def _one_thread() -> threadpool_limits:
+def one_thread() -> threadpool_limits:
     """BLAS on one thread: the products here are so small that on a busy machine its threads mostly wait for each other.
 
     Measured with two cores under load: 0.9 s against 17 s for the frozen baseline on 4,000 texts.
@@ -239,7 +239,7 @@ def _by_group(scores: Array, groups: Sequence[RankGroup]) -> list[Array]:
     return np.split(scores, np.cumsum([len(group.texts) for group in groups])[:-1])
 
 
-def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[Array, Array]:
+def standardised(train: np.ndarray, test: np.ndarray) -> tuple[Array, Array]:
     """Both in float64, less the training mean, over the training spread; a constant feature becomes 0."""
     train, test = np.asarray(train, dtype=np.float64), np.asarray(test, dtype=np.float64)
     mean, spread = train.mean(axis=0), train.std(axis=0)

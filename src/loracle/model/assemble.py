@@ -88,6 +88,16 @@ def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 81
     return in_rounds(scorer, scorer.features, texts, micro_tokens)
 
 
+def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
+    """Mean hidden states of encoded texts after each of L layers of a decoder, ``float32 [E, L, H]``.
+
+    Raises:
+        UserError: the model is no decoder that can be packed.
+    """
+    _need_decoder(scorer.inner.config)
+    return in_rounds(scorer, scorer.layer_features, texts)
+
+
 def in_rounds(
     scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 8192
 ) -> np.ndarray:
@@ -144,14 +154,18 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
 
 def _keep_layers(model: Any, depth: int) -> None:
     """Drop the layers of a decoder above ``depth``; its final norm then follows the last one that is left."""
-    config, layers = model.config, getattr(model.base_model, "layers", None)
-    if layers is None or is_encoder(config):
-        raise UserError("a decoder for --depth", f"{config.model_type}", "leave out --depth")
+    config = model.config
+    _need_decoder(config)
     if depth > config.num_hidden_layers:
         raise UserError(
             f"--depth of {config.num_hidden_layers} or less, as this model has", str(depth), "pass a smaller one"
         )
-    model.base_model.layers = layers[:depth]
+    model.base_model.layers = model.base_model.layers[:depth]
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
+
+
+def _need_decoder(config: Any) -> None:
+    if config.model_type not in DECODERS:
+        raise UserError("a decoder for --depth", f"{config.model_type}", "leave out --depth")

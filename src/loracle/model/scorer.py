@@ -91,6 +91,21 @@ class Scorer(nn.Module):
         states = self.inner.base_model(**inputs).last_hidden_state.float()
         return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
+    def layer_features(self, batch: PackedBatch) -> Tensor:
+        """The same after each layer of a decoder, as if it were the last one, ``float32 [E, L, H]``."""
+        decoder, kept = self.inner.base_model, []
+
+        def keep(module: nn.Module, inputs: Any, states: Tensor) -> None:
+            kept.append(by_text(_mean(decoder.norm(states)[0], batch), batch))
+
+        hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
+        try:
+            self.states(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(kept, dim=1)
+
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
         """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
         put = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)[None]  # noqa: E731

@@ -71,7 +71,7 @@ class Predictor:
             device=pick_device(device),
             pooling=model.pooling,
             head=model.head,
-            depth=model.depth,
+            depth=model.layers,
         )
         self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
 
