@@ -3,9 +3,10 @@
     python benchmarks/train_speed.py                 # a dated table in benchmarks/results/
     python benchmarks/train_speed.py --ours 32       # one measurement of ours at batch 32, as a JSON line
 
-Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, bf16 base; beside
-the reference script, which has it, a dropout of 0.05. The peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at its batch sizes, and the reference script's way, which
-pads every text to 512 tokens, runs the LM head and adapts q and v only. They need `datasets` beside what loracle needs.
+Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, bf16 base. The
+peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at its batch sizes, and the reference script's way, which
+pads every text to 512 tokens, runs the LM head and adapts q and v only: once with its dropout of 0.05 and once without any,
+each beside ours with the same. They need `datasets` beside what loracle needs.
 """
 
 from __future__ import annotations

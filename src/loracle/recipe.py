@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loracle.config import SATURATING, DataConfig, RunConfig
+from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
@@ -35,12 +35,13 @@ from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.depth import LowerLayers, keep_lower
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood
+from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
-from loracle.train.loop import Fit, Schedule, fit
+from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.train.losses import (
     SATURATION,
     Loss,
@@ -57,6 +58,8 @@ Say = Callable[[str], None]
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
+PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
+USABLE = 0.9  # of the free memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +194,7 @@ def new_folder(config: RunConfig) -> Path:
 def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
     """From examples to a finished run folder."""
     started = time.perf_counter()
-    task, model, schedule = data.task, config.model, config.train
+    task, model, seed = data.task, config.model, config.train.seed
     loss, chosen = choose_loss(config, data)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
@@ -205,6 +208,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
     dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
+    _check_weights_fit(base, dtype, device)
     scorer = assemble.new_scorer(
         base.folder,
         task,
@@ -215,12 +219,12 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         head=model.head,
         depth=model.layers,
         lora=None if config.lora.full else _lora(config),
-        seed=schedule.seed,
+        seed=seed,
     )
     encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
     if kept := _keep_lower(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
-    lr = default_lr(base_config.hidden_size, full=config.lora.full) if schedule.lr is None else schedule.lr
+    lr = default_lr(base_config.hidden_size, full=config.lora.full) if config.train.lr is None else config.train.lr
     lengths = _lengths(encoder, data)
     say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
     say(
@@ -229,6 +233,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
+    schedule = preflight(config, scorer, encoder, data, say)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -239,9 +244,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
     results: dict[str, Any] = {}
     if config.baselines:
-        count = sum(len(_texts(e)) for e in _some(data.train, schedule.seed))
+        count = sum(len(_texts(e)) for e in _some(data.train, seed))
         say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=schedule.seed, say=say)
+        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
 
     # Training; the best look at the validation examples wins.
     outcome = fit(
@@ -250,7 +255,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         lambda examples: encode_examples(encoder, examples),
         loss,
         lambda: look(scorer, encoder, data.validation, task, loss),
-        schedule=_schedule(config, lr),
+        schedule=_schedule(schedule, lr),
         folder=folder,
         quiet=quiet,
     )
@@ -337,6 +342,63 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
         return list(ridge(here, target_array(some, task), there, task)[:, None])
 
     return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
+
+
+def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> TrainConfig:
+    """Say what the training will take before it begins; rounds that would not fit the memory are made smaller.
+
+    Tokens come from a few seeded batches, memory and operations from the model's shapes, the speed from a product of such
+    matrices run now.
+    """
+    schedule, device = config.train, scorer.device
+    steps = _schedule(schedule, 0.0).total_steps(len(data.train))
+    order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
+    batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
+    useful, computed, padded = 0, [], 0
+    for batch in batches:
+        texts = _flat(encoder, [data.train[i] for i in batch])
+        packed = scorer.pack(texts)
+        useful, padded = useful + packed.useful_tokens, padded + len(texts) * max(e.tokens for e in texts)
+        computed.append(packed.tokens)
+    scale = len(data.train) / len(order)
+    say(
+        f"an epoch: {useful * scale:,.0f} tokens of text, {sum(computed) * scale:,.0f} to compute; padding every text to the "
+        f"longest of its batch would be {padded * scale:,.0f}"
+    )
+
+    need, free = training_need(scorer, config.lora.adapt_top), int(USABLE * free_memory(device))
+    rounds = min(schedule.micro_tokens, max(computed))
+    say(f"memory: {need.bytes(rounds) / 1e9:.1f} GB for rounds of {rounds:,} tokens, of {free / 1e9:.1f} GB to be had")
+    if need.bytes(rounds) > free:
+        fits = max(FEWEST_TOKENS, need.tokens(free))
+        say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. A smaller --model takes less.")
+        schedule = dataclasses.replace(schedule, micro_tokens=fits)
+
+    dtype = next(scorer.inner.base_model.parameters()).dtype
+    rate = matrix_rate(device, dtype, scorer.inner.config)
+    seconds = need.flops_per_token * float(np.mean(computed)) * steps / (rate * EFFICIENCY)
+    say(
+        f"about {_duration(seconds)} for {steps:,} steps, at half of the {rate / 1e9:,.0f} GFLOP/s that are measured here"
+    )
+    return schedule
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next(
+        (n, u) for n, u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds >= 2 * n or n == 1
+    )
+    return f"{max(1, round(seconds / size))} {unit}"
+
+
+def _check_weights_fit(base: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
+    wanted = weight_bytes(base.folder, dtype)
+    for place in {torch.device("cpu"), device}:  # they pass through the CPU's memory
+        if wanted > (free := free_memory(place)):
+            raise UserError(
+                f"{wanted / 1e9:.1f} GB for the weights of {base.source} on {place}",
+                f"{free / 1e9:.1f} GB free",
+                "pass a smaller --model or close what else runs",
+            )
 
 
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
@@ -575,9 +637,9 @@ def _info(
     )
 
 
-def _schedule(config: RunConfig, lr: float) -> Schedule:
+def _schedule(config: TrainConfig, lr: float) -> Schedule:
     names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
-    return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
+    return Schedule(lr=lr, **{name: getattr(config, name) for name in names})
 
 
 def _lora(config: RunConfig) -> dict[str, Any]:

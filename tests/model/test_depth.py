@@ -102,10 +102,10 @@ def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kin
     found = assemble.layer_features(whole, TEXTS)
     layers = whole.inner.config.num_hidden_layers
     assert found.shape[:2] == (len(TEXTS), layers)
-    for depth in range(1, layers + 1):
-        cut = made(tiny_model(kind), depth=depth, lora=False)
+    for kept in range(1, layers + 1):
+        cut = made(tiny_model(kind), depth=kept, lora=False)
         cut.load_state_dict(whole.state_dict(), strict=False)
-        np.testing.assert_allclose(found[:, depth - 1], assemble.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[:, kept - 1], assemble.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found[:, -1], assemble.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
 
 

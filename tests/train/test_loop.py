@@ -186,6 +186,35 @@ def test_a_whole_run_does_not_depend_on_the_rounds(tmp_path):
         torch.testing.assert_close(weight, runs[1][1][name], rtol=1e-4, atol=1e-4)
 
 
+def test_out_of_memory_in_the_middle_of_a_step_only_makes_the_rounds_smaller(tmp_path, monkeypatch):
+    """It strikes on the way back of a second round, when gradients of the first are there already."""
+    monkeypatch.setattr(loop, "FEWEST_TOKENS", 2)
+    wanted, scorer = new_scorer(), new_scorer()
+    run(tmp_path / "whole", wanted)
+    own, rounds = scorer.forward, []
+
+    def short(batch):
+        out = own(batch)
+        rounds.append(batch.tokens)
+        if len(rounds) > 1 and batch.tokens > 8:
+            out.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        return out
+
+    monkeypatch.setattr(scorer, "forward", short)
+    run(tmp_path / "short", scorer, micro_tokens=20)
+    assert max(rounds) > 8 >= max(rounds[-12:])
+    for name, value in trainable_state(wanted).items():
+        torch.testing.assert_close(trainable_state(scorer)[name], value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses_of(tmp_path / "short"), losses_of(tmp_path / "whole"), rtol=1e-4)
+
+
+def test_memory_for_nothing_is_said(tmp_path, monkeypatch):
+    scorer = new_scorer()
+    monkeypatch.setattr(scorer, "forward", lambda batch: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(UserError, match="memory for rounds of 64 tokens; found too little, at step 1"):
+        run(tmp_path, scorer)
+
+
 def test_the_gradient_is_clipped_after_the_division(tmp_path):
     """Adam does not care about the scale of gradients, so the clipped norm is looked at itself."""
     seen = []

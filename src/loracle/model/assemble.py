@@ -15,6 +15,7 @@ from loracle.data.examples import Task
 from loracle.errors import UserError
 from loracle.model.adapters import add_lora, load_adapter
 from loracle.model.backbone import head_names, load_config, load_sequence_classifier
+from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head
 from loracle.text.encode import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
@@ -101,15 +102,34 @@ def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
 def in_rounds(
     scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 8192
 ) -> np.ndarray:
-    """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients."""
+    """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients.
+
+    Where memory runs out, rounds are halved.
+    """
     was_training = scorer.training
     scorer.eval()
     results: list[np.ndarray] = []
     order = _order(texts)
+    limit = micro_tokens
+
+    def run(part: list[int]) -> None:
+        nonlocal limit
+        tokens = sum(texts[order[i]].tokens for i in part)
+        if tokens <= limit or len(part) == 1:
+            try:
+                results.append(function(scorer.pack([texts[order[i]] for i in part])).float().cpu().numpy())
+                return
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e) or len(part) == 1:
+                    raise
+            limit = tokens // 2
+            release(scorer.device)
+        run(part[: len(part) // 2])
+        run(part[len(part) // 2 :])
+
     with torch.inference_mode():
         for part in micro_batches([texts[i].tokens for i in order], micro_tokens):
-            batch = scorer.pack([texts[order[i]] for i in part])
-            results.append(function(batch).float().cpu().numpy())
+            run(part)
     scorer.train(was_training)
     joined = np.concatenate(results)
     out = np.empty_like(joined)

@@ -6,6 +6,7 @@ of the examples, the dropout masks, the learning rate. So a checkpoint is weight
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from loracle.data.examples import Example, RankGroup
 from loracle.errors import Interrupted, UserError
+from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import Scorer
 from loracle.text.encode import Encoded
 from loracle.text.packing import micro_batches
@@ -38,6 +40,8 @@ from loracle.train.checkpoint import (
 )
 from loracle.train.losses import Loss
 from loracle.train.optim import lr_factor, make_optimizer
+
+FEWEST_TOKENS = 64  # a round that does not fit with so few will not fit at all
 
 Encode = Callable[[Sequence[Example]], list[list[Encoded]]]
 Look = Callable[[], dict[str, float]]  # validation: {"metric": higher is better, "loss": ties are broken by less of it}
@@ -141,9 +145,20 @@ def fit(
     with _Log(folder, total, progress.step, accelerator, quiet) as log, _deferred_interrupt() as interrupted:
         while progress.step < total and not progress.done:
             started = time.perf_counter()
-            value, batch, tokens, computed = _step(
-                model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator
-            )
+            try:
+                value, batch, tokens, computed = _step(
+                    model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator
+                )
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e):
+                    raise
+                schedule = _smaller_rounds(schedule, progress.step, accelerator)
+                log.note(
+                    f"out of memory at step {progress.step + 1}: rounds of {schedule.micro_tokens:,} tokens from here"
+                )
+                optimizer.zero_grad()
+                release(scorer.device)
+                continue
             progress.step += 1
             result.seconds += time.perf_counter() - started
             result.examples += batch
@@ -221,6 +236,17 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return total_loss / max(count, 1e-12), len(batch), tokens, computed
+
+
+def _smaller_rounds(schedule: Schedule, step: int, accelerator: Accelerator) -> Schedule:
+    """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
+    if accelerator.num_processes > 1 or schedule.micro_tokens < 2 * FEWEST_TOKENS:
+        raise UserError(
+            f"memory for rounds of {schedule.micro_tokens:,} tokens",
+            f"too little, at step {step + 1}",
+            "pass a smaller --micro-tokens, --max-length or --model",
+        ) from None
+    return dataclasses.replace(schedule, micro_tokens=schedule.micro_tokens // 2)
 
 
 def _batch_indices(examples: int, schedule: Schedule, step: int) -> np.ndarray:
@@ -315,6 +341,10 @@ class _Log:
         if not self.bar.disable:
             self.bar.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in seen.items()))
         self._write(record)
+
+    def note(self, line: str) -> None:
+        if not self.bar.disable:
+            self.bar.write(f"note: {line}")
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self.main:

@@ -1,0 +1,120 @@
+"""What a training takes is foreseen within a factor, and running out of memory makes rounds smaller, not results other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from loracle.data.examples import Task
+from loracle.model import assemble, memory
+from loracle.text.encode import Encoded
+
+TASK = Task(kind="single", label_names=("a", "b", "c"))
+CPU = torch.device("cpu")
+TEXTS = [Encoded(chunks=(tuple(range(3, 3 + n)),), starts=(0,)) for n in (5, 9, 30, 7, 12, 4, 21, 8)]
+
+
+def scorer(folder, **lora):
+    return assemble.new_scorer(
+        folder,
+        TASK,
+        pad_token_id=1,
+        dtype=torch.float32,
+        device=CPU,
+        lora={"r": 4, "alpha": 8.0, "dropout": 0.0} | lora,
+    )
+
+
+def short_of(made, tokens: int):
+    """A forward that has memory for so many tokens."""
+    own, seen = made.forward, []
+
+    def forward(batch):
+        seen.append(batch.tokens)
+        if batch.tokens > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(batch)
+
+    return forward, seen
+
+
+def test_scoring_goes_on_in_smaller_rounds(tiny_model):
+    made = scorer(tiny_model("qwen2"))
+    wanted = assemble.score(made, TEXTS)
+    forward, seen = short_of(made, 40)
+    found = assemble.in_rounds(made, forward, TEXTS)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert max(seen) == sum(t.tokens for t in TEXTS)
+    assert sum(n > 40 for n in seen) <= 2  # once it is known, no round fails again
+    forward, _ = short_of(made, 20)
+    with pytest.raises(torch.OutOfMemoryError):  # one text alone does not fit
+        assemble.in_rounds(made, forward, TEXTS)
+
+
+def test_other_errors_are_not_taken_for_it(tiny_model):
+    def broken(batch):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        assemble.in_rounds(scorer(tiny_model("qwen2")), broken, TEXTS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+def test_the_cpus_own_error_is_known():
+    code = (
+        "import resource, torch\n"
+        "from loracle.model.memory import out_of_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
+        "try:\n    torch.empty(2**37, dtype=torch.uint8)\n"
+        "except RuntimeError as e:\n    print(out_of_memory(e))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_activations_are_foreseen(tiny_model, kind):
+    """Against what autograd really keeps, counted once for each piece of memory that is no weight."""
+    made = scorer(tiny_model(kind)).train()
+    batch, kept = made.pack(TEXTS), {}
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        place = t.untyped_storage()
+        if place.data_ptr() not in weights:
+            kept[place.data_ptr()] = place.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        made(batch).sum()
+    foreseen = memory.training_need(made).per_token * batch.tokens
+    assert 0.5 < sum(kept.values()) / foreseen < 2
+
+
+def test_operations_of_a_token(tiny_model):
+    made = scorer(tiny_model("qwen2"))
+    weights = sum(p.numel() for n, p in made.inner.base_model.named_parameters() if n.endswith("base_layer.weight"))
+    adapters = sum(p.numel() for n, p in made.named_parameters() if "lora_" in n)
+    assert memory.training_need(made).flops_per_token == 4 * weights + 6 * adapters
+    top = scorer(tiny_model("qwen2"), adapt_top=1)
+    adapters = sum(p.numel() for n, p in top.named_parameters() if "lora_" in n)
+    share = 1 / top.inner.config.num_hidden_layers
+    assert memory.training_need(top, 1).flops_per_token == pytest.approx(
+        2 * (weights + adapters) * (1 + share) + 2 * adapters
+    )
+
+
+def test_weights_are_weighed_before_they_are_read(tiny_model):
+    folder = tiny_model("qwen2")
+    model = scorer(folder).inner.base_model
+    numbers = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    assert memory.weight_bytes(folder, torch.bfloat16) == pytest.approx(2 * numbers, rel=0.5)
+    assert memory.weight_bytes(folder, torch.float32) == 2 * memory.weight_bytes(folder, torch.bfloat16)
+
+
+def test_the_rate_of_products_is_of_this_world(tiny_model):
+    assert 1e7 < memory.matrix_rate(CPU, torch.float32, scorer(tiny_model("qwen2")).inner.config, 0.01) < 1e15
+    assert memory.free_memory(CPU) > 0
