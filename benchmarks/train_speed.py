@@ -1,6 +1,7 @@
 """Training speed beside what a user runs today, same model, same token ids, alternating rounds.
 
     python benchmarks/train_speed.py                 # a dated table in benchmarks/results/
+    python benchmarks/train_speed.py --prefix 200    # the same with an instruction of 200 words before every text
     python benchmarks/train_speed.py --ours 32       # one measurement of ours at batch 32, as a JSON line
 
 Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, bf16 base. The
@@ -23,10 +24,10 @@ from pathlib import Path
 
 from results import SHARED, write_table
 
-LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 320, 24, 3, (16, 32, 64)
+LIMIT, PREFIXED_LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 320, 96, 24, 3, (16, 32, 64)
 OURS = (32,)
 DROPOUT = 0.05  # the reference script's
-REFERENCE, LIKE_REFERENCE = "the reference script's way", f"loracle, batch {OURS[0]}, dropout {DROPOUT}"
+REFERENCE = "the reference script's way"
 DATA = SHARED / "data" / "n24news" / "abstracts.json"
 PEER = SHARED / "bench" / "peer_classify.py"
 
@@ -41,7 +42,14 @@ def texts_and_labels(limit: int) -> tuple[list[str], list[int]]:
     return chosen, [rows[t] for t in chosen]
 
 
-def ours(batch: int, dropout: float) -> dict[str, float]:
+def instruction(words: int) -> str:
+    """The peer's instruction, word for word."""
+    text = "Read the abstract of a newspaper article and decide which desk of the paper it was written for ."
+    known = text.split()
+    return " ".join(known[i % len(known)] for i in range(words)) + "\n" if words else ""
+
+
+def ours(batch: int, dropout: float, prefix: int) -> dict[str, float]:
     """One epoch of ours over the peer's token ids."""
     import torch
     from transformers import AutoTokenizer
@@ -53,9 +61,12 @@ def ours(batch: int, dropout: float) -> dict[str, float]:
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 
-    texts, labels = texts_and_labels(LIMIT)
+    limit = PREFIXED_LIMIT if prefix else LIMIT
+    texts, labels = texts_and_labels(limit)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
-    ids = {t: tuple(i) for t, i in zip(texts, tokenizer(texts).input_ids, strict=True)}
+    before = instruction(prefix)
+    ids = {t: tuple(i) for t, i in zip(texts, tokenizer([before + t for t in texts]).input_ids, strict=True)}
+    start = len(tokenizer(before).input_ids) if before else 0
     task = Task(kind="single", label_names=tuple(str(i) for i in range(24)))
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
     scorer = new_scorer(
@@ -67,7 +78,7 @@ def ours(batch: int, dropout: float) -> dict[str, float]:
         outcome = fit(
             scorer,
             examples,
-            lambda some: [[Encoded(chunks=(ids[e.text],), starts=(0,))] for e in some],
+            lambda some: [[Encoded(chunks=(ids[e.text],), starts=(start,))] for e in some],
             make_loss(task),
             lambda: {"metric": 0.0, "loss": 0.0},
             schedule=Schedule(epochs=1, batch=batch, lr=5e-4, save_steps=10**9),
@@ -76,15 +87,15 @@ def ours(batch: int, dropout: float) -> dict[str, float]:
         )
         wall = time.perf_counter() - started
     return {
-        "examples_per_s": LIMIT / wall,
+        "examples_per_s": limit / wall,
         "tokens_per_s": outcome.tokens / wall,
         "in_steps": outcome.examples / outcome.seconds,
     }
 
 
-def reference_way() -> dict[str, float]:
+def reference_way(dropout: float) -> dict[str, float]:
     """As github.com/xiaohaochen0308/LLM_seq_cls does it (lora_cls.py, data.py): batches of 8 padded to 512, LM head, hidden
-    states of all layers, mean over the padding too, q and v adapted with PEFT's dropout of 0.05, head in bf16."""
+    states of all layers, mean over the padding too, q and v adapted with PEFT's dropout, of 0.05 there, and head in bf16."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,13 +106,13 @@ def reference_way() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.bfloat16)
     model = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=32, lora_dropout=DROPOUT, target_modules=["q_proj", "v_proj"])
+        model, LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
     )
     model.train()
     hidden = model.config.hidden_size
     head = torch.nn.Sequential(
-        torch.nn.Linear(hidden, 1024), torch.nn.ReLU(), torch.nn.Dropout(0.1),
-        torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(512, 24),
+        torch.nn.Linear(hidden, 1024), torch.nn.ReLU(), torch.nn.Dropout(2 * dropout),
+        torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Dropout(2 * dropout), torch.nn.Linear(512, 24),
     ).bfloat16()  # fmt: skip
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5)
@@ -114,48 +125,64 @@ def reference_way() -> dict[str, float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"examples_per_s": (len(texts) - 8) / (time.perf_counter() - started)}
+    return {"in_steps": (len(texts) - 8) / (time.perf_counter() - started)}
 
 
-def peer(batch: int) -> dict[str, float]:
+def peer(batch: int, prefix: int) -> dict[str, float]:
     """One epoch of Trainer + PEFT."""
     from loracle.model.backbone import demo_model_folder
 
-    command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT, "--batch", batch]
-    return last_json(command)
+    limit = PREFIXED_LIMIT if prefix else LIMIT
+    command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", limit, "--batch", batch]
+    return last_json([*command, "--prefix-tokens", prefix])
 
 
-def main() -> None:
+def main(prefix: int) -> None:
     """All ways in turn, several rounds; medians and ratios."""
-    me = [sys.executable, __file__]
-    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b) for b in BATCHES}
+    me = [sys.executable, __file__, "--prefix", prefix]
+    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix) for b in BATCHES}
     ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b]) for b in OURS}
-    ways[LIKE_REFERENCE] = lambda: last_json([*me, "--ours", OURS[0], "--dropout", DROPOUT])
-    ways[REFERENCE] = lambda: last_json([*me, "--reference"])
+    if not prefix:
+        for p in (0.0, DROPOUT):
+            ways[f"loracle, dropout {p:g}, steps alone"] = lambda p=p: last_json(
+                [*me, "--ours", OURS[0], "--dropout", p]
+            )
+            ways[f"{REFERENCE}, dropout {p:g}, steps alone"] = lambda p=p: last_json(
+                [*me, "--reference", "--dropout", p]
+            )
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    in_steps: list[float] = []
     for _ in range(ROUNDS):
         for name, measure in ways.items():
             found = measure()
-            rates[name].append(found["examples_per_s"])
-            in_steps += [found["in_steps"]] if name == LIKE_REFERENCE else []
+            rates[name].append(found["in_steps" if name.endswith("steps alone") else "examples_per_s"])
             print(f"{name}: {rates[name][-1]:.2f} examples/s", flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    best_peer = max(median[f"Trainer + PEFT, batch {b}"] for b in BATCHES)
+    best_peer = max(value for name, value in median.items() if name.startswith("Trainer"))
     rows = [["way", "examples/s, median", "all rounds", "ratio to the best Trainer"]]
     for name, values in rates.items():
         rounds = ", ".join(f"{v:.2f}" for v in values)
         rows.append([name, f"{median[name]:.2f}", rounds, f"{median[name] / best_peer:.2f}×"])
     mine = max(median[f"loracle, batch {b}"] for b in OURS)
-    in_ours = ", ".join(f"{v:.2f}" for v in in_steps)
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, {LIMIT} examples, one epoch, "
-        f"{ROUNDS} rounds in turn; model load left out.",
-        f"Ours / best Trainer, both from the call of their loop to its end: **{mine / best_peer:.2f}×**. Ours / the reference "
-        f"script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the first 8 not timed) and "
-        f"with its dropout of {DROPOUT} (ours {in_ours}): **{statistics.median(in_steps) / median[REFERENCE]:.1f}×**.",
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, "
+        f"{PREFIXED_LIMIT if prefix else LIMIT} examples, one epoch, {ROUNDS} rounds in turn; model load left out.",
+        f"Ours / best Trainer, both from the call of their loop to its end: **{mine / best_peer:.2f}×**.",
     ]
-    write_table("train_speed", rows, notes)
+    if prefix:
+        notes.append(
+            f"An instruction of {prefix} words stands before every text: computed once a step here, every time there."
+        )
+    else:
+        ratios = [
+            f"**{median[f'loracle, dropout {p:g}, steps alone'] / median[f'{REFERENCE}, dropout {p:g}, steps alone']:.1f}×** "
+            f"with dropout {p:g} on both sides"
+            for p in (0.0, DROPOUT)
+        ]
+        notes.append(
+            f"Ours / the reference script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the "
+            f"first 8 not timed): {', '.join(ratios)}."
+        )
+    write_table("train_speed_prefix" if prefix else "train_speed", rows, notes)
 
 
 def last_json(command: list) -> dict[str, float]:
@@ -169,11 +196,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", type=int, metavar="BATCH")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--prefix", type=int, default=0, metavar="WORDS")
     parser.add_argument("--reference", action="store_true")
     given = parser.parse_args()
     if given.ours:
-        print(json.dumps(ours(given.ours, given.dropout)))
+        print(json.dumps(ours(given.ours, given.dropout, given.prefix)))
     elif given.reference:
-        print(json.dumps(reference_way()))
+        print(json.dumps(reference_way(given.dropout)))
     else:
-        main()
+        main(given.prefix)
