@@ -76,7 +76,7 @@ def load_scorer(
     return Scorer(model.to(device), pooling=pooling).eval()
 
 
-def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192) -> np.ndarray:
+def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
     """Scores of encoded texts, ``float32 [E, C]``: the one way to evaluate, predict and rank.
 
     Texts of similar length go together, which the attention likes; results come back in the order given.
@@ -84,7 +84,7 @@ def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192)
     return in_rounds(scorer, scorer.forward, texts, micro_tokens)
 
 
-def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 8192) -> np.ndarray:
+def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
     """Mean last hidden states of encoded texts, ``float32 [E, H]``."""
     return in_rounds(scorer, scorer.features, texts, micro_tokens)
 
@@ -100,7 +100,7 @@ def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
 
 
 def in_rounds(
-    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 8192
+    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 4096
 ) -> np.ndarray:
     """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients.
 
