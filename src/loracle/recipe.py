@@ -374,8 +374,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. A smaller --model takes less.")
         schedule = dataclasses.replace(schedule, micro_tokens=fits)
 
-    dtype = next(scorer.inner.base_model.parameters()).dtype
-    rate = matrix_rate(device, dtype, scorer.inner.config)
+    rate = matrix_rate(scorer)
     seconds = need.flops_per_token * float(np.mean(computed)) * steps / (rate * EFFICIENCY)
     say(
         f"about {_duration(seconds)} for {steps:,} steps, at half of the {rate / 1e9:,.0f} GFLOP/s that are measured here"

@@ -1,7 +1,4 @@
-"""What a training will take, in memory and in time, before it begins; and what running out of memory looks like.
-
-Legend of shapes: T tokens, H hidden size, I width of the MLP, L layers.
-"""
+"""What a training will take, in memory and in time, before it begins; and what running out of memory looks like."""
 
 from __future__ import annotations
 
@@ -34,35 +31,31 @@ class Need:
 
 
 def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
-    """What training ``scorer`` takes, from its shapes.
+    """What training ``scorer`` takes, from the shapes of its matrices, so that it holds for any architecture.
 
-    Matrix products: 2 operations a weight forward, 2 for the gradient of what came in, 2 more where the weight itself is
-    trained. Layers below the adapters are not gone back through.
+    Products: 2 operations a weight forward, 2 for the gradient of what came in, 2 more where the weight itself is trained.
+    Kept for the backward: what goes in and out of each product and, of that, a fifth more for norms and attention. Layers
+    below the adapters are not gone back through.
     """
-    config, inner = scorer.inner.config, scorer.inner
     trained = [p for p in scorer.parameters() if p.requires_grad]
     ids = {id(p) for p in trained}
-    matrices = [p for n, p in inner.base_model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    learnt = sum(p.numel() for p in matrices if id(p) in ids)
-    layers = config.num_hidden_layers
+    matrices = _matrices(scorer)
+    layers = scorer.inner.config.num_hidden_layers
     share = min(layers, adapt_top or layers) / layers
-    everything = sum(p.numel() for p in matrices)
-    size = next(inner.base_model.parameters()).element_size()
+    everything = sum(p.numel() for p in matrices.values())
+    kept = sum(sum(p.shape) for name, p in matrices.items() if "lora_" not in name)
     return Need(
         fixed=sum(3 * p.numel() * p.element_size() for p in trained),
-        per_token=int(_saved_numbers(config) * size * layers * share),
-        flops_per_token=2 * everything + 2 * everything * share + 2 * learnt,
+        per_token=int(1.2 * kept * share * next(scorer.inner.base_model.parameters()).element_size()),
+        flops_per_token=2 * everything * (1 + share) + 2 * sum(p.numel() for p in matrices.values() if id(p) in ids),
     )
 
 
-def _saved_numbers(config: Any) -> int:
-    """Numbers that a layer keeps for its backward, a token: what norms, products, attention and the MLP read."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    queries, pairs = heads * head, 2 * keys * head
-    return 4 * hidden + 4 * queries + 3 * pairs + 4 * inner
+def _matrices(scorer: Any) -> dict[str, torch.Tensor]:
+    """What a token is multiplied by: all of the backbone but the embeddings."""
+    base = scorer.inner.base_model
+    looked_up = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)}
+    return {name: p for name, p in base.named_parameters() if p.dim() == 2 and id(p) not in looked_up}
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -88,10 +81,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, config: Any, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of the machine's own product, at the shape of this model's MLP."""
-    x = torch.randn(1024, config.hidden_size, device=device).to(dtype)
-    w = torch.randn(config.intermediate_size, config.hidden_size, device=device).to(dtype)
+def matrix_rate(scorer: Any, seconds: float = 0.1) -> float:
+    """Floating-point operations a second of the machine's own product with the largest of the model's matrices."""
+    w = max(_matrices(scorer).values(), key=torch.Tensor.numel).detach()
+    device = w.device
+    x = torch.randn(1024, w.shape[1], device=device).to(w.dtype)
 
     def run(times: int) -> float:
         started = time.perf_counter()
