@@ -19,6 +19,7 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.data.examples import RankGroup, Task
 from loracle.errors import UserError
+from loracle.run.folder import read_info
 from loracle.run.predictor import Predictor
 
 STEPS = 24
@@ -34,6 +35,32 @@ def config_of(folder, model, **more):
 
 def train(config):
     return recipe.train(config, say=lambda line: None, quiet=True)
+
+
+def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_model, tmp_path, monkeypatch):
+    need = recipe.training_need
+    said = []
+
+    def free(device):
+        return int((needs[-1].bytes(70) if needs else 1e9) / recipe.USABLE) + 1
+
+    needs = []
+    monkeypatch.setattr(recipe, "free_memory", free)
+    monkeypatch.setattr(recipe, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40)
+    run = recipe.train(config, say=said.append, quiet=True)
+    assert any("note: rounds of 70 tokens instead; steps and results stay the same" in line for line in said)
+    assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
+    assert any(line.startswith("about ") and "for 2 steps" in line for line in said)
+    assert read_info(run).config.train.micro_tokens == 70
+
+
+@pytest.mark.parametrize("begin", [recipe.train, recipe.probe])
+def test_weights_that_do_not_fit_are_not_read(tiny_model, tmp_path, monkeypatch, begin):
+    monkeypatch.setattr(recipe, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match=r"GB for the weights of .* on cpu; found 0.0 GB free"):
+        begin(config_of(tmp_path, tiny_model("qwen2")), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 def command(config):

@@ -45,9 +45,8 @@ def _option(f: dataclasses.Field, hint: Any) -> Callable[[Callable], Callable]:
     flag = f"--{name}/--no-{name}" if kinds[0] is bool else f"--{name}"
     shown = f.metadata["help"] + ("" if f.default is None or kinds[0] is bool else f"  [{f.default}]")
     choices = f.metadata["choices"]
-    kind = None if kinds[0] is bool else click.Choice(choices) if choices else kinds[0]
-    if kinds == [int, str]:
-        kind = number_or_auto
+    plain = number_or_auto if kinds == [int, str] else kinds[0]
+    kind = None if kinds[0] is bool else click.Choice(choices) if choices else plain
     return click.option(
         *([SHORT[f.name]] if f.name in SHORT else []), flag, f.name, type=kind, default=None, help=shown
     )

@@ -208,7 +208,6 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
     dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
-    _check_weights_fit(base, dtype, device)
     scorer = assemble.new_scorer(
         base.folder,
         task,
@@ -233,7 +232,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
-    schedule = preflight(config, scorer, encoder, data, say)
+    config = dataclasses.replace(config, train=preflight(config, scorer, encoder, data, say))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -255,7 +254,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         lambda examples: encode_examples(encoder, examples),
         loss,
         lambda: look(scorer, encoder, data.validation, task, loss),
-        schedule=_schedule(schedule, lr),
+        schedule=_schedule(config, lr),
         folder=folder,
         quiet=quiet,
     )
@@ -297,6 +296,7 @@ def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, 
     model = config.model
     base = resolve_base(model.model, model.revision)
     base_config = load_config(base.folder)
+    _check_weights_fit(base, pick_dtype(model.dtype, config.lora.full), pick_device(model.device))
     room = min(model.max_length, _positions(base_config))
     if room < model.max_length:
         say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
@@ -332,14 +332,18 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
     some, held = _some(data.train, seed), _some(data.validation, seed)
     seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side)) for side in (some, held))
 
-    def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-        if task.kind == "rank":
-            objective = numpy_objective(loss)
-            ranked = baselines.frozen_ranker(
-                _by_example(here, some), some, _by_example(there, held), objective, seed=seed
-            )
-            return [scores[:, None] for scores in ranked]
-        return list(ridge(here, target_array(some, task), there, task)[:, None])
+    if task.kind == "rank":
+        objective = numpy_objective(loss)
+
+        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+            parts = _by_example(here, some), some, _by_example(there, held)
+            return [scores[:, None] for scores in baselines.frozen_ranker(*parts, objective, seed=seed)]
+
+    else:
+        targets = target_array(some, task)
+
+        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+            return list(ridge(here, targets, there, task)[:, None])
 
     return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
 
@@ -351,7 +355,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     matrices run now.
     """
     schedule, device = config.train, scorer.device
-    steps = _schedule(schedule, 0.0).total_steps(len(data.train))
+    steps = _schedule(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded = 0, [], 0
@@ -636,9 +640,9 @@ def _info(
     )
 
 
-def _schedule(config: TrainConfig, lr: float) -> Schedule:
+def _schedule(config: RunConfig, lr: float) -> Schedule:
     names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
-    return Schedule(lr=lr, **{name: getattr(config, name) for name in names})
+    return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
 
 
 def _lora(config: RunConfig) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +55,24 @@ def test_scoring_goes_on_in_smaller_rounds(tiny_model):
     forward, _ = short_of(made, 20)
     with pytest.raises(torch.OutOfMemoryError):  # one text alone does not fit
         assemble.in_rounds(made, forward, TEXTS)
+
+
+def test_a_forward_that_failed_keeps_nothing_alive(tiny_model):
+    """q has asked for what k and v read too, and then k fails: the graph below must not wait for them."""
+    made = scorer(tiny_model("qwen2")).train()
+    attention = made.inner.base_model.layers[-1].self_attn
+    states = []
+    attention.q_proj.register_forward_pre_hook(lambda _, x: states.append(weakref.ref(x[0])))
+    failing = attention.k_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        made(made.pack(TEXTS))
+    assert attention.q_proj.together.parts
+    memory.release(made)
+    gc.collect()
+    assert states[0]() is None
+    failing.remove()
+    made(made.pack(TEXTS)).sum().backward()
+    assert not attention.q_proj.together.parts
 
 
 def test_other_errors_are_not_taken_for_it(tiny_model):

@@ -73,15 +73,20 @@ def ridge(seen: np.ndarray, targets: np.ndarray, unseen: np.ndarray, task: Task)
         return RidgeCV(RIDGE).fit(train, np.where(labels, 1.0, -1.0)).predict(test).reshape(len(test), -1)
 
 
+def best_of(depths: Sequence[Depth]) -> Depth:
+    """The depth at which the probe reaches most."""
+    return max(depths, key=lambda d: d.value)
+
+
 def choose(depths: Sequence[Depth]) -> Depth:
     """The lowest depth within one standard error of the best."""
-    best = max(depths, key=lambda d: d.value)
+    best = best_of(depths)
     return next(d for d in depths if d.value >= best.value - best.error)
 
 
 def lines(depths: Sequence[Depth], metric: str) -> list[str]:
     """Accuracy by depth for the terminal, and what dropping the layers above the chosen one costs and saves."""
-    chosen, best = choose(depths), max(depths, key=lambda d: d.value)
+    chosen, best = choose(depths), best_of(depths)
     rows = [["layers", metric, ""]]
     for d in depths:
         mark = " best" * (d is best) + " auto" * (d is chosen)
@@ -91,7 +96,7 @@ def lines(depths: Sequence[Depth], metric: str) -> list[str]:
 
 def verdict(depths: Sequence[Depth]) -> str:
     """One line: the depth, what the probe loses by it, what training and serving save."""
-    chosen, best = choose(depths), max(depths, key=lambda d: d.value)
+    chosen, best = choose(depths), best_of(depths)
     saved = 100 * (1 - chosen.layers / len(depths))
     return (
         f"depth {chosen.layers} of {len(depths)}: a linear probe reaches {100 * chosen.value:.1f} % there and "

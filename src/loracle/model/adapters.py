@@ -5,7 +5,6 @@ The head is PEFT's ``modules_to_save``: saved with the adapter, never a target o
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -92,17 +91,18 @@ class LeanLinear(PeftLinear):
     together: _Together
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not self.lean:
+        if (name := self.at_work) is None:
             return super().forward(x, *args, **kwargs)
-        base, name = self.get_base_layer(), str(self.active_adapters[0])
-        inside = self.together.inside(self, x)
+        base = self.get_base_layer()
+        inside = self.together.inside(self, x, name)
         return _LoraProduct.apply(x, base.weight, base.bias, inside, self.lora_B[name].weight, self.scaling[name])
 
     @property
-    def lean(self) -> bool:
-        """Whether one plain adapter is at work here."""
+    def at_work(self) -> str | None:
+        """Name of the adapter, if it is one plain adapter and not merged."""
         name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
-        return not self.disable_adapters and not self.merged and name in self.lora_A and name not in self.lora_variant
+        plain = name in self.lora_A and name not in self.lora_variant
+        return name if plain and not self.disable_adapters and not self.merged else None
 
 
 class _Together:
@@ -110,17 +110,19 @@ class _Together:
 
     def __init__(self, layers: list[LeanLinear]):
         self.layers = layers
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what a forward that failed has left; it would keep its whole graph alive."""
         self.x: Tensor | None = None
         self.parts: dict[LeanLinear, Tensor] = {}
 
-    def inside(self, layer: LeanLinear, x: Tensor) -> Tensor:
+    def inside(self, layer: LeanLinear, x: Tensor, adapter: str) -> Tensor:
         """``A x`` of one layer, ``[T, r]``."""
         if self.x is not x or layer not in self.parts:
-            lean = [other for other in self.layers if other.lean]
-            name = str(layer.active_adapters[0])
-            p = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-            parts = _Down.apply(x, p, *(other.lora_A[name].weight for other in lean))
-            self.x, self.parts = x, dict(zip(lean, parts, strict=True))
+            a = {other: other.lora_A[name].weight for other in self.layers if (name := other.at_work)}
+            p = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
+            self.x, self.parts = x, dict(zip(a, _Down.apply(x, p, *a.values()), strict=True))
         part = self.parts.pop(layer)
         if not self.parts:
             self.x = None
@@ -131,11 +133,20 @@ def _join(model: nn.Module) -> nn.Module:
     """Tell every adapted layer which others read what it reads."""
     for module in model.modules():
         lean = {name: child for name, child in module.named_children() if isinstance(child, LeanLinear)}
-        for names in (*READ_TOGETHER, *((name,) for name in lean.keys() - set(itertools.chain(*READ_TOGETHER)))):
-            together = _Together([lean[name] for name in names if name in lean])
+        while lean:
+            first = next(iter(lean))
+            names = next((names for names in READ_TOGETHER if first in names), (first,))
+            together = _Together([lean.pop(name) for name in names if name in lean])
             for layer in together.layers:
                 layer.together = together
     return model
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what a forward that failed has left in adapted layers."""
+    for layer in model.modules():
+        if isinstance(layer, LeanLinear):
+            layer.together.forget()
 
 
 class _Down(torch.autograd.Function):

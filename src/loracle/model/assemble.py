@@ -95,7 +95,8 @@ def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
     Raises:
         UserError: the model is no decoder that can be packed.
     """
-    _need_decoder(scorer.inner.config)
+    if scorer.encoder or not scorer.packed:
+        raise _no_decoder(scorer.inner.config)
     return in_rounds(scorer, scorer.layer_features, texts)
 
 
@@ -123,7 +124,7 @@ def in_rounds(
                 if not out_of_memory(e) or len(part) == 1:
                     raise
             limit = tokens // 2
-            release(scorer.device)
+            release(scorer)
         run(part[: len(part) // 2])
         run(part[len(part) // 2 :])
 
@@ -174,18 +175,18 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
 
 def _keep_layers(model: Any, depth: int) -> None:
     """Drop the layers of a decoder above ``depth``; its final norm then follows the last one that is left."""
-    config = model.config
-    _need_decoder(config)
+    config, layers = model.config, getattr(model.base_model, "layers", None)
+    if layers is None or is_encoder(config):
+        raise _no_decoder(config)
     if depth > config.num_hidden_layers:
         raise UserError(
             f"--depth of {config.num_hidden_layers} or less, as this model has", str(depth), "pass a smaller one"
         )
-    model.base_model.layers = model.base_model.layers[:depth]
+    model.base_model.layers = layers[:depth]
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]
 
 
-def _need_decoder(config: Any) -> None:
-    if config.model_type not in DECODERS:
-        raise UserError("a decoder for --depth", f"{config.model_type}", "leave out --depth")
+def _no_decoder(config: Any) -> UserError:
+    return UserError("a decoder for --depth", f"{config.model_type}", "leave out --depth")

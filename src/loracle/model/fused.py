@@ -25,6 +25,7 @@ def fuse(model: nn.Module) -> None:
             # The layer's own code with one name bound anew, so that no other model in this process is touched.
             scope = {**forward.__globals__, "apply_rotary_pos_emb": rotate}
             bound = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+            bound.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(bound, module)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from loracle.model.adapters import forget
 
 EFFICIENCY = 0.5  # share of the machine's matrix rate that a whole step reaches (dev/LOG.md)
 
@@ -64,10 +67,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
-                count = 1
-                for n in weights.get_slice(name).get_shape():
-                    count *= n
-                total += count * dtype.itemsize
+                total += math.prod(weights.get_slice(name).get_shape()) * dtype.itemsize
     return total
 
 
@@ -105,7 +105,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def release(device: torch.device) -> None:
-    """Give cached blocks back, so that a smaller round finds room."""
-    if device.type == "cuda":
+def release(scorer: Any) -> None:
+    """Let go of what a round that failed has left, so that a smaller one finds room."""
+    forget(scorer)
+    if scorer.device.type == "cuda":
         torch.cuda.empty_cache()

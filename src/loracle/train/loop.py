@@ -146,19 +146,20 @@ def fit(
         while progress.step < total and not progress.done:
             started = time.perf_counter()
             try:
-                value, batch, tokens, computed = _step(
-                    model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator
-                )
+                taken = _step(model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator)
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e):
                     raise
+                taken = None
+            if taken is None:  # outside of the handler, whose traceback held the tensors of the step that failed
                 schedule = _smaller_rounds(schedule, progress.step, accelerator)
                 log.note(
                     f"out of memory at step {progress.step + 1}: rounds of {schedule.micro_tokens:,} tokens from here"
                 )
                 optimizer.zero_grad()
-                release(scorer.device)
+                release(scorer)
                 continue
+            value, batch, tokens, computed = taken
             progress.step += 1
             result.seconds += time.perf_counter() - started
             result.examples += batch
@@ -245,7 +246,7 @@ def _smaller_rounds(schedule: Schedule, step: int, accelerator: Accelerator) -> 
             f"memory for rounds of {schedule.micro_tokens:,} tokens",
             f"too little, at step {step + 1}",
             "pass a smaller --micro-tokens, --max-length or --model",
-        ) from None
+        )
     return dataclasses.replace(schedule, micro_tokens=schedule.micro_tokens // 2)
 
 
