@@ -16,16 +16,14 @@ import csv
 import gzip
 import hashlib
 import json
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from results import SHARED, write_table
-from train_speed import last_json
+from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
 
-TESTS, ROUNDS, BATCHES, GROUPS = 40, 3, (16, 32), 8
+TESTS, BATCHES, GROUPS = 40, (16, 32), 8
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
 PEER = SHARED / "bench" / "peer_rank.py"
 
@@ -102,30 +100,27 @@ def peer(batch: int) -> dict[str, float]:
 
 def main() -> None:
     """All ways in turn, several rounds; medians and the ratio."""
-    ways = {f"TRL RewardTrainer + PEFT, {b} pairs a step": lambda b=b: peer(b) for b in BATCHES}
+    counts: set[int] = set()
+
+    def rate(found: dict[str, float]) -> float:
+        counts.add(int(found["pairs"]))
+        return found["pairs_per_s"]
+
+    ways = {f"TRL RewardTrainer + PEFT, {b} pairs a step": lambda b=b: rate(peer(b)) for b in BATCHES}
     mine = f"loracle, {GROUPS} groups a step"
-    ways[mine] = lambda: last_json([sys.executable, __file__, "--ours"])
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, measure in ways.items():
-            found[name].append(measure())
-            print(f"{name}: {found[name][-1]['pairs_per_s']:.2f} pairs/s", flush=True)
-    counts = {int(r["pairs"]) for rounds in found.values() for r in rounds}
+    ways[mine] = lambda: rate(last_json([sys.executable, __file__, "--ours"]))
+    rates = in_turn(ways, "pairs/s")
     if len(counts) != 1:
         raise SystemExit(f"the ways saw different pairs: {counts}")
-    median = {name: statistics.median(r["pairs_per_s"] for r in rounds) for name, rounds in found.items()}
-    best = max(rate for name, rate in median.items() if name != mine)
-    rows = [["way", "pairs/s, median", "all rounds", "ratio to the best peer"]]
-    for name, rounds in found.items():
-        each = ", ".join(f"{r['pairs_per_s']:.2f}" for r in rounds)
-        rows.append([name, f"{median[name]:.2f}", each, f"{median[name] / best:.2f}×"])
+    median = medians(rates)
+    best = max(value for name, value in median.items() if name != mine)
     notes = [
         f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {TESTS} Upworthy tests, {counts.pop():,} pairs, one "
         f"epoch, {ROUNDS} rounds in turn; model load left out. No context: what is saved is scoring each title once, and "
         "padding.",
         f"Ours / best peer: **{median[mine] / best:.2f}×**.",
     ]
-    write_table("rank_speed", rows, notes)
+    write_table("rank_speed", rate_rows(rates, "pairs/s", best), notes)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,56 @@
-"""Where benchmarks find the shared data and leave their dated tables."""
+"""Where benchmarks find the shared data, how they time several ways in turn, and where they leave their dated tables."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from loracle.judge.report import markdown_table
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("LORACLE_SHARED", HERE.parent.parent / "shared"))
+
+
+ROUNDS = 3
+
+
+def last_json(command: list) -> dict[str, float]:
+    """What a command prints last, so that every measurement has a process of its own."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def in_turn(ways: dict[str, Callable[[], float]], unit: str) -> dict[str, list[float]]:
+    """Rates of each way, measured ``ROUNDS`` times in turn, since the machine has better and worse minutes."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, measure in ways.items():
+            rates[name].append(measure())
+            print(f"{name}: {rates[name][-1]:.2f} {unit}", flush=True)
+    return rates
+
+
+def medians(rates: dict[str, list[float]]) -> dict[str, float]:
+    """The rate of each way."""
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def rate_rows(rates: dict[str, list[float]], unit: str, peer: float) -> list[list[str]]:
+    """Table of rates, with ratios to the median of the best peer."""
+    rows = [["way", f"{unit}, median", "all rounds", "ratio to the best peer"]]
+    for name, median in medians(rates).items():
+        rows.append([name, f"{median:.2f}", ", ".join(f"{v:.2f}" for v in rates[name]), f"{median / peer:.2f}×"])
+    return rows
 
 
 def write_table(name: str, rows: list[list[str]], notes: list[str]) -> Path:

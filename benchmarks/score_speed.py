@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 
-from results import SHARED, write_table
-from train_speed import last_json
+from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
 
-LIMIT, ROUNDS = 1024, 3
+LIMIT = 1024
 DATA = SHARED / "data" / "n24news" / "abstracts.json"
 PEER = SHARED / "bench" / "peer_score.py"
 
@@ -51,21 +49,17 @@ def main() -> None:
     from loracle.model.backbone import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT]
-    rates: dict[str, list[float]] = {"transformers pipeline, best batch of 8, 32, 64": [], "loracle": []}
-    for _ in range(ROUNDS):
-        for name, values in rates.items():
-            values.append(
-                last_json([sys.executable, __file__, "--ours"] if name == "loracle" else command)["texts_per_s"]
-            )
-            print(f"{name}: {values[-1]:.1f} texts/s", flush=True)
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    theirs, mine = median.values()
-    rows = [["way, bfloat16", "texts/s, median", "all rounds", "ratio"]]
-    for name, values in rates.items():
-        shown = ", ".join(f"{v:.1f}" for v in values)
-        rows.append([name, f"{median[name]:.1f}", shown, f"{median[name] / theirs:.2f}×"])
-    notes = [f"SmolLM2-135M-Instruct, {LIMIT:,} N24News abstracts, {ROUNDS} rounds in turn: **{mine / theirs:.2f}×**."]
-    write_table("score_speed", rows, notes)
+    ways = {
+        "transformers pipeline, best batch of 8, 32, 64": lambda: last_json(command)["texts_per_s"],
+        "loracle": lambda: last_json([sys.executable, __file__, "--ours"])["texts_per_s"],
+    }
+    rates = in_turn(ways, "texts/s")
+    theirs, mine = medians(rates).values()
+    notes = [
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), bfloat16, {LIMIT:,} N24News abstracts, {ROUNDS} rounds "
+        f"in turn: **{mine / theirs:.2f}×**."
+    ]
+    write_table("score_speed", rate_rows(rates, "texts/s", theirs), notes)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from results import SHARED, write_table
+from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
 
-LIMIT, PREFIXED_LIMIT, REFERENCE_LIMIT, ROUNDS, BATCHES = 320, 96, 24, 3, (16, 32, 64)
+LIMIT, PREFIXED_LIMIT, REFERENCE_LIMIT, BATCHES = 320, 96, 24, (16, 32, 64)
 OURS = (32,)
 DROPOUT = 0.05  # the reference script's
 REFERENCE = "the reference script's way"
@@ -140,28 +138,16 @@ def peer(batch: int, prefix: int) -> dict[str, float]:
 def main(prefix: int) -> None:
     """All ways in turn, several rounds; medians and ratios."""
     me = [sys.executable, __file__, "--prefix", prefix]
-    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix) for b in BATCHES}
-    ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b]) for b in OURS}
+    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix)["examples_per_s"] for b in BATCHES}
+    ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b])["examples_per_s"] for b in OURS}
     if not prefix:
         for p in (0.0, DROPOUT):
-            ways[f"loracle, dropout {p:g}, steps alone"] = lambda p=p: last_json(
-                [*me, "--ours", OURS[0], "--dropout", p]
-            )
-            ways[f"{REFERENCE}, dropout {p:g}, steps alone"] = lambda p=p: last_json(
-                [*me, "--reference", "--dropout", p]
-            )
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, measure in ways.items():
-            found = measure()
-            rates[name].append(found["in_steps" if name.endswith("steps alone") else "examples_per_s"])
-            print(f"{name}: {rates[name][-1]:.2f} examples/s", flush=True)
-    median = {name: statistics.median(values) for name, values in rates.items()}
+            way = [*me, "--dropout", p]
+            ways[f"loracle, dropout {p:g}, steps alone"] = lambda w=way: last_json([*w, "--ours", OURS[0]])["in_steps"]
+            ways[f"{REFERENCE}, dropout {p:g}, steps alone"] = lambda w=way: last_json([*w, "--reference"])["in_steps"]
+    rates = in_turn(ways, "examples/s")
+    median = medians(rates)
     best_peer = max(value for name, value in median.items() if name.startswith("Trainer"))
-    rows = [["way", "examples/s, median", "all rounds", "ratio to the best Trainer"]]
-    for name, values in rates.items():
-        rounds = ", ".join(f"{v:.2f}" for v in values)
-        rows.append([name, f"{median[name]:.2f}", rounds, f"{median[name] / best_peer:.2f}×"])
     mine = max(median[f"loracle, batch {b}"] for b in OURS)
     notes = [
         f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, "
@@ -182,14 +168,7 @@ def main(prefix: int) -> None:
             f"Ours / the reference script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the "
             f"first 8 not timed): {', '.join(ratios)}."
         )
-    write_table("train_speed_prefix" if prefix else "train_speed", rows, notes)
-
-
-def last_json(command: list) -> dict[str, float]:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    write_table("train_speed_prefix" if prefix else "train_speed", rate_rows(rates, "examples/s", best_peer), notes)
 
 
 if __name__ == "__main__":
