@@ -28,9 +28,11 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# `make bench` writes a dated table of each; `make bench PART=rank_speed` of one of them. About an hour in all.
+PART ?= train_speed rank_speed score_speed depth_cache memory
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]' -c constraints.txt
-	$(BIN)/python benchmarks/train_speed.py
+	for part in $(PART); do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -2,8 +2,9 @@
 
     python benchmarks/score_speed.py           # a dated table in benchmarks/results/
     python benchmarks/score_speed.py --ours    # one measurement of ours, as a JSON line
+    python benchmarks/score_speed.py --int8    # the same after `loracle export --to openvino`
 
-Both cut texts to tokens, score them with an untrained head of 24 labels and no adapter, and sort by length first.
+All cut texts to tokens, score them with an untrained head of 24 labels and no adapter, and sort by length first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
 
@@ -20,23 +23,33 @@ DATA = SHARED / "data" / "n24news" / "abstracts.json"
 PEER = SHARED / "bench" / "peer_score.py"
 
 
-def ours() -> dict[str, float]:
+def ours(eight: bool) -> dict[str, float]:
     """Texts to scores, as ``predict`` does it."""
     import torch
 
     from loracle.data.examples import Task
+    from loracle.model import int8
     from loracle.model.assemble import new_scorer, score
-    from loracle.model.backbone import demo_model_folder, load_tokenizer
+    from loracle.model.backbone import demo_model_folder, load_sequence_classifier, load_tokenizer
+    from loracle.model.scorer import Scorer
     from loracle.text.encode import Encoder
     from loracle.text.template import bake
 
     with DATA.open(encoding="utf-8") as f:
         texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(LIMIT), strict=False)]
-    tokenizer = bake(load_tokenizer(demo_model_folder()), None, 512, encoder=False)
-    task = Task(kind="single", label_names=tuple(str(i) for i in range(24)))
-    scorer = new_scorer(
-        demo_model_folder(), task, pad_token_id=0, dtype=torch.bfloat16, device=torch.device("cpu"), lora=None
-    )
+    base, names = demo_model_folder(), tuple(str(i) for i in range(24))
+    tokenizer = bake(load_tokenizer(base), None, 512, encoder=False)
+    scorer: Scorer | int8.Int8Scorer
+    if eight:
+        model = load_sequence_classifier(
+            base, num_labels=24, pad_token_id=0, dtype=torch.float32, problem_type=None, label_names=names
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            int8.convert(model, Path(folder), pooling="last")
+            scorer = int8.Int8Scorer(Path(folder), pad_token_id=0)
+    else:
+        task, cpu = Task(kind="single", label_names=names), torch.device("cpu")
+        scorer = new_scorer(base, task, pad_token_id=0, dtype=torch.bfloat16, device=cpu, lora=None)
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))
     started = time.perf_counter()
@@ -45,19 +58,20 @@ def ours() -> dict[str, float]:
 
 
 def main() -> None:
-    """Both in turn, several rounds."""
+    """All in turn, several rounds."""
     from loracle.model.backbone import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT]
     ways = {
         "transformers pipeline, best batch of 8, 32, 64": lambda: last_json(command)["texts_per_s"],
-        "loracle": lambda: last_json([sys.executable, __file__, "--ours"])["texts_per_s"],
+        "loracle, bf16": lambda: last_json([sys.executable, __file__, "--ours"])["texts_per_s"],
+        "loracle, int8": lambda: last_json([sys.executable, __file__, "--int8"])["texts_per_s"],
     }
     rates = in_turn(ways, "texts/s")
-    theirs, mine = medians(rates).values()
+    theirs, mine, eight = medians(rates).values()
     notes = [
         f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), bfloat16, {LIMIT:,} N24News abstracts, {ROUNDS} rounds "
-        f"in turn: **{mine / theirs:.2f}×**."
+        f"in turn: **{mine / theirs:.2f}×** in the peer's own bfloat16, **{eight / theirs:.2f}×** in 8-bit integers."
     ]
     write_table("score_speed", rate_rows(rates, "texts/s", theirs), notes)
 
@@ -65,7 +79,9 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", action="store_true")
-    if parser.parse_args().ours:
-        print(json.dumps(ours()))
+    parser.add_argument("--int8", action="store_true")
+    given = parser.parse_args()
+    if given.ours or given.int8:
+        print(json.dumps(ours(given.int8)))
     else:
         main()

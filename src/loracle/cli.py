@@ -475,6 +475,23 @@ def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(("transformers", "openvino")), required=True, help="openvino: int8, for CPUs")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder; default: RUN-transformers or RUN-openvino")
+@click.option("--base", help="where the base model is now, if it moved")
+def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
+    """Write the run RUN as a folder that transformers loads without loracle, or in 8-bit integers for CPUs.
+
+    It is scored beside the run at once, and removed if it differs.
+    """
+    _calm()
+    from loracle.run import export as exporting
+
+    folder = exporting.export(run, out or run.with_name(f"{run.name}-{to}"), to, base=base, say=click.echo)
+    click.echo(f"export: {folder}")
+
+
+@main.command()
 @click.option("--clear", is_flag=True, help="remove all of it")
 def cache(clear: bool) -> None:
     """List the states of frozen lower layers that are kept on disk (--adapt-top), or clear them."""

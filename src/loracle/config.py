@@ -113,6 +113,9 @@ class ModelConfig:
         "dtype of a frozen decoder; auto is bfloat16; float32 with --full and for encoders",
         ("auto", "bfloat16", "float32"),
     )
+    quantize: str | None = dial(
+        None, "nf4 keeps the frozen decoder in 4 bits (QLoRA): a third of the memory, slower steps", ("nf4",)
+    )
     device: str = dial("auto", "cpu, cuda, mps, or auto")
 
     def __post_init__(self) -> None:
@@ -256,6 +259,10 @@ class RunConfig:
     baselines: bool = dial(True, "fit majority, TF-IDF and frozen-feature baselines beside the model")
 
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
+
+    def __post_init__(self) -> None:
+        if self.model.quantize and self.lora.full:
+            raise UserError("--quantize or --full", "both: 4-bit weights do not train", "leave one of them out")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> RunConfig:

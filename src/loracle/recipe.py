@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
+from loracle.config import SATURATING, DataConfig, ModelConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
@@ -34,6 +34,7 @@ from loracle.model import assemble
 from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.depth import LowerLayers, keep_lower
+from loracle.model.int8 import Int8Scorer
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood
 from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
@@ -217,6 +218,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         pooling=model.pooling,
         head=model.head,
         depth=model.layers,
+        quantize=model.quantize,
         lora=None if config.lora.full else _lora(config),
         seed=seed,
     )
@@ -296,7 +298,7 @@ def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, 
     model = config.model
     base = resolve_base(model.model, model.revision)
     base_config = load_config(base.folder)
-    _check_weights_fit(base, pick_dtype(model.dtype, config.lora.full), pick_device(model.device))
+    _check_weights_fit(base, model, pick_dtype(model.dtype, config.lora.full))
     room = min(model.max_length, _positions(base_config))
     if room < model.max_length:
         say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
@@ -393,14 +395,19 @@ def _duration(seconds: float) -> str:
     return f"{max(1, round(seconds / size))} {unit}"
 
 
-def _check_weights_fit(base: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
-    wanted = weight_bytes(base.folder, dtype)
-    for place in {torch.device("cpu"), device}:  # they pass through the CPU's memory
+def _check_weights_fit(base: BaseModel, model: ModelConfig, dtype: torch.dtype) -> None:
+    """That the weights find room: whole ones in the CPU's memory, through which they pass, and then on the device."""
+    device = pick_device(model.device)
+    whole, small = (weight_bytes(base.folder, dtype, four_bit=four_bit) for four_bit in (False, True))
+    for place in {torch.device("cpu"), device}:
+        wanted = small if model.quantize and place.type != "cpu" else whole
         if wanted > (free := free_memory(place)):
+            four_bit = place.type == "cuda" and not model.quantize and small < free
             raise UserError(
                 f"{wanted / 1e9:.1f} GB for the weights of {base.source} on {place}",
                 f"{free / 1e9:.1f} GB free",
-                "pass a smaller --model or close what else runs",
+                (f"pass --quantize nf4 ({small / 1e9:.1f} GB)" if four_bit else "close what else runs")
+                + ", or pass a smaller --model",
             )
 
 
@@ -412,7 +419,7 @@ def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[
     return [[next(encoded) for _ in _texts(e)] for e in examples]
 
 
-def score_examples(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
     """Scores of each example's texts, ``float32 [n, C]`` each."""
     return _by_example(assemble.score(scorer, _flat(encoder, examples)), examples)
 
@@ -445,6 +452,7 @@ def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLaye
     if (below := decoder.config.num_hidden_layers - top) < 1:
         return None
     about = {"base": base.source, "revision": base.revision, "sha256": base.checksum()}
+    about |= {"quantize": config.model.quantize} if config.model.quantize else {}
     scorer.lower = keep_lower(decoder, below, about, limit=int(cache_gb * 1e9))
     return scorer.lower
 

@@ -139,9 +139,25 @@ def test_every_chunk_comes_out_of_the_tree_as_it_went_in(texts, share_from, firs
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 20))
 def test_rounds_keep_order_and_budget(sizes, budget):
-    rounds = list(micro_batches(sizes, budget))
+    units = [[text(tuple(100 * i + k for k in range(size)))] for i, size in enumerate(sizes)]
+    rounds = list(micro_batches(units, budget))
     totals = [sum(sizes[i] for i in chosen) for chosen in rounds]
     assert [i for chosen in rounds for i in chosen] == list(range(len(sizes)))
     assert all(total <= budget or len(chosen) == 1 for total, chosen in zip(totals, rounds, strict=True))
     # None could have taken the next round's first unit.
     assert all(t + sizes[after[0]] > budget for t, after in zip(totals, rounds[1:], strict=False))
+
+
+@given(batches(), st.sampled_from([None, 1, 2, 3]), st.integers(1, 20))
+def test_what_a_round_shares_counts_once(texts, share_from, budget):
+    rounds = list(micro_batches([[e] for e in texts], budget, share_from=share_from))
+    assert [i for chosen in rounds for i in chosen] == list(range(len(texts)))
+    packed = [pack([texts[i] for i in chosen], share_from=share_from).tokens for chosen in rounds]
+    assert all(n <= budget or len(chosen) == 1 for n, chosen in zip(packed, rounds, strict=True))
+
+
+def test_a_long_instruction_does_not_fill_the_rounds():
+    instruction = tuple(range(100, 300))
+    texts = [text((i, i + 1), instruction) for i in range(0, 60, 2)]
+    assert len(list(micro_batches([[e] for e in texts], 300))) == 1
+    assert len(list(micro_batches([[e] for e in texts], 300, share_from=None))) == 30

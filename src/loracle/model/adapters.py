@@ -50,8 +50,7 @@ def add_lora(
         modules_to_save=list(head_names(model)),
         use_rslora=rslora,
     )
-    config._register_custom_module({nn.Linear: LeanLinear})
-    return _join(get_peft_model(model, config))
+    return _join(get_peft_model(model, _lean(config, model)))
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> nn.Module:
@@ -61,8 +60,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         UserError: the adapter does not fit the base model.
     """
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config._register_custom_module({nn.Linear: LeanLinear})
+        config = _lean(LoraConfig.from_pretrained(str(folder)), model)
         return _join(PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable))
     except (RuntimeError, ValueError) as e:
         raise UserError(
@@ -72,11 +70,23 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
         ) from e
 
 
+def _lean(config: Any, model: Any) -> Any:
+    """Our layers in place of PEFT's, save around 4-bit weights, which PEFT's own know to read."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        config._register_custom_module({nn.Linear: LeanLinear})
+    return config
+
+
 def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
     """Write adapter and head in PEFT's format, naming the base model by where it can be had again."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub about the vocabulary
+
+
+def merge(model: Any) -> Any:
+    """The transformers model with its adapters added to its weights, and its trained head in place; no PEFT is left."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 class LeanLinear(PeftLinear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from loracle.data.examples import Task
 from loracle.errors import UserError
-from loracle.model.adapters import add_lora, load_adapter
+from loracle.model import nf4
+from loracle.model.adapters import add_lora, load_adapter, merge
 from loracle.model.backbone import head_names, load_config, load_sequence_classifier
+from loracle.model.int8 import Int8Scorer
 from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head
 from loracle.text.encode import Encoded
@@ -38,19 +41,21 @@ def new_scorer(
     pooling: str = "last",
     head: str = "linear",
     depth: int | None = None,
+    quantize: str | None = None,
     lora: dict | None = None,
     seed: int = 0,
 ) -> Scorer:
     """A base model with a fresh head and, unless ``lora`` is None (then every weight is trained), fresh adapters.
 
     Args:
-        folder: of the base model. depth: layers that are kept. lora: keywords of ``add_lora``. seed: of head and adapters.
+        folder: of the base model. depth: layers that are kept. quantize: ``nf4`` or None. lora: keywords of ``add_lora``.
+        seed: of head and adapters.
 
     Raises:
         UserError: the model cannot bear this head or these targets.
     """
     torch.manual_seed(seed)
-    model = _bare(folder, task, pad_token_id, dtype, head, depth)
+    model = _bare(folder, task, pad_token_id, dtype, head, depth, quantize, device)
     model = add_lora(model, **lora) if lora is not None else model
     return Scorer(model.to(device), pooling=pooling)
 
@@ -66,17 +71,57 @@ def load_scorer(
     pooling: str,
     head: str,
     depth: int | None = None,
+    quantize: str | None = None,
 ) -> Scorer:
     """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights."""
-    if (run / FULL_WEIGHTS).exists():
-        model = _bare(run, task, pad_token_id, dtype, head, depth)
-        model.load_state_dict(load_file(run / FULL_WEIGHTS))
-    else:
-        model = load_adapter(_bare(base, task, pad_token_id, dtype, head, depth), run)
+    model = _saved(base, run, task, pad_token_id, head, depth, dtype=dtype, quantize=quantize, device=device)
     return Scorer(model.to(device), pooling=pooling).eval()
 
 
-def score(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
+def load_merged(
+    base: Path,
+    run: Path,
+    task: Task,
+    *,
+    pad_token_id: int,
+    head: str,
+    depth: int | None = None,
+    quantize: str | None = None,
+) -> Any:
+    """The same as a plain transformers model in float32: adapters added to the weights, the trained head in place."""
+    cpu, plain = torch.device("cpu"), quantize is not None
+    return merge(
+        _saved(
+            base, run, task, pad_token_id, head, depth, dtype=torch.float32, quantize=quantize, device=cpu, plain=plain
+        )
+    ).eval()
+
+
+def _saved(
+    base: Path,
+    run: Path,
+    task: Task,
+    pad_token_id: int,
+    head: str,
+    depth: int | None,
+    *,
+    dtype: torch.dtype,
+    quantize: str | None,
+    device: torch.device,
+    plain: bool = False,
+) -> Any:
+    """What a run holds, in ``dtype``; ``plain``: with 4-bit weights written out."""
+    if (run / FULL_WEIGHTS).exists():
+        model = _bare(run, task, pad_token_id, dtype, head, depth)
+        model.load_state_dict(load_file(run / FULL_WEIGHTS))
+        return model
+    model = _bare(base, task, pad_token_id, dtype, head, depth, quantize, device)
+    if plain:
+        nf4.dequantise(model)
+    return load_adapter(model, run)
+
+
+def score(scorer: Scorer | Int8Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
     """Scores of encoded texts, ``float32 [E, C]``: the one way to evaluate, predict and rank.
 
     Texts of similar length go together, which the attention likes; results come back in the order given.
@@ -101,7 +146,10 @@ def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
 
 
 def in_rounds(
-    scorer: Scorer, function: Callable[[PackedBatch], Tensor], texts: Sequence[Encoded], micro_tokens: int = 4096
+    scorer: Scorer | Int8Scorer,
+    function: Callable[[PackedBatch], Tensor],
+    texts: Sequence[Encoded],
+    micro_tokens: int = 4096,
 ) -> np.ndarray:
     """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients.
 
@@ -111,7 +159,7 @@ def in_rounds(
     scorer.eval()
     results: list[np.ndarray] = []
     order = _order(texts)
-    limit = micro_tokens
+    limit = math.inf  # until memory runs out
 
     def run(part: list[int]) -> None:
         nonlocal limit
@@ -129,7 +177,7 @@ def in_rounds(
         run(part[len(part) // 2 :])
 
     with torch.inference_mode():
-        for part in micro_batches([texts[i].tokens for i in order], micro_tokens):
+        for part in micro_batches([[texts[i]] for i in order], micro_tokens, share_from=scorer.share_from):
             run(part)
     scorer.train(was_training)
     joined = np.concatenate(results)
@@ -144,7 +192,16 @@ def _order(texts: Sequence[Encoded]) -> list[int]:
     return sorted(range(len(texts)), key=lambda i: (heads[i], texts[i].tokens))
 
 
-def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head: str, depth: int | None = None) -> Any:
+def _bare(
+    folder: Path,
+    task: Task,
+    pad_token_id: int,
+    dtype: torch.dtype,
+    head: str,
+    depth: int | None = None,
+    quantize: str | None = None,
+    device: torch.device | None = None,
+) -> Any:
     """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
     if load_config(folder).model_type not in DECODERS:
         dtype = torch.promote_types(
@@ -170,6 +227,10 @@ def _bare(folder: Path, task: Task, pad_token_id: int, dtype: torch.dtype, head:
         model.score = mlp_head(model.config.hidden_size, len(task.label_names) or 1)
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
+    if quantize is not None:
+        if model.config.model_type not in DECODERS:
+            raise UserError("a decoder for --quantize", model.config.model_type, "leave out --quantize")
+        nf4.quantise(model, device or torch.device("cpu"))
     return model
 
 

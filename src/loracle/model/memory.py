@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from loracle.model.adapters import forget
+from loracle.model.nf4 import BITS
 
 EFFICIENCY = 0.5  # share of the machine's matrix rate that a whole step reaches (dev/LOG.md)
 
@@ -45,8 +46,8 @@ def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
     matrices = _matrices(scorer)
     layers = scorer.inner.config.num_hidden_layers
     share = min(layers, adapt_top or layers) / layers
-    everything = sum(p.numel() for p in matrices.values())
-    kept = sum(sum(p.shape) for name, p in matrices.items() if "lora_" not in name)
+    everything = sum(math.prod(_shape(p)) for p in matrices.values())
+    kept = sum(sum(_shape(p)) for name, p in matrices.items() if "lora_" not in name)
     return Need(
         fixed=sum(3 * p.numel() * p.element_size() for p in trained),
         per_token=int(1.2 * kept * share * next(scorer.inner.base_model.parameters()).element_size()),
@@ -61,14 +62,22 @@ def _matrices(scorer: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in base.named_parameters() if p.dim() == 2 and id(p) not in looked_up}
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the weights of a model folder take in memory as ``dtype``."""
-    total = 0
+def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+    """Of a 4-bit weight the shape that it stands for."""
+    rows, columns = getattr(matrix, "quant_state", matrix).shape
+    return rows, columns
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype, *, four_bit: bool = False) -> int:
+    """What the weights of a model folder take in memory as ``dtype``, or with those of the layers in 4 bits."""
+    total = 0.0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
-                total += math.prod(weights.get_slice(name).get_shape()) * dtype.itemsize
-    return total
+                shape = weights.get_slice(name).get_shape()
+                small = four_bit and len(shape) == 2 and ".layers." in f".{name}"
+                total += math.prod(shape) * (BITS / 8 if small else dtype.itemsize)
+    return int(total)
 
 
 def free_memory(device: torch.device) -> int:
@@ -83,9 +92,10 @@ def free_memory(device: torch.device) -> int:
 
 def matrix_rate(scorer: Any, seconds: float = 0.1) -> float:
     """Floating-point operations a second of the machine's own product with the largest of the model's matrices."""
-    w = max(_matrices(scorer).values(), key=torch.Tensor.numel).detach()
-    device = w.device
-    x = torch.randn(1024, w.shape[1], device=device).to(w.dtype)
+    shape = max(map(_shape, _matrices(scorer).values()), key=math.prod)
+    like = next(scorer.inner.base_model.parameters())
+    device = like.device
+    w, x = (torch.randn(rows, shape[1], device=device).to(like.dtype) for rows in (shape[0], 1024))
 
     def run(times: int) -> float:
         started = time.perf_counter()

@@ -161,20 +161,28 @@ class Scorer(nn.Module):
         return self.model(**self._rectangle(batch)).logits
 
     def _rectangle(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """What transformers' own forward takes: ids and mask, and token types where the model knows them."""
-        start, length = batch.start[batch.scored], batch.length[batch.scored]
+        """What transformers' own forward takes of ``rectangle``: token types only where the model knows them."""
+        inputs = rectangle(batch, self.inner.config.pad_token_id)
+        if "token_type_ids" not in inspect.signature(self.inner.forward).parameters:
+            inputs.pop("token_type_ids", None)
+        return {name: x.to(self.device) for name, x in inputs.items()}
 
-        def padded(tokens: np.ndarray, fill: int) -> Tensor:
-            rows = [torch.from_numpy(tokens[s : s + n]) for s, n in zip(start, length, strict=True)]
-            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(self.device)
 
-        inputs = {
-            "input_ids": padded(batch.input_ids, self.inner.config.pad_token_id),
-            "attention_mask": padded(np.ones_like(batch.input_ids), 0),
-        }
-        if batch.token_types is not None and "token_type_ids" in inspect.signature(self.inner.forward).parameters:
-            inputs["token_type_ids"] = padded(batch.token_types, 0)
-        return inputs
+def rectangle(batch: PackedBatch, pad_token_id: int) -> dict[str, Tensor]:
+    """The scored segments of a batch without shared ones, padded on the right: ids, mask and token types ``[S, L]``."""
+    start, length = batch.start[batch.scored], batch.length[batch.scored]
+
+    def padded(tokens: np.ndarray, fill: int) -> Tensor:
+        rows = [torch.from_numpy(tokens[s : s + n]) for s, n in zip(start, length, strict=True)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+    inputs = {
+        "input_ids": padded(batch.input_ids, pad_token_id),
+        "attention_mask": padded(np.ones_like(batch.input_ids), 0),
+    }
+    if batch.token_types is not None:
+        inputs["token_type_ids"] = padded(batch.token_types, 0)
+    return inputs
 
 
 def is_encoder(config) -> bool:

@@ -11,9 +11,12 @@ import numpy as np
 from loracle.errors import UserError
 from loracle.judge.metrics import probabilities
 from loracle.judge.spread import expected_lift, win_probability
+from loracle.model import int8
 from loracle.model.assemble import load_scorer, score
-from loracle.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
-from loracle.run.folder import read_calibration, read_info, verify
+from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.model.int8 import Int8Scorer
+from loracle.model.scorer import Scorer
+from loracle.run.folder import RunInfo, read_calibration, read_info, verify
 from loracle.text.encode import Encoder
 from loracle.text.template import check_contexts
 
@@ -36,6 +39,22 @@ class RankedTitle:
     lift_high: float | None = None
 
 
+def find_base(info: RunInfo, folder: Path, base: str | None = None) -> BaseModel:
+    """The base model that a run stands on, ``base`` if it has moved.
+
+    Raises:
+        UserError: it is not the one that was trained on.
+    """
+    found = resolve_base(base or info.base["source"], None if base else info.base.get("revision"))
+    if found.checksum() != info.base["sha256"]:
+        raise UserError(
+            f"the base model that {folder} was trained on ({info.base['source']})",
+            f"other weights in {found.folder}",
+            "point --base to the right one",
+        )
+    return found
+
+
 class Predictor:
     """A trained classifier or ranker, loaded from its run folder.
 
@@ -43,36 +62,35 @@ class Predictor:
         folder: what ``loracle train`` left.
         base: where the base model is now, if not where the run found it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        dtype: of a frozen decoder; by default the one that it was trained with.
 
     Raises:
         UserError: the folder is damaged or unfinished, or the base model is not the one that was trained on.
     """
 
-    def __init__(self, folder: str | Path, *, base: str | None = None, device: str = "auto"):
+    def __init__(self, folder: str | Path, *, base: str | None = None, device: str = "auto", dtype: str | None = None):
         self.folder = Path(folder)
         self.info = read_info(self.folder)
         verify(self.folder)
         self.task, model = self.info.task, self.info.config.model
         self.spread = read_calibration(self.folder)
-        found = resolve_base(base or self.info.base["source"], None if base else self.info.base.get("revision"))
-        if found.checksum() != self.info.base["sha256"]:
-            raise UserError(
-                f"the base model that {folder} was trained on ({self.info.base['source']})",
-                f"other weights in {found.folder}",
-                "point --base to the right one",
-            )
         tokenizer = load_tokenizer(self.folder)
-        self.scorer = load_scorer(
-            found.folder,
-            self.folder,
-            self.task,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype=pick_dtype(model.dtype, self.info.config.lora.full),
-            device=pick_device(device),
-            pooling=model.pooling,
-            head=model.head,
-            depth=model.layers,
-        )
+        self.scorer: Scorer | Int8Scorer
+        if (self.folder / int8.MODEL).exists():
+            self.scorer = Int8Scorer(self.folder, pad_token_id=tokenizer.pad_token_id)
+        else:
+            self.scorer = load_scorer(
+                find_base(self.info, self.folder, base).folder,
+                self.folder,
+                self.task,
+                pad_token_id=tokenizer.pad_token_id,
+                dtype=pick_dtype(dtype or model.dtype, self.info.config.lora.full),
+                device=pick_device(device),
+                pooling=model.pooling,
+                head=model.head,
+                depth=model.layers,
+                quantize=model.quantize,
+            )
         self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
 
     def scores(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:

@@ -86,15 +86,10 @@ def pack(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM, first
     Raises:
         ValueError: there is nothing to pack.
     """
-    chunks = [(e.chunks[i], e.starts[i], e.types[i] if e.types else None) for e in texts for i in range(len(e.chunks))]
+    chunks = _chunks(texts)
     if not chunks:
         raise ValueError("nothing to pack")
-    forest = _Forest()
-    splits = _shared_starts([(ids, start) for ids, start, _ in chunks], share_from)
-    chunk_node = [
-        forest.add(ids, start, (*split, len(ids)), types)
-        for (ids, start, types), split in zip(chunks, splits, strict=True)
-    ]
+    forest, chunk_node = _grown(chunks, share_from)
     scored, chunk_segment = np.unique(np.array(chunk_node), return_inverse=True)
     length = np.array([len(ids) for ids in forest.ids])
     start = np.concatenate(([0], np.cumsum(length)[:-1]))
@@ -117,21 +112,47 @@ def pack(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM, first
     )
 
 
-def micro_batches(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut a batch into rounds of at most ``budget`` tokens, in order; a unit larger than that goes alone.
+def micro_batches(
+    units: Sequence[Sequence[Encoded]], budget: int, *, share_from: int | None = SHARE_FROM
+) -> Iterator[list[int]]:
+    """Cut a batch into rounds of at most ``budget`` rows, in order; a unit larger than that goes alone.
 
-    ``sizes[i]`` is the number of tokens of unit ``i``: a text, or all titles of a group, whose loss needs them together.
+    A unit is a text, or all titles of a group, whose loss needs them together. What is shared counts once a round.
     """
+    forest, nodes = _grown(_chunks([e for unit in units for e in unit]), share_from)
+    each = iter(nodes)
+    paths = [{n for e in unit for _ in e.chunks for n in forest.path(next(each))} for unit in units]
     chosen: list[int] = []
+    held: set[int] = set()
     total = 0
-    for i, size in enumerate(sizes):
-        if chosen and total + size > budget:
+    for i, path in enumerate(paths):
+        more = forest.tokens(path - held)
+        if chosen and total + more > budget:
             yield chosen
-            chosen, total = [], 0
+            chosen, held, total = [], set(), 0
+            more = forest.tokens(path)
         chosen.append(i)
-        total += size
+        held |= path
+        total += more
     if chosen:
         yield chosen
+
+
+Chunk = tuple[tuple[int, ...], int, tuple[int, ...] | None]  # ids, where the text starts, token types
+
+
+def _chunks(texts: Sequence[Encoded]) -> list[Chunk]:
+    return [(e.chunks[i], e.starts[i], e.types[i] if e.types else None) for e in texts for i in range(len(e.chunks))]
+
+
+def _grown(chunks: Sequence[Chunk], share_from: int | None) -> tuple[_Forest, list[int]]:
+    """A forest of all chunks, and the last segment of each."""
+    forest = _Forest()
+    splits = _shared_starts([(ids, start) for ids, start, _ in chunks], share_from)
+    return forest, [
+        forest.add(ids, start, (*split, len(ids)), types)
+        for (ids, start, types), split in zip(chunks, splits, strict=True)
+    ]
 
 
 class _Forest:
@@ -160,6 +181,17 @@ class _Forest:
                 self.depth.append(begin)
             node, begin = self._known[key], end
         return node
+
+    def path(self, node: int) -> list[int]:
+        """A segment and those above it."""
+        found = [node]
+        while (node := self.parent[node]) != ROOT:
+            found.append(node)
+        return found
+
+    def tokens(self, nodes: set[int]) -> int:
+        """Of some segments."""
+        return sum(len(self.ids[n]) for n in nodes)
 
 
 def _shared_starts(chunks: Sequence[tuple[tuple[int, ...], int]], share_from: int | None) -> list[tuple[int, ...]]:

@@ -212,7 +212,8 @@ def _step(
     scorer = accelerator.unwrap_model(model)
     # Padding costs least among equals; a packed batch has none, and keeps its order.
     order = range(len(batch)) if scorer.packed else sorted(range(len(batch)), key=sizes.__getitem__)
-    rounds = [[order[i] for i in part] for part in micro_batches([sizes[i] for i in order], schedule.micro_tokens)]
+    parts = micro_batches([encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
+    rounds = [[order[i] for i in part] for part in parts]
     total_loss, count, tokens, computed = 0.0, 0.0, 0, 0
     for number, part in enumerate(rounds):
         packed = scorer.pack([e for i in part for e in encoded[i]])

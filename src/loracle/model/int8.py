@@ -1,0 +1,123 @@
+"""Scoring on a CPU in 8-bit integers, by OpenVINO: a run's model, adapters merged, converted once and opened without its base.
+
+Weights are rounded once, every output to its own scale; inputs as they come, in groups of ``GROUP`` numbers of one token, so
+that no text's score depends on what is scored beside it. OpenVINO's attention takes rectangles: texts are padded here, sorted
+by length, and an instruction before them is computed for each. Of the ways that were measured (dev/LOG.md, 2026-11-25) it
+is the fastest one that leaves labels as they are.
+
+Legend of shapes: N rows of a rectangle, L tokens of its longest, H hidden size, C labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loracle.errors import UserError
+from loracle.model.backbone import load_config
+from loracle.model.scorer import by_text, is_encoder, rectangle
+from loracle.text.encode import Encoded
+from loracle.text.packing import PackedBatch, pack
+
+MODEL = "openvino_model.xml"
+GROUP = 64  # numbers of a token that share a scale
+HINTS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP)}
+
+
+def convert(model: Any, folder: Path, *, pooling: str) -> None:
+    """Write a transformers sequence classifier, adapters merged, as ``openvino_model.xml`` and ``.bin``, and its config.
+
+    Raises:
+        UserError: the packages that convert are not installed.
+    """
+    openvino, nncf = _package("openvino"), _package("nncf")
+    nncf.set_log_level(logging.ERROR)
+    model.set_attn_implementation("sdpa")
+    padded = _Padded(model.float().eval(), pooling)
+    example = {name: torch.ones(2, 7, dtype=torch.long) for name in padded.inputs}
+    example |= {name: torch.tensor([at, at + 1]) for name, at in (("pool_from", 0), ("read_at", 5)) if name in example}
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # torch's tracer explains itself at length, and nncf draws its progress
+        whole = openvino.convert_model(padded, example_input=example)
+        for port, name in zip(whole.inputs, padded.inputs, strict=True):
+            port.get_tensor().set_names({name})
+        small = nncf.compress_weights(whole, mode=nncf.CompressWeightsMode.INT8_SYM)
+    openvino.save_model(small, folder / MODEL)
+    model.config.save_pretrained(folder)
+
+
+class Int8Scorer(nn.Module):
+    """What ``Scorer`` is to a run folder, to one that holds a converted model: packed batches in, float32 scores out."""
+
+    packed = False
+    share_from = None
+
+    def __init__(self, folder: Path, *, pad_token_id: int, threads: int | None = None):
+        super().__init__()
+        openvino = _package("openvino")
+        hints = HINTS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        self.compiled = openvino.Core().compile_model(folder / MODEL, "CPU", hints)
+        self.inputs = [port.get_any_name() for port in self.compiled.inputs]
+        self.encoder = is_encoder(load_config(folder))
+        self.pad_token_id = pad_token_id
+        self.device = torch.device("cpu")
+
+    def pack(self, texts: list[Encoded]) -> PackedBatch:
+        """Equal texts once; nothing else is shared."""
+        return pack(texts, share_from=self.share_from)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Scores of the batch's texts, ``float32 [E, C]``."""
+        given = rectangle(batch, self.pad_token_id)
+        begin = batch.start[batch.scored]
+        given["pool_from"] = torch.from_numpy(batch.pool_from - begin)
+        given["read_at"] = torch.from_numpy(batch.read_at - begin)
+        scores = self.compiled({name: given[name].numpy() for name in self.inputs})[0]
+        return by_text(torch.from_numpy(scores.copy()), batch)
+
+
+class _Padded(nn.Module):
+    """The model as OpenVINO is to see it: a rectangle in, scores out, pooled as the run does it.
+
+    A decoder's texts see nothing to their right, so padding there needs no mask.
+    """
+
+    def __init__(self, model: Any, pooling: str):
+        super().__init__()
+        self.model, self.mean = model, pooling == "mean"
+        if is_encoder(model.config):
+            typed = getattr(model.config, "type_vocab_size", 0) > 1
+            self.inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
+        else:
+            self.inputs = ["input_ids", *(["pool_from"] if self.mean else []), "read_at"]
+
+    def forward(  # every input by its name: OpenVINO's tracer passes over what a ** would take
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pool_from: Tensor | None = None,
+        read_at: Tensor | None = None,
+    ) -> Tensor:
+        if read_at is None:
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        seen = torch.ones_like(input_ids)
+        states = self.model.base_model(input_ids=input_ids, attention_mask=seen, use_cache=False).last_hidden_state
+        at, last = torch.arange(input_ids.shape[1])[None], read_at[:, None]
+        own = at == last if pool_from is None else (at >= pool_from[:, None]) & (at <= last)
+        return self.model.score((states * own[..., None]).sum(1) / own.sum(1, keepdim=True))
+
+
+def _package(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as e:
+        raise UserError(f"the package {name} for int8", "none installed", "run pip install 'loracle[int8]'") from e

@@ -1,0 +1,160 @@
+"""A run as a folder that others load: plain transformers (and so pipelines, vLLM, TEI), or OpenVINO in 8-bit integers.
+
+No export leaves this module untried: it is opened as its users open it, scores texts of the run's own test side, and is removed
+again where it does not give what the run gives.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loracle.errors import UserError
+from loracle.model import int8
+from loracle.model.assemble import load_merged
+from loracle.model.backbone import load_tokenizer
+from loracle.run import folder as run_folder
+from loracle.run.predictor import Predictor, find_base
+from loracle.text.template import needs_context
+
+FORMATS = ("transformers", "openvino")
+TRIED = 64  # texts that a float32 export must score as the run does
+COMPARED = 1000  # texts that an int8 export is compared on
+TOLERANCE = 1e-4
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
+Say = Callable[[str], None]
+
+
+def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say = print) -> Path:
+    """Write the run as ``to`` into ``out``, try it, and say what the format cannot carry.
+
+    Raises:
+        UserError: the folder is in use, or the format cannot hold this run; nothing is left then.
+    """
+    info = run_folder.read_info(run)
+    run_folder.verify(run)
+    if (run / int8.MODEL).exists():
+        raise UserError("a run that was trained", f"{run}, which is an export", "give the run that it was made from")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("an empty or new folder for --out", f"{out} with files in it", "pick another one")
+    kept = info.config.model
+    if to == "transformers" and (kept.head, kept.pooling) != ("linear", "last"):
+        what = "an MLP head" if kept.head != "linear" else "mean pooling"
+        raise UserError(
+            "a linear head on the last token, which is all that transformers' classes know",
+            what,
+            "export --to openvino, or train with --head linear --pooling last",
+        )
+    model = load_merged(
+        find_base(info, run, base).folder,
+        run,
+        info.task,
+        pad_token_id=load_tokenizer(run).pad_token_id,
+        head=kept.head,
+        depth=kept.layers,
+        quantize=kept.quantize,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        for pattern in TOKENIZER:
+            for path in run.glob(pattern):
+                shutil.copy2(path, out)
+        if to == "transformers":
+            model.save_pretrained(out)
+            del model
+            _try_transformers(run, out, base)
+            said = "the same scores as the run, float32, through transformers alone"
+        else:
+            int8.convert(model, out, pooling=kept.pooling)
+            del model
+            for name in (run_folder.RUN, run_folder.CALIBRATION):
+                if (run / name).exists():
+                    shutil.copy2(run / name, out)
+            run_folder.write_manifest(out)
+            said = _compare_int8(run, out, base)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    say(said)
+    for line in _lost(info, to):
+        say(f"note: {line}")
+    return out
+
+
+def _try_transformers(run: Path, out: Path, base: str | None) -> None:
+    """Open the export as anybody would and compare; over-long texts too, since those are what formats differ in."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    texts, contexts, _ = _sample(run, TRIED)
+    ours = Predictor(run, base=base, device="cpu", dtype="float32").scores(texts, contexts)
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
+    theirs = []
+    with torch.inference_mode():
+        for i in range(0, len(texts), 8):
+            pairs = (texts[i : i + 8],) if contexts is None else (contexts[i : i + 8], texts[i : i + 8])
+            given = tokenizer(*pairs, truncation=True if contexts is None else "only_second", padding=True)
+            theirs.append(model.eval()(**given.convert_to_tensors("pt")).logits.float().numpy())
+    worst = float(np.max(np.abs(ours - np.concatenate(theirs)) / np.maximum(1, np.abs(ours))))
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
+
+
+def _compare_int8(run: Path, out: Path, base: str | None) -> str:
+    """How often 8-bit scores say the same as the run's, and what that costs where labels are known."""
+    texts, contexts, rows = _sample(run, COMPARED)
+    exact, rounded = Predictor(run, base=base, device="cpu"), Predictor(out)
+    a, b = (p.scores(texts, contexts) for p in (exact, rounded))
+    if exact.task.kind == "rank":
+        same = _pairs_in_order(a[:, 0], b[:, 0], [row["group"] for row in rows])
+        return f"int8 orders {same:.1%} of the pairs of titles as the run does"
+    label = (lambda s: s > 0) if exact.task.kind == "multi" else (lambda s: s.argmax(1, keepdims=True))
+    line = (
+        f"int8 gives the labels of the run to {(label(a) == label(b)).all(1).mean():.1%} of {len(texts):,} test texts"
+    )
+    if exact.task.kind == "multi":
+        return line
+    right = [np.mean([exact.task.label_names[i] == row["label"] for i, row in zip(s.argmax(1), rows, strict=True)])
+             for s in (a, b)]  # fmt: skip
+    return f"{line}; accuracy {right[0]:.1%} before, {right[1]:.1%} with it"
+
+
+def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
+    """Share of the pairs within groups that both scores put into the same order."""
+    same = together = 0
+    for group in dict.fromkeys(groups):
+        at = np.array([g == group for g in groups])
+        first, second = np.triu_indices(int(at.sum()), 1)
+        agree = np.sign(a[at][first] - a[at][second]) == np.sign(b[at][first] - b[at][second])
+        same, together = same + int(agree.sum()), together + len(agree)
+    return same / together if together else 1.0
+
+
+def _sample(run: Path, most: int) -> tuple[list[str], list[str] | None, list[dict[str, str]]]:
+    """Texts of the run's test side, the last of them over-long; contexts where the template wants any; their rows."""
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
+        rows = [row for row, _ in zip(csv.DictReader(f), range(most), strict=False)]
+    info = run_folder.read_info(run)
+    texts = [row["text"] for row in rows]
+    if most == TRIED:
+        texts.append(" ".join(texts) * (1 + info.config.model.max_length // max(1, len(" ".join(texts).split()))))
+    return texts, texts[::-1] if needs_context(info.config.model.template) else None, rows
+
+
+def _lost(info: Any, to: str) -> list[str]:
+    """What the format cannot carry."""
+    lost = []
+    if to == "transformers" and info.config.model.long == "chunk":
+        lost.append("texts over --max-length are cut there, not scored in chunks")
+    if to == "transformers" and info.task.evidence == "clicks":
+        lost.append("win probabilities and lifts are not in it: it gives scores")
+    if to == "openvino":
+        lost.append(
+            "texts are padded there and an instruction is computed for each: bf16 may be faster behind a long one"
+        )
+    return lost

@@ -1,0 +1,85 @@
+"""A base in 4 bits: it learns, reloads exactly, keeps its head whole, and leaves as what it was trained as."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small import QUICK, labelled, write
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.data.examples import Task
+from loracle.errors import UserError
+from loracle.model import memory
+from loracle.model.assemble import new_scorer
+from loracle.run.export import export
+from loracle.run.predictor import Predictor
+
+pytest.importorskip("bitsandbytes", reason="the extra nf4 is not installed")
+TASK = Task(kind="single", label_names=("a", "b", "c"))
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+def scorer(folder, quantize, **more):
+    settings = {"pad_token_id": 0, "dtype": torch.bfloat16, "device": torch.device("cpu"), "lora": LORA}
+    return new_scorer(folder, TASK, quantize=quantize, **settings | more)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nf4")
+    config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
+    config |= {"out": str(folder / "run"), "quantize": "nf4", "epochs": 6.0, "dtype": "float32"}
+    return recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+
+
+def test_it_learns_and_says_so_after_a_reload(run):
+    predictor = Predictor(run)
+    assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]
+    kinds = {type(m).__name__ for m in predictor.scorer.inner.base_model.modules()}
+    assert "Linear4bit" in kinds  # nothing was silently left in 16 bits
+
+
+def test_only_layers_of_the_backbone_are_quantised(tiny_model):
+    small = scorer(tiny_model("llama"), "nf4")
+    dtypes = {name: p.dtype for name, p in small.named_parameters()}
+    four = {name for name, dtype in dtypes.items() if dtype == torch.uint8}
+    assert four
+    assert all(".layers." in name and "lora" not in name and "norm" not in name for name in four)
+    trained = {name for name, p in small.named_parameters() if p.requires_grad}
+    assert any("score" in name for name in trained)
+    assert {dtypes[name] for name in trained} == {torch.float32}
+
+
+def test_what_a_training_takes_is_counted_in_whole_weights(tiny_model):
+    whole, small = (memory.training_need(scorer(tiny_model("qwen2"), q)) for q in (None, "nf4"))
+    assert small.flops_per_token == whole.flops_per_token
+    assert small.per_token == whole.per_token
+    folder = tiny_model("qwen2")
+    assert memory.weight_bytes(folder, torch.bfloat16, four_bit=True) < memory.weight_bytes(folder, torch.bfloat16)
+
+
+def test_an_export_holds_the_weights_that_it_was_trained_on(run, tmp_path):
+    """``export`` compares with the 4-bit run to 1e-4 itself; the unquantised base would be far off."""
+    from transformers import AutoModelForSequenceClassification
+
+    out = export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert not [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert np.isfinite(model.score.weight.detach().numpy()).all()
+
+
+def test_what_cannot_be_quantised_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="a decoder for --quantize"):
+        scorer(tiny_model("bert"), "nf4", lora=None)
+    with pytest.raises(UserError, match="4-bit weights do not train"):
+        RunConfig.from_flat({"quantize": "nf4", "full": True})
+
+
+def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(UserError, match=r"pip install 'loracle\[nf4\]'"):
+        scorer(tiny_model("qwen2"), "nf4")

@@ -1,0 +1,133 @@
+"""What leaves loracle scores as the run does: through transformers alone, its pipeline, and in 8-bit integers."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from small import QUICK, labelled, pairs, several, write
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.errors import UserError
+from loracle.run import export as exporting
+from loracle.run.export import export
+from loracle.run.predictor import Predictor
+
+TEXTS = ["good day", "bad " * 300, "so — naïve 标题", "<|im_end|> good"]
+KINDS = {"single": labelled, "multi": several, "rank": pairs}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """Runs by kind of task, base model and further settings, each trained once."""
+    known = {}
+
+    def train(kind, base="qwen2", **more):
+        key = (kind, base, *sorted(more.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp(f"{kind}-{base}")
+            config = QUICK | {"data": str(write(folder / "a.jsonl", KINDS[kind]())), "model": str(tiny_model(base))}
+            known[key] = recipe.train(
+                RunConfig.from_flat(config | {"out": str(folder / "run"), "max_length": 64} | more),
+                say=lambda line: None,
+                quiet=True,
+            )
+        return known[key]
+
+    return train
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_of_transformers_says_what_the_run_says(trained, tmp_path, kind):
+    from transformers import pipeline
+
+    run = trained(kind, dtype="float32")
+    out = export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    scorer = pipeline("text-classification", model=str(out), device="cpu")
+    found = scorer(TEXTS, truncation=True, top_k=None, batch_size=2)
+    predictor = Predictor(run)
+    expected = predictor.scores(TEXTS) if kind == "rank" else predictor.predict_proba(TEXTS)
+    names = predictor.task.label_names or ("LABEL_0",)
+    got = [[next(d["score"] for d in of_text if d["label"] == name) for name in names] for of_text in found]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01  # a constant model would agree with anything
+
+
+@pytest.mark.parametrize("base", ["llama", "gemma3_text", "bert", "roberta"])
+def test_every_family_goes_through_plain_transformers(trained, tmp_path, base):
+    more = {"full": True} if base in ("bert", "roberta") else {}
+    out = export(trained("single", base, **more), tmp_path / "plain", "transformers", say=lambda line: None)
+    assert (out / "model.safetensors").exists()  # and it was compared: see the next test
+
+
+def test_an_export_that_differs_is_no_export(trained, tmp_path, monkeypatch):
+    merged = exporting.load_merged
+
+    def broken(*args, **more):
+        model = merged(*args, **more)
+        model.score.weight.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(exporting, "load_merged", broken)
+    with pytest.raises(RuntimeError, match="does not score as"):
+        export(trained("single"), tmp_path / "plain", "transformers")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_what_a_plain_class_cannot_hold_is_refused_with_the_reason(trained, tmp_path):
+    for more, reason in (({"pooling": "mean"}, "mean pooling"), ({"head": "mlp"}, "an MLP head")):
+        with pytest.raises(UserError, match=reason):
+            export(trained("single", **more), tmp_path / "plain", "transformers")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_folder_in_use_and_an_export_are_refused(trained, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"thesis|files in it"):
+        export(trained("single"), tmp_path / "mine", "transformers")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+EIGHT = {
+    "last": ("single", "qwen2", {}), "mean": ("rank", "llama", {"pooling": "mean"}), "mlp": ("multi", "qwen2", {"head": "mlp"}),
+    "windows": ("single", "gemma3_text", {}), "encoder": ("single", "bert", {"full": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", EIGHT)
+def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_path, how):
+    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    kind, base, more = EIGHT[how]
+    run = trained(kind, base, **more)
+    said = []
+    out = export(run, tmp_path / "eight", "openvino", say=said.append)
+    exact, rounded = Predictor(run).scores(TEXTS), Predictor(out).scores(TEXTS)
+    spread = np.abs(exact).max()
+    assert 0 < np.abs(exact - rounded).max() < 0.1 * spread
+    alone = np.concatenate([Predictor(out).scores([text]) for text in TEXTS])
+    np.testing.assert_allclose(alone, rounded, atol=0.01 * spread)
+    assert "int8" in said[0]
+    with pytest.raises(UserError, match="which is an export"):
+        export(out, tmp_path / "again", "openvino")
+
+
+def test_int8_is_a_run_folder_that_predict_takes(trained, tmp_path):
+    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    from click.testing import CliRunner
+
+    from loracle.cli import main
+
+    run, data = trained("single"), tmp_path / "new.csv"
+    data.write_text("text\n" + "\n".join(["good number 3", "bad number 4"]) + "\n")
+    done = CliRunner().invoke(main, ["export", str(run), "--to", "openvino", "-o", str(tmp_path / "eight")])
+    assert done.exit_code == 0, done.output
+    assert "test texts; accuracy" in done.output
+    done = CliRunner().invoke(main, ["predict", str(tmp_path / "eight"), str(data), "-o", str(tmp_path / "out.csv")])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "out.csv").open() as f:
+        assert [row["predicted"] for row in csv.DictReader(f)] == Predictor(run).predict(
+            ["good number 3", "bad number 4"]
+        )
