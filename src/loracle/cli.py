@@ -534,10 +534,12 @@ def _windows(rows: Any, size: int) -> Any:
 
 def _calm() -> None:
     """Keep the libraries' notices, meant for developers, from the user's terminal."""
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it wherever it is installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
