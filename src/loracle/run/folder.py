@@ -4,7 +4,8 @@ adapter_model.safetensors, adapter_config.json   PEFT's own format, the head inc
 tokenizer.json, tokenizer_config.json            with the template baked in
 run.toml                                         configuration, task, base model, how plain PEFT opens it
 metrics.json, predictions.csv, log.jsonl         what it is worth
-calibration.json                                 what a ranker's scores mean: slope and residual spread (click logs only)
+report.html, report.json                         the same as a page, and every figure on it
+calibration.json                                 what scores mean: temperature or thresholds; slope and spread (clicks)
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """
@@ -27,10 +28,12 @@ from loracle.config import RunConfig
 from loracle.data.examples import Task
 from loracle.errors import UserError
 from loracle.hub import checksum
+from loracle.judge.calibrate import Calibration
 from loracle.judge.spread import Spread
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
 CALIBRATION = "calibration.json"
+MEANINGS: dict[str, type[Calibration | Spread]] = {"classifier": Calibration, "clicks": Spread}
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
@@ -59,20 +62,23 @@ def write_info(folder: Path, info: RunInfo) -> None:
     write_text(folder / RUN, tomli_w.dumps(_without_none(document)))
 
 
-def write_calibration(folder: Path, spread: Spread) -> None:
-    """What scores mean, fitted on validation groups; a standard error that nothing tells is null."""
-    known = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(spread).items()}
-    write_text(folder / CALIBRATION, json.dumps(known, indent=1))
+def write_calibration(folder: Path, meaning: Calibration | Spread) -> None:
+    """What scores mean, fitted on validation examples: its kind and its fields. What nothing tells (NaN) is null."""
+    (kind,) = (name for name, made in MEANINGS.items() if isinstance(meaning, made))
+    fields = dataclasses.asdict(meaning).items()
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
+    write_text(folder / CALIBRATION, json.dumps({"kind": kind, **known}, indent=1))
 
 
-def read_calibration(folder: Path) -> Spread | None:
-    """What scores mean, or None where the run learnt from no clicks."""
+def read_calibration(folder: Path) -> Calibration | Spread | None:
+    """What scores mean, or None where nothing told: rankers of pairs or grades, and runs from before there was any."""
     path = folder / CALIBRATION
     if not path.exists():
         return None
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    known |= {name: math.nan for name, value in known.items() if value is None}
-    return Spread(**known)
+    made = MEANINGS[known.pop("kind", "clicks")]  # the first runs knew no other kind
+    plain = {k: math.nan if v is None else tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    return made(**plain)
 
 
 def read_info(folder: Path) -> RunInfo:
