@@ -153,7 +153,9 @@ def predict(
     if unread:
         click.echo(f"note: {unread:,} rows without a text have no label", err=True)
     if abstain_below:
-        click.echo(f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label", err=True)
+        click.echo(
+            f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label", err=True
+        )
 
 
 def _predict_window(

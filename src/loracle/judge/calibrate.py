@@ -71,10 +71,8 @@ def fit_threshold(proba: Array, true: np.ndarray, *, precision: float | None = N
     lower = np.append(proba[order][1:], 0.0)
     cuts = (proba[order] + lower) / 2
     apart = proba[order] > lower  # equal probabilities are given together or not at all
-    if precision is None:
-        worth = 2 * found / (given + true.sum())
-    else:
-        worth = np.where(found / given >= precision, found, -1.0)
+    f1, precise = 2 * found / (given + true.sum()), found / given
+    worth = f1 if precision is None else np.where(precise >= precision, found, -1.0)
     best = worth[apart].max()
     if best <= 0:
         return 1.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from loracle.errors import UserError
-from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
 from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
 from loracle.judge.spread import Spread, expected_lift, win_probability
 from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import load_tokenizer, pick_device, pick_dtype, resolve_base
