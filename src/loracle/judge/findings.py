@@ -89,7 +89,7 @@ def findings(
     calibration: Calibration | None,
 ) -> dict[str, Any]:
     """All that the test side shows; ``rivals`` are the baselines' scores of it."""
-    found = {
+    found: dict[str, Any] = {
         "task": task.kind,
         "verdict": verdict(scores, rivals, metrics, examples, task),
         "headline": headline_metric(task),
@@ -159,7 +159,7 @@ def confusion(predicted: np.ndarray, targets: np.ndarray, names: Sequence[str]) 
     whole = len(shown) == len(names)
     pairs = [(int(wrong[i, j]), int(i), int(j)) for i, j in np.argwhere(wrong)]
     return {
-        "labels": [names[i] for i in shown] + ([] if whole else [f"{len(names) - len(shown)} others"]),
+        "labels": [names[i] for i in shown.tolist()] + ([] if whole else [f"{len(names) - len(shown)} others"]),
         "counts": (grouped[:-1, :-1] if whole else grouped).tolist(),
         "pairs": [
             {"count": n, "true": names[i], "predicted": names[j]} for n, i, j in sorted(pairs, key=lambda p: -p[0])[:10]
@@ -217,7 +217,7 @@ def suspect_rows(proba: Array, targets: np.ndarray, examples: Sequence[LabeledTe
 def training_suspects(examples: Sequence[LabeledText], task: Task, *, seed: int) -> dict[str, Any]:
     """The same on the training side, by cross-validation of a TF-IDF classifier on at most ``SEARCHED`` texts."""
     order = np.sort(np.random.default_rng(seed).permutation(len(examples))[:SEARCHED])
-    some = [examples[i] for i in order]
+    some = [examples[i] for i in order.tolist()]
     targets = target_array(some, task)
     return suspect_rows(out_of_fold([e.text for e in some], targets, task, seed=seed), targets, some, task)
 

@@ -45,7 +45,7 @@ def out_of_fold(texts: Sequence[str], targets: np.ndarray, task: Task, *, seed: 
     fold[np.lexsort((np.random.default_rng(seed).random(len(texts)), targets))] = np.arange(len(texts)) % FOLDS
     proba = np.empty((len(texts), len(task.label_names)))
     for k in range(min(FOLDS, len(texts))):
-        held, seen = (np.flatnonzero(side) for side in (fold == k, fold != k))
+        held, seen = (np.flatnonzero(side).tolist() for side in (fold == k, fold != k))
         logits = tfidf_classifier([texts[i] for i in seen], targets[seen], [texts[i] for i in held], task)
         proba[held] = probabilities(logits, task)
     return proba
