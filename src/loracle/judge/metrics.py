@@ -94,15 +94,17 @@ def calibration_error(confidence: Array, right: Array) -> float:
     return float(np.abs(np.bincount(calibration_bins(confidence), weights=confidence - right)).sum() / len(right))
 
 
-def calibration_band(proba: Array, *, seed: int = 0) -> Interval:
+def calibration_band(proba: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
     """The error that texts so many show though every probability is true: mean and 95 % band over simulated labels.
 
-    Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977).
+    Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977). Rows of equal
+    ``groups`` are copies, which are right or wrong together.
     """
+    unit, units = _units(groups, len(proba))
     confidence = proba.max(axis=1)
     rng = np.random.default_rng(seed)
     # The label is the likeliest one with just that probability, so no other one need be drawn.
-    drawn = [calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(REPLICATES)]
+    drawn = [calibration_error(confidence, rng.random(units)[unit] < confidence) for _ in range(REPLICATES)]
     return _interval(float(np.mean(drawn)), np.array(drawn))
 
 
@@ -150,7 +152,10 @@ def classification_metrics(
     right = (logits.argmax(axis=1) == targets).astype(np.float64)
     after, before = (probabilities(logits, task, c) for c in (meaning, UNCALIBRATED))
     error, error_before = (calibration_error(p.max(axis=1), right) for p in (after, before))
-    found |= {"ece": Interval(error, np.nan, np.nan), "ece_if_calibrated": calibration_band(after, seed=seed)}
+    found |= {
+        "ece": Interval(error, np.nan, np.nan),
+        "ece_if_calibrated": calibration_band(after, groups=groups, seed=seed),
+    }
     if calibration is None:
         del found["log_loss_uncalibrated"]
         return {**found}
