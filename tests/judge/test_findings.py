@@ -28,10 +28,11 @@ def made(n=300, c=4, *, strength=2.0, seed=0, kind="single"):
     rng = np.random.default_rng(seed)
     task = Task(kind=kind, label_names=NAMES[:c])
     has = np.eye(c, dtype=bool)[rng.integers(c, size=n)] if kind == "single" else rng.random((n, c)) < 0.3
+    texts = [f"{'текст' if i % 5 == 0 else 'text'} {i} {'long ' * (i % 7)}" for i in range(n)]
     examples = [
-        LabeledText(text=f"{'текст' if i % 5 == 0 else 'text'} {i} {'long ' * (i % 7)}", labels=tuple(np.flatnonzero(row).tolist()), row=i)
-        for i, row in enumerate(has)
-    ]  # fmt: skip
+        LabeledText(text=text, labels=tuple(np.flatnonzero(row).tolist()), row=i)
+        for i, (text, row) in enumerate(zip(texts, has, strict=True))
+    ]
     examples[0] = LabeledText(text=HOSTILE, labels=examples[0].labels, row=0)
     scores = rng.normal(size=(n, c)) + strength * has
     scores[0] = -20 * has[0]  # the worst error of all, so that its text is listed
@@ -67,11 +68,8 @@ def report(task, examples, scores, rivals, calibration=None):
 )
 def test_the_verdict_is_the_paired_interval(strength, beats, words):
     task, examples, scores = made(strength=strength)
-    rival, poor = (made(strength=k, seed=1)[2] for k in (1.5, 0.0))
-    # The rival answers for the same texts: labels are drawn by another seed there, so its scores are moved to them.
-    targets = target_array(examples, task)
-    rng = np.random.default_rng(5)
-    rival = list((rng.normal(size=(300, 4)) + 1.5 * np.eye(4)[targets])[:, None])
+    targets, rng = target_array(examples, task), np.random.default_rng(5)
+    poor, rival = (list((rng.normal(size=(300, 4)) + k * np.eye(4)[targets])[:, None]) for k in (0, 1.5))
     found = report(task, examples, scores, {"poor": poor, "other": rival})["verdict"]
     own, others = ((np.concatenate(s).argmax(1) == targets).mean() for s in (scores, rival))
     assert found["baseline"] == "other"
@@ -145,9 +143,10 @@ def test_slices_by_counting():
     assert cyrillic["accuracy"]["value"] == pytest.approx(right[held].mean())
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [("hello мир", "latin"), ("привет", "cyrillic"), ("新闻 abc 标题题", "cjk"), ("12 !", "none"), ("한국어", "hangul")]
-)  # fmt: skip
+SCRIPTS = {"hello мир": "latin", "привет": "cyrillic", "新闻 abc 标题题": "cjk", "12 !": "none", "한국어": "hangul"}
+
+
+@pytest.mark.parametrize(("text", "name"), SCRIPTS.items())
 def test_script(text, name):
     assert of.script(text) == name
 
