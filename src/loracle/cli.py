@@ -116,9 +116,17 @@ def train(data: str | None, resume: Path | None, **given: Any) -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal"
 )
+@click.option(
+    "--abstain-below",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="give no label to rows whose highest probability is below this; they are counted",
+)
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
-def predict(run: Path, data: str, out: Path | None, base: str | None, device: str, **columns: Any) -> None:
+def predict(
+    run: Path, data: str, out: Path | None, abstain_below: float, base: str | None, device: str, **columns: Any
+) -> None:
     """Label every row of DATA with the classifier in RUN: the columns as they were, then predicted and p(…)."""
     from loracle.data.columns import infer_text_column
     from loracle.data.schema import iter_texts
@@ -138,11 +146,16 @@ def predict(run: Path, data: str, out: Path | None, base: str | None, device: st
     predictor = Predictor(run, base=base, device=device)
     names = [_free(name, table.columns) for name in ("predicted", *(f"p({n})" for n in info.task.label_names))]
     with open_output(out) as write:
-        unread = 0
+        unread = unsure = 0
         for rows in _windows(iter_texts(table, found), WINDOW):
-            unread += _predict_window(predictor, rows, table.columns, names, write)
+            counts = _predict_window(predictor, rows, table.columns, names, write, abstain_below)
+            unread, unsure = unread + counts[0], unsure + counts[1]
     if unread:
         click.echo(f"note: {unread:,} rows without a text have no label", err=True)
+    if abstain_below:
+        click.echo(
+            f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label", err=True
+        )
 
 
 def _predict_window(
@@ -151,18 +164,21 @@ def _predict_window(
     columns: tuple[str, ...],
     names: list[str],
     write: Callable[[dict[str, Any]], None],
-) -> int:
-    """Label some rows; returns how many had no text."""
+    abstain_below: float,
+) -> tuple[int, int]:
+    """Label some rows; returns how many had no text, and of how many the highest probability was too low."""
     readable = [(text, context) for _, _, text, context in rows if text is not None]
-    proba = iter(predictor.predict_proba([t for t, _ in readable], [c for _, c in readable]))
+    known = predictor.predict_proba([t for t, _ in readable], [c for _, c in readable])
+    unsure = known.max(1) < abstain_below
+    proba = iter(zip(known, predictor.names(known), unsure, strict=True))
     for _, row, text, _ in rows:
         cells: list[Any] = [None] * len(names)
         if text is not None:
-            p = next(proba)
-            (label,) = predictor.names(p[None])
-            cells = ["|".join(label) if isinstance(label, list) else label, *(round(float(v), 6) for v in p)]
+            p, label, silent = next(proba)
+            shown = "" if silent else "|".join(label) if isinstance(label, list) else label
+            cells = [shown, *(round(float(v), 6) for v in p)]
         write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
-    return len(rows) - len(readable)
+    return len(rows) - len(readable), int(unsure.sum())
 
 
 def _free(name: str, taken: tuple[str, ...]) -> str:
@@ -325,7 +341,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
 
     predictor = Predictor(run, base=base, device=device)
     scores = recipe.score_examples(predictor.scorer, predictor.encoder, examples.items)
-    metrics = recipe.measure(scores, examples.items, info.task)
+    metrics = recipe.measure(scores, examples.items, info.task, predictor.calibration)
     if as_json:
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return

@@ -206,6 +206,13 @@ class TrainConfig:
     class_weights: str = dial(
         "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
     )
+    wanted_precision: float | None = dial(
+        None,
+        "of several labels a text, each is given only where validation texts say it is right this often; "
+        "by default where its F1 is highest",
+        above=0,
+        below=1,
+    )
     saturation: float | None = dial(
         None,
         "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates; by default fitted on validation groups",

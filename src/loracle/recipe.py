@@ -25,7 +25,18 @@ from loracle.data.splits import split
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
-from loracle.judge.metrics import as_json, classification_metrics, headline_metric, probabilities, target_array
+from loracle.judge.calibrate import Calibration, fit_calibration
+from loracle.judge.findings import curves, findings, training_suspects
+from loracle.judge.metrics import (
+    UNCALIBRATED,
+    as_json,
+    classification_metrics,
+    given_labels,
+    headline_metric,
+    probabilities,
+    target_array,
+)
+from loracle.judge.page import render
 from loracle.judge.probe import Depth, by_depth, choose, ridge, verdict
 from loracle.judge.ranking import rank_metrics
 from loracle.judge.report import ceiling_line, markdown_table, result_rows, summary
@@ -243,11 +254,11 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
-    results: dict[str, Any] = {}
+    rivals: dict[str, list[np.ndarray]] = {}
     if config.baselines:
         count = sum(len(_texts(e)) for e in _some(data.train, seed))
         say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
+        rivals = score_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
 
     # Training; the best look at the validation examples wins.
     outcome = fit(
@@ -264,7 +275,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
 
     # What the scores mean is settled on the validation examples too.
-    spread = fit_meaning(scorer, encoder, data)
+    meaning = fit_meaning(scorer, encoder, data, config.train.wanted_precision)
+    if isinstance(meaning, Calibration):
+        say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(meaning, task)}")
 
     # The test examples, once.
     scores = score_examples(scorer, encoder, data.test)
@@ -273,20 +286,21 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         "base": base.note or base.source,
         "train": _speed(outcome, time.perf_counter() - started),
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
-        "calibration": {"slope": spread.slope, "spread": spread.spread} if spread else None,
-        "test": measure(scores, data.test, task),
-        "baselines": results,
+        "calibration": _meaning(meaning),
+        "test": measure(scores, data.test, task, meaning),
+        "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
-    if spread:
-        run_folder.write_calibration(folder, spread)
-    save(folder, config, scorer, base, data, scores, metrics)
+    if meaning:
+        run_folder.write_calibration(folder, meaning)
+    write_report(folder, data, scores, rivals, metrics, meaning)
+    save(folder, config, scorer, base, data, scores, metrics, meaning)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say("")
     say(summary(metrics, task.kind, base.note))
-    say(f"\nrun folder: {folder}")
+    say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
     return folder
 
 
@@ -435,12 +449,16 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
     return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
 
 
-def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -> dict[str, Any]:
-    """Metrics with intervals, as JSON has them."""
+def measure(
+    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, meaning: Calibration | Spread | None = None
+) -> dict[str, Any]:
+    """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
     if task.kind == "rank":
         return as_json(rank_metrics([s[:, 0] for s in scores], examples))
     same = [e.identity for e in examples]
-    return as_json(classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same))
+    calibration = meaning if isinstance(meaning, Calibration) else None
+    targets = target_array(examples, task)
+    return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
 
 
 def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
@@ -464,6 +482,8 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     unexplained is not far from what a model will, and it costs a second.
     """
     task, schedule = data.task, config.train
+    if schedule.wanted_precision is not None and task.kind != "multi":
+        raise UserError("several labels a text for --wanted-precision", "another task", "leave it out")
     name = resolve_loss(task, schedule.loss, click_rate(data.train) if task.evidence == "clicks" else 0.0)
     if task.kind != "rank":
         weights = class_weights(data.train, task, schedule.class_weights)
@@ -487,18 +507,26 @@ def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
     return float(np.clip(titles / (spread.spread**2 * (1 - rate)), *SATURATION))
 
 
-def fit_meaning(scorer: Scorer, encoder: Encoder, data: Data) -> Spread | None:
-    """How much a point of score moves the log-odds of a click, and how far titles differ beyond it; only clicks tell."""
-    if data.task.evidence != "clicks":
+def fit_meaning(
+    scorer: Scorer, encoder: Encoder, data: Data, precision: float | None = None
+) -> Calibration | Spread | None:
+    """What scores mean. A classifier's: temperature or thresholds. Of clicks: how much a point of score moves the log-odds
+    of one, and how far titles differ beyond it. Of pairs and grades: nothing that could be told.
+    """
+    if data.task.kind == "rank" and data.task.evidence != "clicks":
         return None
-    spread = fit_spread(data.validation, [s[:, 0] for s in score_examples(scorer, encoder, data.validation)])
+    scores = score_examples(scorer, encoder, data.validation)
+    if data.task.kind != "rank":
+        targets = target_array(data.validation, data.task)
+        return fit_calibration(np.concatenate(scores), targets, data.task, precision=precision)
+    spread = fit_spread(data.validation, [s[:, 0] for s in scores])
     return spread if spread.groups else None
 
 
-def measure_baselines(
+def score_baselines(
     data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int, say: Say
-) -> dict[str, Any]:
-    """What simpler methods reach on the same split, with the same loss when ranking."""
+) -> dict[str, list[np.ndarray]]:
+    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking."""
     task, some = data.task, _some(data.train, seed)
     seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
     if task.kind == "rank":
@@ -513,7 +541,7 @@ def measure_baselines(
             ranked["untuned"] = _by_example(untuned, data.test)
         except NoLikelihoodError as e:
             say(f"note: no untuned baseline, {e}")
-        return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
+        return {name: [s[:, None] for s in scores] for name, scores in ranked.items()}
     targets = target_array(data.train, task)
     words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
     found = {
@@ -523,7 +551,26 @@ def measure_baselines(
             np.concatenate(seen), target_array(some, task), np.concatenate(unseen), task, seed=seed
         ),
     }
-    return {name: measure(list(scores[:, None]), data.test, task) for name, scores in found.items()}
+    return {name: list(scores[:, None]) for name, scores in found.items()}
+
+
+def write_report(
+    folder: Path,
+    data: Data,
+    scores: list[np.ndarray],
+    rivals: dict[str, list[np.ndarray]],
+    metrics: dict[str, Any],
+    meaning: Calibration | Spread | None,
+) -> None:
+    """``report.json`` and the page that shows it."""
+    task, info = data.task, run_folder.read_info(folder)
+    calibration = meaning if isinstance(meaning, Calibration) else None
+    report = findings(scores, data.test, task, metrics, rivals, calibration)
+    if "suspects" in report and rivals:
+        report["suspects"]["train"] = training_suspects(data.train, task, seed=info.config.train.seed)
+    report |= {"run": run_folder.facts(folder, info, data.issues), "curves": curves(folder / "log.jsonl")}
+    run_folder.write_text(folder / run_folder.REPORT, json.dumps(report, indent=1, ensure_ascii=False))
+    run_folder.write_text(folder / run_folder.PAGE, render(report))
 
 
 def save(
@@ -534,6 +581,7 @@ def save(
     data: Data,
     scores: list[np.ndarray],
     metrics: dict,
+    meaning: Calibration | Spread | None,
 ) -> None:
     """Everything that a run leaves; the manifest last, which is what says that it is whole."""
     if config.lora.full:
@@ -542,7 +590,7 @@ def save(
         kind, _, name = base.source.partition(":")
         save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
-    _write_predictions(folder / "predictions.csv", data, scores)
+    _write_predictions(folder / "predictions.csv", data, scores, meaning)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
     run_folder.write_manifest(folder)
 
@@ -682,7 +730,9 @@ def _lengths(encoder: Encoder, data: Data) -> dict[str, float]:
     return {"count": texts, "tokens": total, "mean": total / texts, "max": most, "over_length": over}
 
 
-def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray]) -> None:
+def _write_predictions(
+    path: Path, data: Data, scores: Sequence[np.ndarray], meaning: Calibration | Spread | None
+) -> None:
     with path.open("w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         if data.task.kind == "rank":
@@ -691,12 +741,12 @@ def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray]) -> 
                 assert isinstance(e, RankGroup)
                 out.writerows((row, e.group, t, f"{v:.6g}") for row, t, v in zip(e.rows, e.texts, s[:, 0], strict=True))
             return
-        names = data.task.label_names
+        names, calibration = data.task.label_names, meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        proba = probabilities(np.concatenate(scores), data.task, calibration)
         out.writerow(["row", "text", "label", "predicted", "probability"])
-        for e, p in zip(data.test, probabilities(np.concatenate(scores), data.task), strict=True):
+        for e, p, given in zip(data.test, proba, given_labels(proba, data.task, calibration), strict=True):
             assert isinstance(e, LabeledText)
-            given = np.flatnonzero(p > 0.5) if data.task.kind == "multi" else [p.argmax()]
-            shown = ["|".join(names[i] for i in some) for some in (e.labels, given)]
+            shown = ["|".join(names[i] for i in some) for some in (e.labels, np.flatnonzero(given))]
             out.writerow([e.row, e.text, *shown, f"{p.max():.6g}"])
 
 
@@ -729,6 +779,23 @@ def _absolute(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config, data=data, model=dataclasses.replace(config.model, model=whole(config.model.model) or "")
     )
+
+
+def _meaning(meaning: Calibration | Spread | None) -> dict[str, Any] | None:
+    """What metrics.json says of it; calibration.json holds all of it."""
+    if isinstance(meaning, Spread):
+        return {"slope": meaning.slope, "spread": meaning.spread}
+    return dataclasses.asdict(meaning) if meaning else None
+
+
+def _calibrated(calibration: Calibration, task: Task) -> str:
+    """What was fitted, in a line; labels that can never be given are named."""
+    if task.kind == "single":
+        return f"temperature {calibration.temperature:.3g}"
+    thresholds = calibration.thresholds
+    never = [name for name, t in zip(task.label_names, thresholds, strict=True) if t >= 1]
+    line = f"labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
+    return line + (f"; {', '.join(never)} never, as no threshold is precise enough" if never else "")
 
 
 def _unit(task: Task) -> str:

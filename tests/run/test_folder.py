@@ -17,8 +17,8 @@ from loracle.errors import UserError
 from loracle.run.folder import RunInfo, read_info, verify, write_info, write_manifest
 
 FILES = (
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "metrics.json", "predictions.csv",
-    "run.toml", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "log.jsonl", "metrics.json",
+    "predictions.csv", "report.html", "report.json", "run.toml", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 
 
