@@ -245,6 +245,54 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    """Who else is trained on the same split, as ``loracle compare`` does it."""
+
+    against: str = dial(
+        "tfidf,frozen",
+        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models",
+    )
+    price_per_hour: float | None = dial(
+        None, "what an hour of this machine costs; without it the table has hours per million texts", above=0
+    )
+    encoder_full: bool = dial(True, "train every weight of BERT-type encoders, whatever the decoders get")
+    encoder_lr: float | None = dial(
+        None, "peak learning rate of encoders with --encoder-full; by default derived from the model's width", above=0
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig:
+    """How often a training is repeated, as ``loracle validate`` does it."""
+
+    folds: int | None = dial(None, "parts of the data, each held out once as the test side of a run", least=2)
+    seeds: int | None = dial(
+        None, "runs on one split that differ by their seed alone: --seed and those after it", least=2
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if (self.folds is None) == (self.seeds is None):
+            found = "neither" if self.folds is None else "both"
+            raise UserError("--folds or --seeds", found, "pass for example --folds 5")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """How long ``loracle tune`` searches."""
+
+    trials: int = dial(
+        20, "trainings, those that were stopped early included; the first third sweeps --lr alone", least=1
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run: what ``run.toml`` holds."""
 

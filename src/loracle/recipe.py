@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
@@ -58,6 +59,7 @@ Say = Callable[[str], None]
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
+SCORES = "scores.safetensors"
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
 USABLE = 0.9  # of the free memory
 
@@ -81,7 +83,7 @@ def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    config, folder = _absolute(config), new_folder(config)
+    config, folder = absolute(config), new_folder(config)
     return learn(config, read_data(config, say), folder, say=say, quiet=quiet)
 
 
@@ -191,8 +193,10 @@ def new_folder(config: RunConfig) -> Path:
     return folder
 
 
-def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
-    """From examples to a finished run folder."""
+def learn(
+    config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False, keep_scores: bool = False
+) -> Path:
+    """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``)."""
     started = time.perf_counter()
     task, model, seed = data.task, config.model, config.train.seed
     loss, chosen = choose_loss(config, data)
@@ -207,25 +211,14 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         say(verdict(depths))
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
-    dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
-    scorer = assemble.new_scorer(
-        base.folder,
-        task,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
-        device=device,
-        pooling=model.pooling,
-        head=model.head,
-        depth=model.layers,
-        lora=None if config.lora.full else _lora(config),
-        seed=seed,
-    )
-    encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
-    if kept := _keep_lower(config, scorer, base):
+    scorer, encoder = new_model(config, task, base, tokenizer)
+    if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
-    lr = default_lr(base_config.hidden_size, full=config.lora.full) if config.train.lr is None else config.train.lr
+    lr = learning_rate(config, base_config)
     lengths = _lengths(encoder, data)
-    say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
+    say(
+        f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {scorer.device}; learning rate {lr:g}"
+    )
     say(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
         f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
@@ -254,7 +247,7 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         lambda examples: encode_examples(encoder, examples),
         loss,
         lambda: look(scorer, encoder, data.validation, task, loss),
-        schedule=_schedule(config, lr),
+        schedule=schedule_of(config, lr),
         folder=folder,
         quiet=quiet,
     )
@@ -265,7 +258,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     spread = fit_meaning(scorer, encoder, data)
 
     # The test examples, once.
+    asked = time.perf_counter()
     scores = score_examples(scorer, encoder, data.test)
+    texts_per_s = sum(map(len, scores)) / (time.perf_counter() - asked)
     metrics: dict[str, Any] = {
         "task": task.kind,
         "base": base.note or base.source,
@@ -273,12 +268,15 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
         "calibration": {"slope": spread.slope, "spread": spread.spread} if spread else None,
         "test": measure(scores, data.test, task),
+        "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
         "baselines": results,
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
     if spread:
         run_folder.write_calibration(folder, spread)
+    if keep_scores:
+        write_scores(folder, scores)
     save(folder, config, scorer, base, data, scores, metrics)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -289,6 +287,30 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) -> tuple[Scorer, Encoder]:
+    """The base with a fresh head and fresh adapters, and what encodes texts for it."""
+    model = config.model
+    scorer = assemble.new_scorer(
+        base.folder,
+        task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=pick_dtype(model.dtype, config.lora.full),
+        device=pick_device(model.device),
+        pooling=model.pooling,
+        head=model.head,
+        depth=model.layers,
+        lora=None if config.lora.full else _lora(config),
+        seed=config.train.seed,
+    )
+    return scorer, Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+
+
+def learning_rate(config: RunConfig, base_config: Any) -> float:
+    """What the user gave, or what the model's width calls for."""
+    given = config.train.lr
+    return default_lr(base_config.hidden_size, full=config.lora.full) if given is None else given
 
 
 def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, Any, int]:
@@ -311,7 +333,7 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
     Raises:
         UserError: as ``train``.
     """
-    config = _absolute(config)
+    config = absolute(config)
     data = read_data(config, say)
     loss, _ = choose_loss(config, data)
     base, _, tokenizer, _ = open_base(config, data, say)
@@ -355,7 +377,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     matrices run now.
     """
     schedule, device = config.train, scorer.device
-    steps = _schedule(config, 0.0).total_steps(len(data.train))
+    steps = schedule_of(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded = 0, [], 0
@@ -404,6 +426,16 @@ def _check_weights_fit(base: BaseModel, dtype: torch.dtype, device: torch.device
             )
 
 
+def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
+    """Keep the test scores in full, for tests in pairs."""
+    save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
+
+
+def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+    """What ``write_scores`` kept, by example."""
+    return _by_example(load_file(folder / SCORES)["scores"], examples)
+
+
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
     """The encoded texts of each example: one of a labelled text, all titles of a group."""
     texts = [t for e in examples for t in _texts(e)]
@@ -436,7 +468,7 @@ def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -
     return as_json(classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same))
 
 
-def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
+def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
     """Put the layers below the adapters behind a cache, where there are such layers."""
     decoder = scorer.inner.base_model
     top, cache_gb = config.lora.adapt_top, config.train.cache_gb
@@ -640,7 +672,7 @@ def _info(
     )
 
 
-def _schedule(config: RunConfig, lr: float) -> Schedule:
+def schedule_of(config: RunConfig, lr: float) -> Schedule:
     names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
     return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
 
@@ -711,7 +743,7 @@ def _some(examples: list[Any], seed: int) -> list[Any]:
     return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
 
     def whole(path: str | None) -> str | None:

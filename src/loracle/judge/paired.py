@@ -100,4 +100,4 @@ def _by_unit(values: Array, groups: Sequence[Hashable] | None) -> Array:
         return values
     numbers: dict[Hashable, int] = {}
     unit = [numbers.setdefault(group, len(numbers)) for group in groups]
-    return np.bincount(unit, weights=values, minlength=len(numbers))
+    return np.bincount(unit, weights=values, minlength=len(numbers)).astype(np.float64)
