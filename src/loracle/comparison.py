@@ -119,10 +119,16 @@ def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
         )
     model = config.model
     plain = dataclasses.replace(
-        model, depth=None, head="linear", template=None if model.template == "chat" else model.template
+        model,
+        depth=None,
+        head="linear",
+        head_init="random",
+        template=None if model.template == "chat" else model.template,
     )
-    if left := [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(plain, f.name)]:
-        say(f"note: {_short(model.model)} is an encoder, which takes no {', '.join('--' + name for name in left)}")
+    left = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(plain, f.name)]
+    if left:
+        flags = ", ".join("--" + name.replace("_", "-") for name in left)
+        say(f"note: {_short(model.model)} is an encoder, which takes no {flags}")
     return dataclasses.replace(config, model=plain)
 
 

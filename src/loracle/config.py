@@ -108,6 +108,11 @@ class ModelConfig:
     )
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
+    head_init: str = dial(
+        "random",
+        "how a linear head starts; names: towards the untuned model's states of the labels' names, for few examples",
+        ("random", "names"),
+    )
     dtype: str = dial(
         "auto",
         "dtype of a frozen decoder; auto is bfloat16; float32 with --full and for encoders",
@@ -133,6 +138,8 @@ class ModelConfig:
             raise UserError(
                 "a number of layers for --depth, or auto", repr(self.depth), "pass for example --depth auto"
             )
+        if self.head_init == "names" and self.head != "linear":
+            raise UserError("a linear head for --head-init names", f"--head {self.head}", "leave one of them out")
         if self.max_length < 8:
             raise UserError("room for at least 8 tokens", f"max_length {self.max_length}", "pass --max-length 512")
         _check(self)

@@ -57,6 +57,7 @@ from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
+HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
 SCORES = "scores.safetensors"
@@ -212,6 +213,7 @@ def learn(
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
     scorer, encoder = new_model(config, task, base, tokenizer)
+    start_head(config, scorer, encoder, data)
     if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
     lr = learning_rate(config, base_config)
@@ -305,6 +307,22 @@ def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) ->
         seed=config.train.seed,
     )
     return scorer, Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+
+
+def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) -> None:
+    """With ``--head-init names``, a head that starts from the labels' names.
+
+    Raises:
+        UserError: a ranker, labels that are numbers, or a model that is no decoder.
+    """
+    if config.model.head_init != "names":
+        return
+    names = data.task.label_names
+    if not names or all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
+        found = "numbers" if names else "a ranker, which has none"
+        raise UserError("labels with names for --head-init names", found, "leave out --head-init")
+    words = [name.replace("_", " ").replace("-", " ") for name in names]
+    assemble.head_from_names(scorer, encoder(words), _flat(encoder, _some(data.train, config.train.seed)[:HEAD_TEXTS]))
 
 
 def learning_rate(config: RunConfig, base_config: Any) -> float:

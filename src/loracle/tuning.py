@@ -136,6 +136,7 @@ class Trials:
         params |= {name: trial.suggest_categorical(name, choices) for name, choices in self.space.items()}
         config, data = self.settings(params), self.data
         scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
+        recipe.start_head(config, scorer, encoder, data)
         recipe.keep_lower_states(config, scorer, self.base)
         looks = 0
 
