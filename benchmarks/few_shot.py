@@ -3,7 +3,7 @@
     python benchmarks/few_shot.py
 
 The embedded model. Training texts are the first of each intent in a seeded order, the next two of each are the validation
-texts by which the best look is kept, and 500 seeded texts of the official test file are scored. Steps a size are set beforehand.
+texts by which the best look is kept, and 500 seeded texts of the official test file are scored. Epochs are set beforehand.
 """
 
 from __future__ import annotations

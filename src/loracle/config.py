@@ -224,6 +224,9 @@ class TrainConfig:
     micro_tokens: int = dial(
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
     )
+    track: str | None = dial(
+        None, "also log to this service, whose package is installed and logged in", ("wandb", "mlflow", "swanlab")
+    )
     seed: int = dial(0, "seed of splits, order, dropout and head", least=0)
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
+from loracle.train import tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.train.losses import (
     SATURATION,
@@ -200,6 +201,8 @@ def learn(
     """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``)."""
     started = time.perf_counter()
     task, model, seed = data.task, config.model, config.train.seed
+    track, device = config.train.track, pick_device(config.model.device)
+    accelerator = tracking.tracked(track, cpu=device.type == "cpu") if track else None
     loss, chosen = choose_loss(config, data)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
@@ -243,6 +246,9 @@ def learn(
         results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
 
     # Training; the best look at the validation examples wins.
+    if accelerator:
+        settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
+        tracking.begin(accelerator, str(track), folder.name, settings)
     outcome = fit(
         scorer,
         data.train,
@@ -251,6 +257,7 @@ def learn(
         lambda: look(scorer, encoder, data.validation, task, loss),
         schedule=schedule_of(config, lr),
         folder=folder,
+        accelerator=accelerator,
         quiet=quiet,
     )
 

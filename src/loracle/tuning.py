@@ -44,6 +44,10 @@ def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: boo
         Interrupted: Ctrl-C; the same call goes on.
     """
     optuna = _optuna()
+    if config.train.track:
+        raise UserError(
+            "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
+        )
     config = recipe.absolute(config)
     data, root = recipe.read_data(config, say), root_of(config, "tune")
     journal = place(root, "study", config, data).with_suffix(".jsonl")

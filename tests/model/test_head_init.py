@@ -20,7 +20,6 @@ from loracle.errors import UserError
 from loracle.model import assemble
 from loracle.run.predictor import Predictor
 
-
 CUE = "Topic of this headline: {text}\nThe topic is"
 
 
