@@ -77,7 +77,7 @@ def test_the_service_gets_what_the_log_has(tiny_model, tmp_path, wandb):
 
 def test_a_missing_package_is_said_before_anything_is_made(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
-    with pytest.raises(UserError, match="expected mlflow for --track mlflow; found none installed. Run: pip install"):
+    with pytest.raises(UserError, match=r"expected mlflow for --track mlflow; found none installed\. Run: pip install"):
         train(config_of(tmp_path, tiny_model("qwen2"), track="mlflow"))
     assert not (tmp_path / "run").exists()
 
