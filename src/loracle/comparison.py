@@ -138,9 +138,10 @@ def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
 def _train(one: Contender, data: Data, folder: Path, say: Say, quiet: bool) -> dict[str, Any]:
     """Train a model, or read what an earlier call trained."""
     costs = folder.with_name(f"{folder.name}.json")  # beside the run folder, whose manifest is closed
+    finished = (folder / run_folder.MANIFEST).exists()
     with peak_memory() as peak:
         learn_once(one.config, data, folder, say=say, quiet=quiet)
-    if peak and not costs.exists():
+    if not finished:
         run_folder.write_text(costs, json.dumps({"memory": peak[0]}))
     metrics = json.loads((folder / run_folder.METRICS).read_text(encoding="utf-8"))
     info = run_folder.read_info(folder)

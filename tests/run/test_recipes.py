@@ -57,6 +57,10 @@ def test_lists_are_joined(tmp_path):
         ("baseline = true", "found baseline (did you mean 'baselines'?)"),
         ("lr = 1e-3", "It stands in [train]"),
         ("[train\n", "expected TOML in "),
+        ('[train]\nepochs = "3"', "expected a number for epochs in "),
+        ("[train]\nbatch = 1.5", "expected a whole number for batch in "),
+        ("[lora]\nrslora = 1", "expected true or false for rslora in "),
+        ("[train]\nlr = true", "expected a number for lr in "),
     ],
 )
 def test_what_means_nothing_is_named(tmp_path, text, words):

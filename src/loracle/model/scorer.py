@@ -219,7 +219,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def trained_copy(module: nn.Module) -> nn.Module:
+def trained_copy(module: nn.Module) -> Any:
     """A head as it is trained: PEFT keeps the untouched original, in the base's dtype, beside that copy."""
     copies = getattr(module, "modules_to_save", None)
     return module if copies is None else copies["default"]

@@ -5,6 +5,7 @@ tokenizer.json, tokenizer_config.json            with the template baked in
 run.toml                                         configuration, task, base model, how plain PEFT opens it
 metrics.json, predictions.csv, log.jsonl         what it is worth
 calibration.json                                 what a ranker's scores mean: slope and residual spread (click logs only)
+scores.safetensors                               test scores in full, of runs that compare and validate set against others
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError, near
 
 EXTRA = {"compare": CompareConfig}  # what a command beside train has of its own
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -21,7 +23,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     Of a ``run.toml`` its settings are taken, all but the folder it went to, which is full.
 
     Raises:
-        UserError: no such file, no TOML, or a section or key that means nothing, with the nearest that does.
+        UserError: no such file, no TOML, a value of the wrong kind, or a section or key that means nothing, with the nearest
+            that does.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -35,12 +38,12 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     flat: dict[str, Any] = {}
     extra: dict[str, dict[str, Any]] = {name: {} for name in EXTRA}
     for name, value in document.items():
-        if not isinstance(value, dict):
-            flat[_known(name, ("out", "baselines"), path)] = value
-            continue
-        fields = sections[_known(name, tuple(sections), path)]
-        into = extra.get(name, flat)
-        into |= {_known(key, fields, path, section=name): _joined(v) for key, v in value.items()}
+        if isinstance(value, dict):
+            fields = sections[_known(name, tuple(sections), path)]
+            into = extra.get(name, flat)
+            into |= {_known(key, fields, path, section=name): _typed(key, _joined(v), path) for key, v in value.items()}
+        else:
+            flat[_known(name, ("out", "baselines"), path)] = _typed(name, value, path)
     return flat, extra
 
 
@@ -54,14 +57,28 @@ def write_recipe(path: Path, config: RunConfig, comments: tuple[str, ...] = ()) 
     path.write_text(f"{head}baselines = {str(config.baselines).lower()}\n\n{tomli_w.dumps(document)}", encoding="utf-8")
 
 
+def _typed(key: str, value: Any, path: Path) -> Any:
+    """The value, if it is of the kind that the dial takes; a whole number will do for any number."""
+    hint = next(h[key] for kind in (*_kinds().values(), RunConfig) if key in (h := typing.get_type_hints(kind)))
+    kinds = tuple(k for k in typing.get_args(hint) or (hint,) if k is not type(None))
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if type(value) not in kinds and not (whole and float in kinds):
+        wanted = " or ".join(WORDS[k] for k in kinds)
+        raise UserError(f"{wanted} for {key} in {path}", repr(value), "mend the file")
+    return value
+
+
 def _joined(value: Any) -> Any:
     """Lists, which read better in a file, as the flags have them."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _sections() -> dict[str, tuple[str, ...]]:
-    kinds = {name: type(getattr(RunConfig(), name)) for name in RunConfig.SECTIONS} | EXTRA
-    return {name: tuple(f.name for f in dataclasses.fields(kind)) for name, kind in kinds.items()}
+    return {name: tuple(f.name for f in dataclasses.fields(kind)) for name, kind in _kinds().items()}
+
+
+def _kinds() -> dict[str, type]:
+    return {name: type(getattr(RunConfig(), name)) for name in RunConfig.SECTIONS} | EXTRA
 
 
 def _known(name: str, names: tuple[str, ...], path: Path, section: str = "") -> str:
