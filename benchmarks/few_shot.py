@@ -1,6 +1,6 @@
 """Banking77 with 1, 5 and 10 examples an intent: a head drawn at random beside one that starts from the intents' names.
 
-    python benchmarks/few_shot.py
+    python benchmarks/few_shot.py    # not run yet
 
 The embedded model. Training texts are the first of each intent in a seeded order, the next two of each are the validation
 texts by which the best look is kept, and 500 seeded texts of the official test file are scored. Epochs are set beforehand.

@@ -58,8 +58,8 @@ def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: 
         Interrupted: Ctrl-C; the same call goes on.
     """
     config = recipe.absolute(dataclasses.replace(config, baselines=False))
-    contenders = line_up(config, settings, say)
     data, root = recipe.read_data(config, say), root_of(config, "compare")
+    contenders = line_up(config, settings, say)
     rows = []
     for number, one in enumerate(contenders, 1):
         say(f"\n{number} of {len(contenders)}: {one.name}")

@@ -43,7 +43,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             into = extra.get(name, flat)
             into |= {_known(key, fields, path, section=name): _typed(key, _joined(v), path) for key, v in value.items()}
         else:
-            flat[_known(name, ("out", "baselines"), path)] = _typed(name, value, path)
+            key = _known(name, ("out", "baselines"), path)
+            flat[key] = _typed(key, value, path)
     return flat, extra
 
 
