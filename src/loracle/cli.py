@@ -17,7 +17,17 @@ from typing import Any
 import click
 
 import loracle
-from loracle.config import DataConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
+from loracle.config import (
+    CompareConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PlanConfig,
+    RunConfig,
+    TrainConfig,
+    TuneConfig,
+    ValidateConfig,
+)
 from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
@@ -57,6 +67,11 @@ def number_or_auto(word: str) -> int | str:
     return int(word) if word.isdecimal() else word
 
 
+RECIPE = click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with settings, or a run.toml; flags win"
+)
+
+
 class Commands(click.Group):
     """Commands in the order of a user's way, and errors that a user is meant to read as one line."""
 
@@ -86,27 +101,39 @@ def main() -> None:
 @main.command()
 @click.argument("data", required=False)
 @options(DataConfig, ModelConfig, LoraConfig, TrainConfig, RunConfig)
+@RECIPE
 @click.option("--resume", type=click.Path(path_type=Path), help="go on with the interrupted run in this folder")
-def train(data: str | None, resume: Path | None, **given: Any) -> None:
+def train(data: str | None, recipe_file: Path | None, resume: Path | None, **given: Any) -> None:
     """Train on DATA: a file (CSV, TSV, JSON, JSON lines, Parquet, each also .gz) or hf:owner/name.
 
     Columns and task are inferred and said aloud; flags win.
     """
     given = {k: v for k, v in given.items() if v is not None}
-    if resume is not None:
-        if data or given:
-            raise UserError(
-                "--resume alone", f"{data or '--' + next(iter(given))} beside it", "the run folder knows the rest"
-            )
-    elif not data:
-        raise UserError("data to train on", "none", "give a file: loracle train reviews.csv")
+    if resume is None:
+        config, _ = _settings(data, recipe_file, given, "train")
+    elif data or given or recipe_file:
+        beside = data or "--" + next(iter(given), "recipe")
+        raise UserError("--resume alone", f"{beside} beside it", "the run folder knows the rest")
     _calm()
     from loracle import recipe
 
     if resume is not None:
         recipe.resume(resume, say=click.echo)
     else:
-        recipe.train(RunConfig.from_flat({"data": data, **given}), say=click.echo)
+        recipe.train(config, say=click.echo)
+
+
+def _settings(
+    data: str | None, recipe_file: Path | None, given: dict[str, Any], command: str
+) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
+    """A run's settings, flags before the recipe file before defaults; and the file's sections for other commands."""
+    from loracle.run.recipes import read_recipe
+
+    flat, extra = read_recipe(recipe_file) if recipe_file else ({}, {})
+    flat |= {k: v for k, v in {"data": data, **given}.items() if v is not None}
+    if not flat.get("data"):
+        raise UserError(f"data to {command} on", "none", f"give a file: loracle {command} reviews.csv")
+    return RunConfig.from_flat(flat), extra
 
 
 @main.command()
@@ -436,6 +463,65 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
         click.echo(json.dumps({"metric": metric, "depths": [dataclasses.asdict(d) for d in depths], "auto": chosen}))
     else:
         click.echo("\n".join(probing.lines(depths, metric)))
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(CompareConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
+    """Train --model and those it is compared with on the same split of DATA; one table.
+
+    Accuracy, paired test against --model, training time, memory, size and cost. Run again it goes on where it was
+    stopped; what is finished is not trained again.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    own = {f.name: given.pop(f.name) for f in dataclasses.fields(CompareConfig) if f.name in given}
+    config, extra = _settings(data, recipe_file, given, "compare")
+    settings = CompareConfig(**{**extra.get("compare", {}), **own})
+    _calm()
+    from loracle import comparison
+
+    comparison.run(config, settings, say=click.echo)
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(ValidateConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def validate(data: str | None, recipe_file: Path | None, folds: int | None, seeds: int | None, **given: Any) -> None:
+    """Train several times on DATA: --folds k, every example held out once; or --seeds n, how far luck goes.
+
+    Run again it goes on where it was stopped; what is finished is not trained again.
+    """
+    settings = ValidateConfig(folds=folds, seeds=seeds)
+    config, _ = _settings(data, recipe_file, {k: v for k, v in given.items() if v is not None}, "validate")
+    _calm()
+    from loracle import validation
+
+    validation.run(config, settings, say=click.echo)
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(TuneConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
+    """Search settings for DATA on its validation examples; the test side is never scored.
+
+    The learning rate alone first, then with rank, targets and epochs. What is found is written as a recipe for train
+    --recipe. Run again it goes on where it was stopped; more --trials search on.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    own = {f.name: given.pop(f.name) for f in dataclasses.fields(TuneConfig) if f.name in given}
+    config, _ = _settings(data, recipe_file, given, "tune")
+    _calm()
+    from loracle import tuning
+
+    tuning.run(config, TuneConfig(**own), say=click.echo)
 
 
 @main.command()

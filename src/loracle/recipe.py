@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from loracle.config import SATURATING, DataConfig, ModelConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
@@ -53,6 +54,7 @@ from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
+from loracle.train import tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.train.losses import (
     SATURATION,
@@ -68,8 +70,10 @@ from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
+HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
+SCORES = "scores.safetensors"
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
 USABLE = 0.9  # of the free memory
 
@@ -93,7 +97,7 @@ def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    config, folder = _absolute(config), new_folder(config)
+    config, folder = absolute(config), new_folder(config)
     return learn(config, read_data(config, say), folder, say=say, quiet=quiet)
 
 
@@ -203,10 +207,14 @@ def new_folder(config: RunConfig) -> Path:
     return folder
 
 
-def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
-    """From examples to a finished run folder."""
+def learn(
+    config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False, keep_scores: bool = False
+) -> Path:
+    """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``)."""
     started = time.perf_counter()
     task, model, seed = data.task, config.model, config.train.seed
+    track, device = config.train.track, pick_device(config.model.device)
+    accelerator = tracking.tracked(track, cpu=device.type == "cpu") if track else None
     loss, chosen = choose_loss(config, data)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
@@ -219,26 +227,15 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         say(verdict(depths))
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
-    dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
-    scorer = assemble.new_scorer(
-        base.folder,
-        task,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
-        device=device,
-        pooling=model.pooling,
-        head=model.head,
-        depth=model.layers,
-        quantize=model.quantize,
-        lora=None if config.lora.full else _lora(config),
-        seed=seed,
-    )
-    encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
-    if kept := _keep_lower(config, scorer, base):
+    scorer, encoder = new_model(config, task, base, tokenizer)
+    start_head(config, scorer, encoder, data)
+    if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
-    lr = default_lr(base_config.hidden_size, full=config.lora.full) if config.train.lr is None else config.train.lr
+    lr = learning_rate(config, base_config)
     lengths = _lengths(encoder, data)
-    say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
+    say(
+        f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {scorer.device}; learning rate {lr:g}"
+    )
     say(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
         f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
@@ -261,14 +258,18 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         rivals = score_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
 
     # Training; the best look at the validation examples wins.
+    if accelerator:
+        settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
+        tracking.begin(accelerator, str(track), folder.name, settings)
     outcome = fit(
         scorer,
         data.train,
         lambda examples: encode_examples(encoder, examples),
         loss,
         lambda: look(scorer, encoder, data.validation, task, loss),
-        schedule=_schedule(config, lr),
+        schedule=schedule_of(config, lr),
         folder=folder,
+        accelerator=accelerator,
         quiet=quiet,
     )
 
@@ -280,7 +281,9 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(meaning, task)}")
 
     # The test examples, once.
+    asked = time.perf_counter()
     scores = score_examples(scorer, encoder, data.test)
+    texts_per_s = sum(map(len, scores)) / (time.perf_counter() - asked)
     metrics: dict[str, Any] = {
         "task": task.kind,
         "base": base.note or base.source,
@@ -288,12 +291,15 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
         "calibration": _meaning(meaning),
         "test": measure(scores, data.test, task, meaning),
+        "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
         "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
     if meaning:
         run_folder.write_calibration(folder, meaning)
+    if keep_scores:
+        write_scores(folder, scores)
     write_report(folder, data, scores, rivals, metrics, meaning)
     save(folder, config, scorer, base, data, scores, metrics, meaning)
     reproduce(folder, base, data.test, scorer, encoder)
@@ -305,6 +311,47 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) -> tuple[Scorer, Encoder]:
+    """The base with a fresh head and fresh adapters, and what encodes texts for it."""
+    model = config.model
+    scorer = assemble.new_scorer(
+        base.folder,
+        task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=pick_dtype(model.dtype, config.lora.full),
+        device=pick_device(model.device),
+        pooling=model.pooling,
+        head=model.head,
+        depth=model.layers,
+        quantize=model.quantize,
+        lora=None if config.lora.full else _lora(config),
+        seed=config.train.seed,
+    )
+    return scorer, Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+
+
+def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) -> None:
+    """With ``--head-init names``, a head that starts from the labels' names.
+
+    Raises:
+        UserError: a ranker, labels that are numbers, or a model that is no decoder.
+    """
+    if config.model.head_init != "names":
+        return
+    names = data.task.label_names
+    if not names or all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
+        found = "numbers" if names else "a ranker, which has none"
+        raise UserError("labels with names for --head-init names", found, "leave out --head-init")
+    words = [name.replace("_", " ").replace("-", " ") for name in names]
+    assemble.head_from_names(scorer, encoder(words), _flat(encoder, _some(data.train, config.train.seed)[:HEAD_TEXTS]))
+
+
+def learning_rate(config: RunConfig, base_config: Any) -> float:
+    """What the user gave, or what the model's width calls for."""
+    given = config.train.lr
+    return default_lr(base_config.hidden_size, full=config.lora.full) if given is None else given
 
 
 def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, Any, int]:
@@ -327,7 +374,7 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
     Raises:
         UserError: as ``train``.
     """
-    config = _absolute(config)
+    config = absolute(config)
     data = read_data(config, say)
     loss, _ = choose_loss(config, data)
     base, _, tokenizer, _ = open_base(config, data, say)
@@ -371,7 +418,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     matrices run now.
     """
     schedule, device = config.train, scorer.device
-    steps = _schedule(config, 0.0).total_steps(len(data.train))
+    steps = schedule_of(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded = 0, [], 0
@@ -425,6 +472,16 @@ def _check_weights_fit(base: BaseModel, model: ModelConfig, dtype: torch.dtype) 
             )
 
 
+def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
+    """Keep the test scores in full, for tests in pairs."""
+    save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
+
+
+def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+    """What ``write_scores`` kept, by example."""
+    return _by_example(load_file(folder / SCORES)["scores"], examples)
+
+
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
     """The encoded texts of each example: one of a labelled text, all titles of a group."""
     texts = [t for e in examples for t in _texts(e)]
@@ -461,7 +518,7 @@ def measure(
     return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
 
 
-def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
+def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
     """Put the layers below the adapters behind a cache, where there are such layers."""
     decoder = scorer.inner.base_model
     top, cache_gb = config.lora.adapt_top, config.train.cache_gb
@@ -696,7 +753,7 @@ def _info(
     )
 
 
-def _schedule(config: RunConfig, lr: float) -> Schedule:
+def schedule_of(config: RunConfig, lr: float) -> Schedule:
     names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
     return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
 
@@ -769,7 +826,7 @@ def _some(examples: list[Any], seed: int) -> list[Any]:
     return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
 
     def whole(path: str | None) -> str | None:

@@ -173,9 +173,7 @@ def _lost(info: Any, to: str) -> list[str]:
     if to == "transformers" and info.config.model.long == "chunk":
         lost.append("texts over --max-length are cut there, not scored in chunks")
     if to == "transformers" and info.task.kind == "multi":
-        lost.append(
-            "pipelines give probabilities, not labels: config.json (thresholds) says from where each is given"
-        )
+        lost.append("pipelines give probabilities, not labels: config.json (thresholds) says from where each is given")
     if to == "transformers" and info.task.evidence == "clicks":
         lost.append("win probabilities and lifts are not in it: it gives scores")
     if to == "openvino":

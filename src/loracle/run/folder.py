@@ -6,6 +6,7 @@ run.toml                                         configuration, task, base model
 metrics.json, predictions.csv, log.jsonl         what it is worth
 report.html, report.json                         the same as a page, and every figure on it
 calibration.json                                 what scores mean: temperature or thresholds; slope and spread (clicks)
+scores.safetensors                               test scores in full, of runs that compare and validate set against others
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """
