@@ -31,7 +31,12 @@ def browser():
         if found is None:
             pytest.skip("no browser: dev/browser unpacks one, as does `playwright install chromium`")
         libraries = {**os.environ, "LD_LIBRARY_PATH": str(found.parent / "lib")}
-        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", "--in-process-gpu"], env=libraries)
+        flags = [
+            "--no-sandbox",
+            "--use-gl=angle",
+            "--use-angle=swiftshader",
+        ]  # else one picture in thirty fails without a GPU
+        opened = started.chromium.launch(executable_path=found, args=flags, env=libraries)
         yield opened
         opened.close()
 
