@@ -31,7 +31,12 @@ def browser():
         if found is None:
             pytest.skip("no browser: dev/browser unpacks one, as does `playwright install chromium`")
         libraries = {**os.environ, "LD_LIBRARY_PATH": str(found.parent / "lib")}
-        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"], env=libraries)
+        flags = [
+            "--no-sandbox",
+            "--use-gl=angle",
+            "--use-angle=swiftshader",
+        ]  # else one picture in thirty fails without a GPU
+        opened = started.chromium.launch(executable_path=found, args=flags, env=libraries)
         yield opened
         opened.close()
 
@@ -62,6 +67,9 @@ def test_the_report_looks_right(browser, tiny_model, tmp_path, kind):
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
         assert seen.locator(".verdict").is_visible()
         assert seen.locator(".big").bounding_box()["y"] < 800, "the headline is below the fold"
+        shot = tmp_path / f"{width}-{scheme}.png"
+        seen.screenshot(path=shot, full_page=True)
+        assert shot.stat().st_size > 20_000
         seen.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert seen.evaluate("document.documentElement.scrollWidth") <= width
         colours = seen.evaluate("[document.body, document.querySelector('svg text')].map(e => [getComputedStyle(e)"
@@ -69,9 +77,6 @@ def test_the_report_looks_right(browser, tiny_model, tmp_path, kind):
         (ground, _), (_, ink) = colours
         grounds.add(ground)
         assert light(ground) - light(ink) > 128 if scheme == "light" else light(ink) - light(ground) > 128, colours
-        shot = tmp_path / f"{width}-{scheme}.png"
-        seen.screenshot(path=shot, full_page=True)
-        assert shot.stat().st_size > 20_000
         context.close()
     assert len(grounds) == 2
 
