@@ -101,7 +101,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
 
     picture = Figure(figsize=(4.6, 2.9), layout="constrained", facecolor="none")
     axes = picture.add_subplot(facecolor="none")
-    axes.xaxis.get_major_locator().set_params(integer=x_label == "step")
+    axes.locator_params(axis="x", integer=x_label == "step")
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.tick_params(colors=INK)
