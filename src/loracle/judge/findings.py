@@ -317,11 +317,11 @@ def _group(scores: Array, group: RankGroup) -> dict[str, Any]:
 
 
 def curves(log: Path) -> dict[str, list[dict[str, float]]]:
-    """What ``log.jsonl`` holds: the loss of each step, and the looks at the validation side."""
+    """What ``log.jsonl`` holds: the loss of each step, and the looks at the validation side; numbers only, no NaN."""
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
     def of(*names: str) -> list[dict[str, float]]:
-        return [{n: r[n] for n in ("step", *names)} for r in records if all(n in r for n in names)]
+        return [{n: r[n] for n in ("step", *names)} for r in records if all(np.isfinite(r.get(n, np.nan)) for n in names)]
 
     return {"steps": of("loss"), "looks": of("validation_metric", "validation_loss")}
 
