@@ -300,11 +300,11 @@ def learn(
         run_folder.write_calibration(folder, meaning)
     if keep_scores:
         write_scores(folder, scores)
-    write_report(folder, data, scores, rivals, metrics, meaning)
+    told = write_report(folder, data, scores, rivals, metrics, meaning)
     save(folder, config, scorer, base, data, scores, metrics, meaning)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say("")
+    say(f"\n{told}\n")
     say(summary(metrics, task.kind, base.note))
     say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
     return folder
@@ -618,8 +618,8 @@ def write_report(
     rivals: dict[str, list[np.ndarray]],
     metrics: dict[str, Any],
     meaning: Calibration | Spread | None,
-) -> None:
-    """``report.json`` and the page that shows it."""
+) -> str:
+    """``report.json`` and the page that shows it; returns its first line, the verdict."""
     task, info = data.task, run_folder.read_info(folder)
     calibration = meaning if isinstance(meaning, Calibration) else None
     report = findings(scores, data.test, task, metrics, rivals, calibration)
@@ -628,6 +628,7 @@ def write_report(
     report |= {"run": run_folder.facts(folder, info, data.issues), "curves": curves(folder / "log.jsonl")}
     run_folder.write_text(folder / run_folder.REPORT, json.dumps(report, indent=1, ensure_ascii=False))
     run_folder.write_text(folder / run_folder.PAGE, render(report))
+    return report["verdict"]["text"]
 
 
 def save(
