@@ -105,7 +105,7 @@ EIGHT = {
 
 @pytest.mark.parametrize("how", EIGHT)
 def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_path, how):
-    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    pytest.importorskip("openvino", reason="the extra int8 is not installed")
     kind, base, more = EIGHT[how]
     run = trained(kind, base, **more)
     said = []
@@ -121,7 +121,7 @@ def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_
 
 
 def test_int8_is_a_run_folder_that_predict_takes(trained, tmp_path):
-    pytest.importorskip("nncf", reason="the extra int8 is not installed")
+    pytest.importorskip("openvino", reason="the extra int8 is not installed")
     from click.testing import CliRunner
 
     from loracle.cli import main

@@ -321,7 +321,9 @@ def curves(log: Path) -> dict[str, list[dict[str, float]]]:
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
     def of(*names: str) -> list[dict[str, float]]:
-        return [{n: r[n] for n in ("step", *names)} for r in records if all(np.isfinite(r.get(n, np.nan)) for n in names)]
+        return [
+            {n: r[n] for n in ("step", *names)} for r in records if all(np.isfinite(r.get(n, np.nan)) for n in names)
+        ]
 
     return {"steps": of("loss"), "looks": of("validation_metric", "validation_loss")}
 

@@ -10,13 +10,11 @@ Legend of shapes: N rows of a rectangle, L tokens of its longest, H hidden size,
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,22 +33,38 @@ def convert(model: Any, folder: Path, *, pooling: str) -> None:
     """Write a transformers sequence classifier, adapters merged, as ``openvino_model.xml`` and ``.bin``, and its config.
 
     Raises:
-        UserError: the packages that convert are not installed.
+        UserError: OpenVINO is not installed.
     """
-    openvino, nncf = _package("openvino"), _package("nncf")
-    nncf.set_log_level(logging.ERROR)
+    openvino = _package()
     model.set_attn_implementation("sdpa")
     padded = _Padded(model.float().eval(), pooling)
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in padded.inputs}
     example |= {name: torch.tensor([at, at + 1]) for name, at in (("pool_from", 0), ("read_at", 5)) if name in example}
-    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # torch's tracer explains itself at length, and nncf draws its progress
-        whole = openvino.convert_model(padded, example_input=example)
-        for port, name in zip(whole.inputs, padded.inputs, strict=True):
-            port.get_tensor().set_names({name})
-        small = nncf.compress_weights(whole, mode=nncf.CompressWeightsMode.INT8_SYM)
-    openvino.save_model(small, folder / MODEL)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's tracer explains itself at length
+        converted = openvino.convert_model(padded, example_input=example)
+    for port, name in zip(converted.inputs, padded.inputs, strict=True):
+        port.get_tensor().set_names({name})
+    _round_weights(converted, openvino.opset13, labels=model.config.num_labels)
+    openvino.save_model(converted, folder / MODEL)
     model.config.save_pretrained(folder)
+
+
+def _round_weights(converted: Any, ops: Any, *, labels: int) -> None:
+    """Put ``int8 [out, in] · scale [out]`` in the place of each matrix of the backbone; OpenVINO takes it as it is."""
+    for node in converted.get_ordered_ops():
+        matrix = node.input_value(1).get_node() if node.get_type_name() == "MatMul" else None
+        if (
+            matrix is None
+            or matrix.get_type_name() != "Constant"
+            or len(matrix.shape) != 2
+            or matrix.shape[0] == labels
+        ):
+            continue
+        weight = matrix.data
+        scale = np.maximum(np.abs(weight).max(1, keepdims=True), np.finfo(np.float32).tiny) / 127
+        whole = ops.convert(ops.constant(np.rint(weight / scale).astype(np.int8)), "f32")
+        node.input(1).replace_source_output(ops.multiply(whole, ops.constant(scale.astype(np.float32))).output(0))
 
 
 class Int8Scorer(nn.Module):
@@ -61,7 +75,7 @@ class Int8Scorer(nn.Module):
 
     def __init__(self, folder: Path, *, pad_token_id: int, threads: int | None = None):
         super().__init__()
-        openvino = _package("openvino")
+        openvino = _package()
         hints = HINTS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         self.compiled = openvino.Core().compile_model(folder / MODEL, "CPU", hints)
         self.inputs = [port.get_any_name() for port in self.compiled.inputs]
@@ -116,8 +130,10 @@ class _Padded(nn.Module):
         return self.model.score((states * own[..., None]).sum(1) / own.sum(1, keepdim=True))
 
 
-def _package(name: str) -> Any:
+def _package() -> Any:
     try:
-        return __import__(name)
+        import openvino
+        import openvino.opset13
     except ImportError as e:
-        raise UserError(f"the package {name} for int8", "none installed", "run pip install 'loracle[int8]'") from e
+        raise UserError("the package openvino for int8", "none installed", "run pip install 'loracle[int8]'") from e
+    return openvino
