@@ -10,6 +10,7 @@ Legend of shapes: N rows of a rectangle, L tokens of its longest, H hidden size,
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,9 @@ class Int8Scorer(nn.Module):
     packed = False
     share_from = None
 
-    def __init__(self, folder: Path, *, pad_token_id: int, threads: int | None = None):
+    def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
-        openvino = _package()
-        hints = HINTS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-        self.compiled = openvino.Core().compile_model(folder / MODEL, "CPU", hints)
+        self.compiled = _core().compile_model(folder / MODEL, "CPU", HINTS)
         self.inputs = [port.get_any_name() for port in self.compiled.inputs]
         self.encoder = is_encoder(load_config(folder))
         self.pad_token_id = pad_token_id
@@ -128,6 +127,14 @@ class _Padded(nn.Module):
         at, last = torch.arange(input_ids.shape[1])[None], read_at[:, None]
         own = at == last if pool_from is None else (at >= pool_from[:, None]) & (at <= last)
         return self.model.score((states * own[..., None]).sum(1) / own.sum(1, keepdim=True))
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the process, for good: each brings a stack for signals, and one that goes before a later one leaves a signal
+    without any, which ends in a segmentation fault (OpenVINO 2026.4).
+    """
+    return _package().Core()
 
 
 def _package() -> Any:
