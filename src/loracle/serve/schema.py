@@ -5,9 +5,13 @@ Unknown fields are refused, since an option that is ignored changes an answer wi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from loracle.text.encode import clean
+
+Text = Annotated[str, AfterValidator(clean)]  # JSON can spell a lone surrogate, and no answer could repeat it
 
 
 def _example(**values: Any) -> ConfigDict:
@@ -24,16 +28,16 @@ class Texts(Question):
     """Texts to classify or to score."""
 
     model_config = _example(texts=["Markets fall as banks report losses"])
-    texts: list[str] = Field(min_length=1)
-    contexts: list[str | None] | None = Field(None, description="what stands before each text, one each")
+    texts: list[Text] = Field(min_length=1)
+    contexts: list[Text | None] | None = Field(None, description="what stands before each text, one each")
 
 
 class Titles(Question):
     """Titles that compete with each other."""
 
     model_config = _example(titles=["A river runs through it", "The river that you have never seen"], context=None)
-    titles: list[str] = Field(min_length=1)
-    context: str | None = Field(None, description="what they are titles for")
+    titles: list[Text] = Field(min_length=1)
+    context: Text | None = Field(None, description="what they are titles for")
 
 
 class Label(BaseModel):
@@ -120,7 +124,7 @@ class Problem(BaseModel):
 class VllmClassify(BaseModel):
     model_config = _example(model="news", input=["Markets fall as banks report losses"])
     model: str | None = None
-    input: str | list[str] = Field(min_length=1)
+    input: Text | list[Text] = Field(min_length=1)
     user: str | None = Field(None, description="ignored, as vLLM does")
 
 
@@ -153,8 +157,8 @@ class VllmClassified(BaseModel):
 class VllmRerank(BaseModel):
     model_config = _example(model="clicks", query="An article on rivers", documents=["A river", "Rivers"], top_n=1)
     model: str | None = None
-    query: str = Field(description="the context; empty: none")
-    documents: list[str] = Field(min_length=1)
+    query: Text = Field(description="the context; empty: none")
+    documents: list[Text] = Field(min_length=1)
     top_n: int = Field(0, ge=0, description="0: all")
     user: str | None = Field(None, description="ignored, as vLLM does")
 
