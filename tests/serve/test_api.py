@@ -524,7 +524,8 @@ def test_metrics_count_what_was_asked_and_answered(predictors):
     assert seen["loracle_requests_total", "/v1/classify", "200"] == 1
     assert seen["loracle_requests_total", "/v1/classify", "404"] == 1
     assert seen["loracle_requests_total", "other", "404"] == 1
-    assert seen["loracle_request_seconds_count", "/v1/classify"] == 2
+    assert seen["loracle_request_seconds_count", "/v1/classify", "200"] == 1
+    assert 0 < seen["loracle_request_seconds_sum", "/v1/classify", "200"] < 60
     assert (seen["loracle_texts_total", "several"], seen["loracle_texts_total", "pairs"]) == (len(TEXTS), len(SHOWN))
     encoded = predictors["several"].encode(TEXTS)
     assert seen["loracle_tokens_total", "several"] == sum(e.tokens for e in encoded)

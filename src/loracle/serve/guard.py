@@ -104,8 +104,9 @@ class Guard:
             if not status:
                 await problem(500, "a bug in the server; its log says where")(scope, receive, note)
         finally:
-            self.metrics.requests.labels(route, str(status or "none")).inc()
-            self.metrics.latency.labels(route).observe(time.perf_counter() - begun)
+            labels = route, str(status or "none")
+            self.metrics.requests.labels(*labels).inc()
+            self.metrics.latency.labels(*labels).observe(time.perf_counter() - begun)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._check_caller(scope)
