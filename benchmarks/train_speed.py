@@ -138,7 +138,9 @@ def peer(batch: int, prefix: int) -> dict[str, float]:
 def main(prefix: int) -> None:
     """All ways in turn, several rounds; medians and ratios."""
     me = [sys.executable, __file__, "--prefix", prefix]
-    batches = BATCHES[:1] if prefix else BATCHES  # behind a long prefix its smallest was the best by a third (dev/LOG.md)
+    batches = (
+        BATCHES[:1] if prefix else BATCHES
+    )  # behind a long prefix its smallest was the best by a third (dev/LOG.md)
     ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix)["examples_per_s"] for b in batches}
     ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b])["examples_per_s"] for b in OURS}
     if not prefix:

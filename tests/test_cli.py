@@ -62,6 +62,41 @@ def test_a_classifier_from_train_to_evaluate(tiny_model, tmp_path):
 
     done = loracle("evaluate", run, tmp_path / "data.csv", "--json")
     assert json.loads(done.stdout)["accuracy"]["value"] > 0.9
+    assert "ece_uncalibrated" in json.loads(done.stdout)
+
+
+def test_unsure_rows_get_no_label_and_are_counted(tiny_model, tmp_path):
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--no-baselines")
+    new = write(tmp_path / "new.csv", [{"text": "good number 7"}, {"text": " "}, {"text": "bad so"}])
+    loracle("predict", run, new, "-o", tmp_path / "all.csv")
+    scored = rows_of(tmp_path / "all.csv")
+    sure, unread, unsure = (max(float(row[f"p({n})"] or 0) for n in ("mid", "neg", "pos")) for row in scored)
+    assert unread == 0 < unsure < sure, "nothing to choose between: the test would be vacuous"
+    done = loracle("predict", run, new, "-o", tmp_path / "some.csv", "--abstain-below", (sure + unsure) / 2)
+    assert "1 rows without a text" in done.stderr
+    assert "1 rows whose highest probability is below" in done.stderr
+    assert rows_of(tmp_path / "some.csv") == [scored[0], scored[1], scored[2] | {"predicted": ""}]
+
+
+def test_calibration_asks_validation_texts_only(tiny_model, tmp_path):
+    """Another test side, labelled otherwise: the same calibration. The metrics differ, so it was another one."""
+    found = []
+    for name, shift in (("right", 0), ("wrong", 1)):
+        (folder := tmp_path / name).mkdir()
+        rows = [row | {"label": list("abc")[(i + shift) % 3]} for i, row in enumerate(labelled(30))]
+        test = write(folder / "test.csv", [row | {"text": f"{row['text']} again"} for row in rows])
+        data = [row | {"label": list("abc")[i % 3]} for i, row in enumerate(labelled())]
+        run, _, metrics = trained(folder, tiny_model("qwen2"), data, "--no-baselines", "--test", test)
+        found.append(((run / "calibration.json").read_text(), metrics["test"]["accuracy"]["value"]))
+    (first, accuracy), (second, other) = found
+    assert first == second
+    assert accuracy > 0.9 > 0.1 > other
+
+
+def test_a_wanted_precision_is_of_several_labels(tiny_model, tmp_path):
+    data = write(tmp_path / "single.csv", labelled())
+    done = loracle("train", data, "--model", tiny_model("qwen2"), "--wanted-precision", "0.9", code=2)
+    assert "several labels a text for --wanted-precision" in done.stderr
 
 
 def test_the_original_message_format_in_a_json_file(tiny_model, tmp_path):

@@ -40,7 +40,7 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
     assert len(found) >= 7
     for line in found:
         _, *args = shlex.split(line)
-        if args[0] == "train":  # the guide's own model is the embedded one
+        if args[0] in ("train", "compare", "validate", "tune"):  # the guide's own model is the embedded one
             args += ["--model", str(tiny_model("qwen2")), "--test-share", "0.2", "--validation-share", "0.2"]
         done = CliRunner().invoke(main, args)
         assert done.exit_code == 0, (line, done.output, done.exception)

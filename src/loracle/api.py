@@ -89,7 +89,7 @@ class TextClassifier(_Estimator):
         return self.predictor_.predict_proba(texts)
 
     def predict(self, texts: Sequence[str]) -> list[str] | list[list[str]]:
-        """Name of the likeliest label of each text, or of all above one half if it is multi-label."""
+        """Name of the likeliest label of each text, or of all above their thresholds if it is multi-label."""
         return self.predictor_.predict(texts)
 
 

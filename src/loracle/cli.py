@@ -17,7 +17,18 @@ from typing import Any
 import click
 
 import loracle
-from loracle.config import DataConfig, LoraConfig, ModelConfig, PlanConfig, RunConfig, ServeConfig, TrainConfig
+from loracle.config import (
+    CompareConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PlanConfig,
+    RunConfig,
+    ServeConfig,
+    TrainConfig,
+    TuneConfig,
+    ValidateConfig,
+)
 from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
@@ -57,6 +68,11 @@ def number_or_auto(word: str) -> int | str:
     return int(word) if word.isdecimal() else word
 
 
+RECIPE = click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with settings, or a run.toml; flags win"
+)
+
+
 class Commands(click.Group):
     """Commands in the order of a user's way, and errors that a user is meant to read as one line."""
 
@@ -86,27 +102,39 @@ def main() -> None:
 @main.command()
 @click.argument("data", required=False)
 @options(DataConfig, ModelConfig, LoraConfig, TrainConfig, RunConfig)
+@RECIPE
 @click.option("--resume", type=click.Path(path_type=Path), help="go on with the interrupted run in this folder")
-def train(data: str | None, resume: Path | None, **given: Any) -> None:
+def train(data: str | None, recipe_file: Path | None, resume: Path | None, **given: Any) -> None:
     """Train on DATA: a file (CSV, TSV, JSON, JSON lines, Parquet, each also .gz) or hf:owner/name.
 
     Columns and task are inferred and said aloud; flags win.
     """
     given = {k: v for k, v in given.items() if v is not None}
-    if resume is not None:
-        if data or given:
-            raise UserError(
-                "--resume alone", f"{data or '--' + next(iter(given))} beside it", "the run folder knows the rest"
-            )
-    elif not data:
-        raise UserError("data to train on", "none", "give a file: loracle train reviews.csv")
+    if resume is None:
+        config, _ = _settings(data, recipe_file, given, "train")
+    elif data or given or recipe_file:
+        beside = data or "--" + next(iter(given), "recipe")
+        raise UserError("--resume alone", f"{beside} beside it", "the run folder knows the rest")
     _calm()
     from loracle import recipe
 
     if resume is not None:
         recipe.resume(resume, say=click.echo)
     else:
-        recipe.train(RunConfig.from_flat({"data": data, **given}), say=click.echo)
+        recipe.train(config, say=click.echo)
+
+
+def _settings(
+    data: str | None, recipe_file: Path | None, given: dict[str, Any], command: str
+) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
+    """A run's settings, flags before the recipe file before defaults; and the file's sections for other commands."""
+    from loracle.run.recipes import read_recipe
+
+    flat, extra = read_recipe(recipe_file) if recipe_file else ({}, {})
+    flat |= {k: v for k, v in {"data": data, **given}.items() if v is not None}
+    if not flat.get("data"):
+        raise UserError(f"data to {command} on", "none", f"give a file: loracle {command} reviews.csv")
+    return RunConfig.from_flat(flat), extra
 
 
 @main.command()
@@ -116,9 +144,17 @@ def train(data: str | None, resume: Path | None, **given: Any) -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal"
 )
+@click.option(
+    "--abstain-below",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="give no label to rows whose highest probability is below this; they are counted",
+)
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
-def predict(run: Path, data: str, out: Path | None, base: str | None, device: str, **columns: Any) -> None:
+def predict(
+    run: Path, data: str, out: Path | None, abstain_below: float, base: str | None, device: str, **columns: Any
+) -> None:
     """Label every row of DATA with the classifier in RUN: the columns as they were, then predicted and p(…)."""
     from loracle.data.columns import infer_text_column
     from loracle.data.schema import iter_texts
@@ -138,11 +174,16 @@ def predict(run: Path, data: str, out: Path | None, base: str | None, device: st
     predictor = Predictor(run, base=base, device=device)
     names = [_free(name, table.columns) for name in ("predicted", *(f"p({n})" for n in info.task.label_names))]
     with open_output(out) as write:
-        unread = 0
+        unread = unsure = 0
         for rows in _windows(iter_texts(table, found), WINDOW):
-            unread += _predict_window(predictor, rows, table.columns, names, write)
+            counts = _predict_window(predictor, rows, table.columns, names, write, abstain_below)
+            unread, unsure = unread + counts[0], unsure + counts[1]
     if unread:
         click.echo(f"note: {unread:,} rows without a text have no label", err=True)
+    if abstain_below:
+        click.echo(
+            f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label", err=True
+        )
 
 
 def _predict_window(
@@ -151,18 +192,21 @@ def _predict_window(
     columns: tuple[str, ...],
     names: list[str],
     write: Callable[[dict[str, Any]], None],
-) -> int:
-    """Label some rows; returns how many had no text."""
+    abstain_below: float,
+) -> tuple[int, int]:
+    """Label some rows; returns how many had no text, and of how many the highest probability was too low."""
     readable = [(text, context) for _, _, text, context in rows if text is not None]
-    proba = iter(predictor.predict_proba([t for t, _ in readable], [c for _, c in readable]))
+    known = predictor.predict_proba([t for t, _ in readable], [c for _, c in readable])
+    unsure = known.max(1) < abstain_below
+    proba = iter(zip(known, predictor.names(known), unsure, strict=True))
     for _, row, text, _ in rows:
         cells: list[Any] = [None] * len(names)
         if text is not None:
-            p = next(proba)
-            (label,) = predictor.names(p[None])
-            cells = ["|".join(label) if isinstance(label, list) else label, *(round(float(v), 6) for v in p)]
+            p, label, silent = next(proba)
+            shown = "" if silent else "|".join(label) if isinstance(label, list) else label
+            cells = [shown, *(round(float(v), 6) for v in p)]
         write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
-    return len(rows) - len(readable)
+    return len(rows) - len(readable), int(unsure.sum())
 
 
 def _free(name: str, taken: tuple[str, ...]) -> str:
@@ -325,7 +369,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
 
     predictor = Predictor(run, base=base, device=device)
     scores = recipe.score_examples(predictor.scorer, predictor.encoder, examples.items)
-    metrics = recipe.measure(scores, examples.items, info.task)
+    metrics = recipe.measure(scores, examples.items, info.task, predictor.calibration)
     if as_json:
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return
@@ -420,6 +464,65 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
         click.echo(json.dumps({"metric": metric, "depths": [dataclasses.asdict(d) for d in depths], "auto": chosen}))
     else:
         click.echo("\n".join(probing.lines(depths, metric)))
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(CompareConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
+    """Train --model and those it is compared with on the same split of DATA; one table.
+
+    Accuracy, paired test against --model, training time, memory, size and cost. Run again it goes on where it was
+    stopped; what is finished is not trained again.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    own = {f.name: given.pop(f.name) for f in dataclasses.fields(CompareConfig) if f.name in given}
+    config, extra = _settings(data, recipe_file, given, "compare")
+    settings = CompareConfig(**{**extra.get("compare", {}), **own})
+    _calm()
+    from loracle import comparison
+
+    comparison.run(config, settings, say=click.echo)
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(ValidateConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def validate(data: str | None, recipe_file: Path | None, folds: int | None, seeds: int | None, **given: Any) -> None:
+    """Train several times on DATA: --folds k, every example held out once; or --seeds n, how far luck goes.
+
+    Run again it goes on where it was stopped; what is finished is not trained again.
+    """
+    settings = ValidateConfig(folds=folds, seeds=seeds)
+    config, _ = _settings(data, recipe_file, {k: v for k, v in given.items() if v is not None}, "validate")
+    _calm()
+    from loracle import validation
+
+    validation.run(config, settings, say=click.echo)
+
+
+@main.command()
+@click.argument("data", required=False)
+@options(TuneConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
+@options(RunConfig, only=("out",))
+@RECIPE
+def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
+    """Search settings for DATA on its validation examples; the test side is never scored.
+
+    The learning rate alone first, then with rank, targets and epochs. What is found is written as a recipe for train
+    --recipe. Run again it goes on where it was stopped; more --trials search on.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    own = {f.name: given.pop(f.name) for f in dataclasses.fields(TuneConfig) if f.name in given}
+    config, _ = _settings(data, recipe_file, given, "tune")
+    _calm()
+    from loracle import tuning
+
+    tuning.run(config, TuneConfig(**own), say=click.echo)
 
 
 @main.command()
@@ -553,10 +656,12 @@ def _windows(rows: Any, size: int) -> Any:
 
 def _calm() -> None:
     """Keep the libraries' notices, meant for developers, from the user's terminal."""
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it wherever it is installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 

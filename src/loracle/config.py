@@ -108,6 +108,11 @@ class ModelConfig:
     )
     pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
     head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
+    head_init: str = dial(
+        "random",
+        "how a linear head starts; names: towards the untuned model's states of the labels' names, for few examples",
+        ("random", "names"),
+    )
     dtype: str = dial(
         "auto",
         "dtype of a frozen decoder; auto is bfloat16; float32 with --full and for encoders",
@@ -136,6 +141,8 @@ class ModelConfig:
             raise UserError(
                 "a number of layers for --depth, or auto", repr(self.depth), "pass for example --depth auto"
             )
+        if self.head_init == "names" and self.head != "linear":
+            raise UserError("a linear head for --head-init names", f"--head {self.head}", "leave one of them out")
         if self.max_length < 8:
             raise UserError("room for at least 8 tokens", f"max_length {self.max_length}", "pass --max-length 512")
         _check(self)
@@ -206,6 +213,13 @@ class TrainConfig:
     class_weights: str = dial(
         "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
     )
+    wanted_precision: float | None = dial(
+        None,
+        "of several labels a text, each is given only where validation texts say it is right this often; "
+        "by default where its F1 is highest",
+        above=0,
+        below=1,
+    )
     saturation: float | None = dial(
         None,
         "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates; by default fitted on validation groups",
@@ -219,6 +233,9 @@ class TrainConfig:
     )
     micro_tokens: int = dial(
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
+    )
+    track: str | None = dial(
+        None, "also log to this service, whose package is installed and logged in", ("wandb", "mlflow", "swanlab")
     )
     seed: int = dial(0, "seed of splits, order, dropout and head", least=0)
 
@@ -242,6 +259,54 @@ class PlanConfig:
     rate: float = dial(0.015, "click rate", above=0, below=1)
     spread: float = dial(0.3, "standard deviation of the true log-odds within a test", least=0, below=100)
     seed: int = dial(0, "seed of the draws", least=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    """Who else is trained on the same split, as ``loracle compare`` does it."""
+
+    against: str = dial(
+        "tfidf,frozen",
+        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models",
+    )
+    price_per_hour: float | None = dial(
+        None, "what an hour of this machine costs; without it the table has hours per million texts", above=0
+    )
+    encoder_full: bool = dial(True, "train every weight of BERT-type encoders, whatever the decoders get")
+    encoder_lr: float | None = dial(
+        None, "peak learning rate of encoders with --encoder-full; by default derived from the model's width", above=0
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig:
+    """How often a training is repeated, as ``loracle validate`` does it."""
+
+    folds: int | None = dial(None, "parts of the data, each held out once as the test side of a run", least=2)
+    seeds: int | None = dial(
+        None, "runs on one split that differ by their seed alone: --seed and those after it", least=2
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if (self.folds is None) == (self.seeds is None):
+            found = "neither" if self.folds is None else "both"
+            raise UserError("--folds or --seeds", found, "pass for example --folds 5")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneConfig:
+    """How long ``loracle tune`` searches."""
+
+    trials: int = dial(
+        20, "trainings, those that were stopped early included; the first third sweeps --lr alone", least=1
+    )
 
     def __post_init__(self) -> None:
         _check(self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,14 @@ def _show(files: DemoFiles, topics: Path, clicks: Path, say: Callable[[str], Non
     for ranked in Predictor(clicks).rank(NEW_TITLES):
         say(f"  {ranked.score:+.2f}  {ranked.text}")
     say(f"\nrun folders: {topics}, {clicks}")
-    say(f"next:  loracle predict {topics} {files.topics_test} -o scored.csv")
-    say(f'       loracle rank {clicks} "Title A" "Title B"')
+    program = _program()
+    say(f"next:  {program} predict {topics} {files.topics_test} -o scored.csv")
+    say(f'       {program} rank {clicks} "Title A" "Title B"')
+
+
+def _program() -> str:
+    """What to type for loracle: its name where the shell finds it, else where it is (`make demo` activates nothing)."""
+    return "loracle" if shutil.which("loracle") else os.path.relpath(sys.argv[0])
 
 
 def _fresh(run_folder: Path) -> Path:

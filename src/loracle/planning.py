@@ -268,7 +268,7 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
     """The curves as a picture (PNG, SVG or PDF by the suffix).
 
     Raises:
-        UserError: matplotlib is not installed, or it cannot write such a file.
+        UserError: matplotlib cannot write such a file.
     """
     figure = pictures.new_figure(12 if learnt else 8.5, 3.6)
     axes = figure.subplots(1, 3 if learnt else 2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from loracle.config import SATURATING, DataConfig, ModelConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
@@ -25,7 +26,18 @@ from loracle.data.splits import split
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
-from loracle.judge.metrics import as_json, classification_metrics, headline_metric, probabilities, target_array
+from loracle.judge.calibrate import Calibration, fit_calibration
+from loracle.judge.findings import curves, findings, training_suspects
+from loracle.judge.metrics import (
+    UNCALIBRATED,
+    as_json,
+    classification_metrics,
+    given_labels,
+    headline_metric,
+    probabilities,
+    target_array,
+)
+from loracle.judge.page import render
 from loracle.judge.probe import Depth, by_depth, choose, ridge, verdict
 from loracle.judge.ranking import rank_metrics
 from loracle.judge.report import ceiling_line, markdown_table, result_rows, summary
@@ -42,6 +54,7 @@ from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
+from loracle.train import tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.train.losses import (
     SATURATION,
@@ -57,8 +70,10 @@ from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
+HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
+SCORES = "scores.safetensors"
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
 USABLE = 0.9  # of the free memory
 
@@ -82,7 +97,7 @@ def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    config, folder = _absolute(config), new_folder(config)
+    config, folder = absolute(config), new_folder(config)
     return learn(config, read_data(config, say), folder, say=say, quiet=quiet)
 
 
@@ -192,10 +207,14 @@ def new_folder(config: RunConfig) -> Path:
     return folder
 
 
-def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
-    """From examples to a finished run folder."""
+def learn(
+    config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False, keep_scores: bool = False
+) -> Path:
+    """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``)."""
     started = time.perf_counter()
     task, model, seed = data.task, config.model, config.train.seed
+    track, device = config.train.track, pick_device(config.model.device)
+    accelerator = tracking.tracked(track, cpu=device.type == "cpu") if track else None
     loss, chosen = choose_loss(config, data)
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
@@ -208,26 +227,15 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
         say(verdict(depths))
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
-    dtype, device = pick_dtype(model.dtype, config.lora.full), pick_device(model.device)
-    scorer = assemble.new_scorer(
-        base.folder,
-        task,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=dtype,
-        device=device,
-        pooling=model.pooling,
-        head=model.head,
-        depth=model.layers,
-        quantize=model.quantize,
-        lora=None if config.lora.full else _lora(config),
-        seed=seed,
-    )
-    encoder = Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
-    if kept := _keep_lower(config, scorer, base):
+    scorer, encoder = new_model(config, task, base, tokenizer)
+    start_head(config, scorer, encoder, data)
+    if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
-    lr = default_lr(base_config.hidden_size, full=config.lora.full) if config.train.lr is None else config.train.lr
+    lr = learning_rate(config, base_config)
     lengths = _lengths(encoder, data)
-    say(f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {device}; learning rate {lr:g}")
+    say(
+        f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {scorer.device}; learning rate {lr:g}"
+    )
     say(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
         f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
@@ -243,54 +251,107 @@ def learn(config: RunConfig, data: Data, folder: Path, *, say: Say = print, quie
     save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
-    results: dict[str, Any] = {}
+    rivals: dict[str, list[np.ndarray]] = {}
     if config.baselines:
         count = sum(len(_texts(e)) for e in _some(data.train, seed))
         say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        results = measure_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
+        rivals = score_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
 
     # Training; the best look at the validation examples wins.
+    if accelerator:
+        settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
+        tracking.begin(accelerator, str(track), folder.name, settings)
     outcome = fit(
         scorer,
         data.train,
         lambda examples: encode_examples(encoder, examples),
         loss,
         lambda: look(scorer, encoder, data.validation, task, loss),
-        schedule=_schedule(config, lr),
+        schedule=schedule_of(config, lr),
         folder=folder,
+        accelerator=accelerator,
         quiet=quiet,
     )
 
     scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
 
     # What the scores mean is settled on the validation examples too.
-    spread = fit_meaning(scorer, encoder, data)
+    meaning = fit_meaning(scorer, encoder, data, config.train.wanted_precision)
+    if isinstance(meaning, Calibration):
+        say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(meaning, task)}")
 
     # The test examples, once.
+    asked = time.perf_counter()
     scores = score_examples(scorer, encoder, data.test)
+    texts_per_s = sum(map(len, scores)) / (time.perf_counter() - asked)
     metrics: dict[str, Any] = {
         "task": task.kind,
         "base": base.note or base.source,
         "train": _speed(outcome, time.perf_counter() - started),
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
-        "calibration": {"slope": spread.slope, "spread": spread.spread} if spread else None,
-        "test": measure(scores, data.test, task),
-        "baselines": results,
+        "calibration": _meaning(meaning),
+        "test": measure(scores, data.test, task, meaning),
+        "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
+        "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
-    if spread:
-        run_folder.write_calibration(folder, spread)
-    save(folder, config, scorer, base, data, scores, metrics)
+    if meaning:
+        run_folder.write_calibration(folder, meaning)
+    if keep_scores:
+        write_scores(folder, scores)
+    told = write_report(folder, data, scores, rivals, metrics, meaning)
+    save(folder, config, scorer, base, data, scores, metrics, meaning)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say("")
+    say(f"\n{told}\n")
     say(summary(metrics, task.kind, base.note))
-    say(f"\nrun folder: {folder}")
+    say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
     return folder
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) -> tuple[Scorer, Encoder]:
+    """The base with a fresh head and fresh adapters, and what encodes texts for it."""
+    model = config.model
+    scorer = assemble.new_scorer(
+        base.folder,
+        task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=pick_dtype(model.dtype, config.lora.full),
+        device=pick_device(model.device),
+        pooling=model.pooling,
+        head=model.head,
+        depth=model.layers,
+        quantize=model.quantize,
+        lora=None if config.lora.full else _lora(config),
+        seed=config.train.seed,
+    )
+    return scorer, Encoder(tokenizer, long=model.long, encoder=scorer.encoder)
+
+
+def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) -> None:
+    """With ``--head-init names``, a head that starts from the labels' names.
+
+    Raises:
+        UserError: a ranker, labels that are numbers, or a model that is no decoder.
+    """
+    if config.model.head_init != "names":
+        return
+    names = data.task.label_names
+    if not names or all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
+        found = "numbers" if names else "a ranker, which has none"
+        raise UserError("labels with names for --head-init names", found, "leave out --head-init")
+    words = [name.replace("_", " ").replace("-", " ") for name in names]
+    assemble.head_from_names(scorer, encoder(words), _flat(encoder, _some(data.train, config.train.seed)[:HEAD_TEXTS]))
+
+
+def learning_rate(config: RunConfig, base_config: Any) -> float:
+    """What the user gave, or what the model's width calls for."""
+    given = config.train.lr
+    return default_lr(base_config.hidden_size, full=config.lora.full) if given is None else given
 
 
 def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, Any, int]:
@@ -313,7 +374,7 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
     Raises:
         UserError: as ``train``.
     """
-    config = _absolute(config)
+    config = absolute(config)
     data = read_data(config, say)
     loss, _ = choose_loss(config, data)
     base, _, tokenizer, _ = open_base(config, data, say)
@@ -357,7 +418,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     matrices run now.
     """
     schedule, device = config.train, scorer.device
-    steps = _schedule(config, 0.0).total_steps(len(data.train))
+    steps = schedule_of(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded = 0, [], 0
@@ -411,6 +472,16 @@ def _check_weights_fit(base: BaseModel, model: ModelConfig, dtype: torch.dtype) 
             )
 
 
+def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
+    """Keep the test scores in full, for tests in pairs."""
+    save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
+
+
+def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+    """What ``write_scores`` kept, by example."""
+    return _by_example(load_file(folder / SCORES)["scores"], examples)
+
+
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
     """The encoded texts of each example: one of a labelled text, all titles of a group."""
     texts = [t for e in examples for t in _texts(e)]
@@ -435,15 +506,19 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
     return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
 
 
-def measure(scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task) -> dict[str, Any]:
-    """Metrics with intervals, as JSON has them."""
+def measure(
+    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, meaning: Calibration | Spread | None = None
+) -> dict[str, Any]:
+    """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
     if task.kind == "rank":
         return as_json(rank_metrics([s[:, 0] for s in scores], examples))
     same = [e.identity for e in examples]
-    return as_json(classification_metrics(np.concatenate(scores), target_array(examples, task), task, groups=same))
+    calibration = meaning if isinstance(meaning, Calibration) else None
+    targets = target_array(examples, task)
+    return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
 
 
-def _keep_lower(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
+def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
     """Put the layers below the adapters behind a cache, where there are such layers."""
     decoder = scorer.inner.base_model
     top, cache_gb = config.lora.adapt_top, config.train.cache_gb
@@ -464,6 +539,8 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     unexplained is not far from what a model will, and it costs a second.
     """
     task, schedule = data.task, config.train
+    if schedule.wanted_precision is not None and task.kind != "multi":
+        raise UserError("several labels a text for --wanted-precision", "another task", "leave it out")
     name = resolve_loss(task, schedule.loss, click_rate(data.train) if task.evidence == "clicks" else 0.0)
     if task.kind != "rank":
         weights = class_weights(data.train, task, schedule.class_weights)
@@ -487,18 +564,26 @@ def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
     return float(np.clip(titles / (spread.spread**2 * (1 - rate)), *SATURATION))
 
 
-def fit_meaning(scorer: Scorer, encoder: Encoder, data: Data) -> Spread | None:
-    """How much a point of score moves the log-odds of a click, and how far titles differ beyond it; only clicks tell."""
-    if data.task.evidence != "clicks":
+def fit_meaning(
+    scorer: Scorer, encoder: Encoder, data: Data, precision: float | None = None
+) -> Calibration | Spread | None:
+    """What scores mean. A classifier's: temperature or thresholds. Of clicks: how much a point of score moves the log-odds
+    of one, and how far titles differ beyond it. Of pairs and grades: nothing that could be told.
+    """
+    if data.task.kind == "rank" and data.task.evidence != "clicks":
         return None
-    spread = fit_spread(data.validation, [s[:, 0] for s in score_examples(scorer, encoder, data.validation)])
+    scores = score_examples(scorer, encoder, data.validation)
+    if data.task.kind != "rank":
+        targets = target_array(data.validation, data.task)
+        return fit_calibration(np.concatenate(scores), targets, data.task, precision=precision)
+    spread = fit_spread(data.validation, [s[:, 0] for s in scores])
     return spread if spread.groups else None
 
 
-def measure_baselines(
+def score_baselines(
     data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int, say: Say
-) -> dict[str, Any]:
-    """What simpler methods reach on the same split, with the same loss when ranking."""
+) -> dict[str, list[np.ndarray]]:
+    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking."""
     task, some = data.task, _some(data.train, seed)
     seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
     if task.kind == "rank":
@@ -513,7 +598,7 @@ def measure_baselines(
             ranked["untuned"] = _by_example(untuned, data.test)
         except NoLikelihoodError as e:
             say(f"note: no untuned baseline, {e}")
-        return {name: measure([s[:, None] for s in scores], data.test, task) for name, scores in ranked.items()}
+        return {name: [s[:, None] for s in scores] for name, scores in ranked.items()}
     targets = target_array(data.train, task)
     words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
     found = {
@@ -523,7 +608,27 @@ def measure_baselines(
             np.concatenate(seen), target_array(some, task), np.concatenate(unseen), task, seed=seed
         ),
     }
-    return {name: measure(list(scores[:, None]), data.test, task) for name, scores in found.items()}
+    return {name: list(scores[:, None]) for name, scores in found.items()}
+
+
+def write_report(
+    folder: Path,
+    data: Data,
+    scores: list[np.ndarray],
+    rivals: dict[str, list[np.ndarray]],
+    metrics: dict[str, Any],
+    meaning: Calibration | Spread | None,
+) -> str:
+    """``report.json`` and the page that shows it; returns its first line, the verdict."""
+    task, info = data.task, run_folder.read_info(folder)
+    calibration = meaning if isinstance(meaning, Calibration) else None
+    report = findings(scores, data.test, task, metrics, rivals, calibration)
+    if "suspects" in report and rivals:
+        report["suspects"]["train"] = training_suspects(data.train, task, seed=info.config.train.seed)
+    report |= {"run": run_folder.facts(folder, info, data.issues), "curves": curves(folder / "log.jsonl")}
+    run_folder.write_text(folder / run_folder.REPORT, json.dumps(report, indent=1, ensure_ascii=False))
+    run_folder.write_text(folder / run_folder.PAGE, render(report))
+    return report["verdict"]["text"]
 
 
 def save(
@@ -534,6 +639,7 @@ def save(
     data: Data,
     scores: list[np.ndarray],
     metrics: dict,
+    meaning: Calibration | Spread | None,
 ) -> None:
     """Everything that a run leaves; the manifest last, which is what says that it is whole."""
     if config.lora.full:
@@ -542,7 +648,7 @@ def save(
         kind, _, name = base.source.partition(":")
         save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
-    _write_predictions(folder / "predictions.csv", data, scores)
+    _write_predictions(folder / "predictions.csv", data, scores, meaning)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
     run_folder.write_manifest(folder)
 
@@ -648,7 +754,7 @@ def _info(
     )
 
 
-def _schedule(config: RunConfig, lr: float) -> Schedule:
+def schedule_of(config: RunConfig, lr: float) -> Schedule:
     names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
     return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
 
@@ -682,7 +788,9 @@ def _lengths(encoder: Encoder, data: Data) -> dict[str, float]:
     return {"count": texts, "tokens": total, "mean": total / texts, "max": most, "over_length": over}
 
 
-def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray]) -> None:
+def _write_predictions(
+    path: Path, data: Data, scores: Sequence[np.ndarray], meaning: Calibration | Spread | None
+) -> None:
     with path.open("w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         if data.task.kind == "rank":
@@ -691,12 +799,12 @@ def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray]) -> 
                 assert isinstance(e, RankGroup)
                 out.writerows((row, e.group, t, f"{v:.6g}") for row, t, v in zip(e.rows, e.texts, s[:, 0], strict=True))
             return
-        names = data.task.label_names
+        names, calibration = data.task.label_names, meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        proba = probabilities(np.concatenate(scores), data.task, calibration)
         out.writerow(["row", "text", "label", "predicted", "probability"])
-        for e, p in zip(data.test, probabilities(np.concatenate(scores), data.task), strict=True):
+        for e, p, given in zip(data.test, proba, given_labels(proba, data.task, calibration), strict=True):
             assert isinstance(e, LabeledText)
-            given = np.flatnonzero(p > 0.5) if data.task.kind == "multi" else [p.argmax()]
-            shown = ["|".join(names[i] for i in some) for some in (e.labels, given)]
+            shown = ["|".join(names[i] for i in some) for some in (e.labels, np.flatnonzero(given))]
             out.writerow([e.row, e.text, *shown, f"{p.max():.6g}"])
 
 
@@ -719,7 +827,7 @@ def _some(examples: list[Any], seed: int) -> list[Any]:
     return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
 
     def whole(path: str | None) -> str | None:
@@ -729,6 +837,23 @@ def _absolute(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config, data=data, model=dataclasses.replace(config.model, model=whole(config.model.model) or "")
     )
+
+
+def _meaning(meaning: Calibration | Spread | None) -> dict[str, Any] | None:
+    """What metrics.json says of it; calibration.json holds all of it."""
+    if isinstance(meaning, Spread):
+        return {"slope": meaning.slope, "spread": meaning.spread}
+    return dataclasses.asdict(meaning) if meaning else None
+
+
+def _calibrated(calibration: Calibration, task: Task) -> str:
+    """What was fitted, in a line; labels that can never be given are named."""
+    if task.kind == "single":
+        return f"temperature {calibration.temperature:.3g}"
+    thresholds = calibration.thresholds
+    never = [name for name, t in zip(task.label_names, thresholds, strict=True) if t >= 1]
+    line = f"labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
+    return line + (f"; {', '.join(never)} never, as no threshold is precise enough" if never else "")
 
 
 def _unit(task: Task) -> str:

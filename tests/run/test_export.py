@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -53,6 +54,11 @@ def test_a_pipeline_of_transformers_says_what_the_run_says(trained, tmp_path, ki
     got = [[next(d["score"] for d in of_text if d["label"] == name) for name in names] for of_text in found]
     np.testing.assert_allclose(got, expected, atol=1e-4)
     assert np.ptp(expected) > 0.01  # a constant model would agree with anything
+    if kind == "single":
+        assert predictor.calibration.temperature != 1  # folded in, or the probabilities above would differ
+    if kind == "multi":
+        thresholds = json.loads((out / "config.json").read_text())["thresholds"]
+        assert list(thresholds.values()) == list(predictor.calibration.thresholds)
 
 
 @pytest.mark.parametrize("base", ["llama", "gemma3_text", "bert", "roberta"])

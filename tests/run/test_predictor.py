@@ -75,11 +75,22 @@ def test_names_follow_probabilities(classifier):
     assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]
 
 
-def test_several_labels_are_those_above_one_half(base, tmp_path):
-    predictor = Predictor(learn(tmp_path, base, several(), lr=1e-3))
-    proba = np.array([[0.9, 0.6], [0.5, 0.1], [0.2, 0.7]])
+def test_several_labels_are_those_above_their_stored_thresholds(base, tmp_path):
+    folder = learn(tmp_path, base, several(), lr=1e-3)
+    predictor = Predictor(folder)
+    price, quality = json.loads((folder / "calibration.json").read_text())["thresholds"]
+    proba = np.array([[price + 1e-6, quality + 1e-6], [price - 1e-6, 0], [0, quality + 1e-6]])
     assert predictor.names(proba) == [["price", "quality"], [], ["quality"]]
     assert predictor.predict_proba(TEXTS).shape == (4, 2)
+
+
+def test_probabilities_are_those_of_scores_at_the_stored_temperature(classifier):
+    """And the scores themselves, which plain PEFT gives too, are left alone."""
+    predictor = Predictor(classifier)
+    temperature = json.loads((classifier / "calibration.json").read_text())["temperature"]
+    assert temperature != 1
+    powers = np.exp(predictor.scores(TEXTS).astype(np.float64) / temperature)
+    np.testing.assert_allclose(predictor.predict_proba(TEXTS), powers / powers.sum(1, keepdims=True), rtol=1e-6)
 
 
 def test_a_ranker_ranks_best_first(ranker):

@@ -6,6 +6,7 @@ policy while ``permutation`` and ``choice`` are not, so a seed means the same sp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +77,32 @@ def split_texts(items: Sequence[LabeledText], share: float, seed: int, task: Tas
     for unit, is_held in zip(units, held_units, strict=True):
         held[unit] = is_held
     return _two_sides(items, held, notes)
+
+
+def text_folds(items: Sequence[LabeledText], folds: int, seed: int, task: Task) -> list[Split]:
+    """``folds`` rotations in which every text is held out once, stratified; rows of equal text (stripped) go together.
+
+    Distinct texts are shuffled, sorted by their labels (sets of labels, where there may be several) and dealt out in turn,
+    so that a class's numbers differ by at most one between folds.
+
+    Raises:
+        UserError: fewer distinct texts than folds.
+    """
+    units = _equal_texts(items)
+    if len(units) < folds:
+        raise UserError(f"at least {folds} distinct texts, for {folds} folds", str(len(units)), "add examples")
+    labels = [tuple(sorted(items[unit[0]].labels)) for unit in units]
+    counts = Counter(labels)
+    order = sorted(_shuffled(len(units), seed).tolist(), key=lambda at: labels[at])
+    fold_of = np.zeros(len(items), dtype=int)
+    for turn, at in enumerate(order):
+        fold_of[units[at]] = turn % folds
+    lonely = [u for u, label in zip(units, labels, strict=True) if task.kind == "single" and counts[label] == 1]
+    notes = issue_of(
+        "class-not-held", "classes with one distinct text, which no rotation both learns and measures",
+        [items[unit[0]].row for unit in lonely],
+    )  # fmt: skip
+    return [_two_sides(items, fold_of == f, notes) for f in range(folds)]
 
 
 def _equal_texts(items: Sequence[LabeledText]) -> list[list[int]]:

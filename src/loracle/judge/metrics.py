@@ -1,6 +1,6 @@
 """What a classifier's scores are worth, each figure with a 95 % interval. Pure NumPy.
 
-Legend of shapes: N texts, C labels, U units that are resampled (distinct texts), B bootstrap replicates.
+Legend of shapes: N texts, C labels, U units that are resampled (distinct texts), B bootstrap replicates, K bins.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_softmax, softmax
+from scipy.stats import rankdata
 
 from loracle.data.examples import LabeledText, Task
 from loracle.errors import UserError
+from loracle.judge.calibrate import Calibration
 
 Array = npt.NDArray[np.float64]
 Statistics = Callable[[Array], Mapping[str, Array]]
 
 REPLICATES = 1000
 LEVEL = 0.95
+UNCALIBRATED = Calibration()
+BINS = 15  # of the expected calibration error, as in Guo et al. 2017
 CHUNK = 1 << 20  # resampling weights held at once: 8 MB, which a processor's cache still likes
 
 
@@ -61,10 +65,47 @@ def target_array(examples: Sequence[LabeledText], task: Task) -> np.ndarray:
     return targets
 
 
-def probabilities(scores: np.ndarray, task: Task) -> Array:
-    """Float64 probabilities ``[N, C]`` from logits: softmax over the labels, or a sigmoid each for ``multi``."""
+def probabilities(scores: np.ndarray, task: Task, calibration: Calibration = UNCALIBRATED) -> Array:
+    """Float64 probabilities ``[N, C]`` from logits: softmax at the temperature, or a sigmoid each for ``multi``."""
     logits = np.asarray(scores, dtype=np.float64)
-    return softmax(logits, axis=1) if task.kind == "single" else expit(logits)
+    return softmax(logits / calibration.temperature, axis=1) if task.kind == "single" else expit(logits)
+
+
+def given_labels(proba: np.ndarray, task: Task, calibration: Calibration = UNCALIBRATED) -> npt.NDArray[np.bool_]:
+    """Which labels rows of probabilities give, ``[N, C]``: the likeliest, or for ``multi`` all above their thresholds."""
+    if task.kind == "multi":
+        return proba > _thresholds(calibration)
+    return np.arange(proba.shape[1]) == proba.argmax(1)[:, None]
+
+
+def calibration_bins(confidence: Array) -> npt.NDArray[np.intp]:
+    """Bin ``[N]`` of each text: up to ``BINS`` bins that hold equally many, equal confidences always together.
+
+    Equal mass, as bins of equal width are mostly empty and leave the error to a few (Nixon et al. 2019, arXiv:1904.01685).
+    """
+    edges = np.quantile(confidence, np.arange(1, BINS) / BINS)
+    return np.searchsorted(edges, confidence, side="left")
+
+
+def calibration_error(confidence: Array, right: Array) -> float:
+    """Expected calibration error (Naeini et al. 2015) over equal-mass bins: mean over texts of the gap of their bin between
+    the mean confidence and the share that is right.
+    """
+    return float(np.abs(np.bincount(calibration_bins(confidence), weights=confidence - right)).sum() / len(right))
+
+
+def calibration_band(proba: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """The error that texts so many show though every probability is true: mean and 95 % band over simulated labels.
+
+    Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977). Rows of equal
+    ``groups`` are copies, which are right or wrong together.
+    """
+    unit, units = _units(groups, len(proba))
+    confidence = proba.max(axis=1)
+    rng = np.random.default_rng(seed)
+    # The label is the likeliest one with just that probability, so no other one need be drawn.
+    drawn = [calibration_error(confidence, rng.random(units)[unit] < confidence) for _ in range(REPLICATES)]
+    return _interval(float(np.mean(drawn)), np.array(drawn))
 
 
 def classification_metrics(
@@ -74,11 +115,18 @@ def classification_metrics(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    calibration: Calibration | None = None,
 ) -> dict[str, Interval | float]:
     """Metrics of logits ``[N, C]`` against targets, each with a bootstrap interval.
 
-    ``single``: accuracy, macro_f1, weighted_f1, log_loss (nats). ``multi``, where a label is given when its logit is
-    above 0: micro_f1, macro_f1, subset_accuracy, map; accuracy is the subset accuracy once more.
+    ``single``: accuracy, macro_f1, weighted_f1, log_loss (nats), auc, ece. ``multi``, where a label is given when its
+    probability is above its threshold: micro_f1, macro_f1, subset_accuracy, map, auc; accuracy is the subset accuracy once
+    more.
+
+    ``auc`` is the mean over labels of one against the rest; its interval resamples what each text adds to it (DeLong et al.
+    1988). ``ece`` (``calibration_error``) has no interval, as it is no mean over texts; ``ece_if_calibrated`` is what
+    perfect calibration would show. With a calibration, ``log_loss_uncalibrated`` and ``ece_uncalibrated`` say what it was
+    before.
 
     A text whose highest logit is shared by k labels counts 1/k for each, so a constant scorer gets accuracy 1/C and not
     the share of the label that happens to come first. Macro averages are over the labels that occur among targets or
@@ -97,10 +145,38 @@ def classification_metrics(
     """
     logits, targets = _checked(scores, targets, task)
     unit, units = _units(groups, len(logits))
-    statistics = (
-        _single(logits, targets, unit, units) if task.kind == "single" else _multi(logits, targets, unit, units)
-    )
-    return {**bootstrap(statistics, units, seed=seed)}
+    meaning = calibration or UNCALIBRATED
+    if task.kind == "multi":
+        return {**bootstrap(_multi(logits, targets, unit, units, meaning), units, seed=seed)}
+    found: dict[str, Interval] = bootstrap(_single(logits, targets, unit, units, meaning), units, seed=seed)
+    right = (logits.argmax(axis=1) == targets).astype(np.float64)
+    after, before = (probabilities(logits, task, c) for c in (meaning, UNCALIBRATED))
+    error, error_before = (calibration_error(p.max(axis=1), right) for p in (after, before))
+    found |= {
+        "ece": Interval(error, np.nan, np.nan),
+        "ece_if_calibrated": calibration_band(after, groups=groups, seed=seed),
+    }
+    if calibration is None:
+        del found["log_loss_uncalibrated"]
+        return {**found}
+    return {**found, "ece_uncalibrated": Interval(error_before, np.nan, np.nan)}
+
+
+def lead(
+    scores_a: np.ndarray,
+    scores_b: np.ndarray,
+    targets: np.ndarray,
+    task: Task,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """By how much the headline metric of logits a is above that of logits b, resampled in pairs."""
+    unit, units = _units(groups, len(targets))
+    of = _single if task.kind == "single" else _multi
+    a, b = (of(_checked(s, targets, task)[0], targets, unit, units, UNCALIBRATED) for s in (scores_a, scores_b))
+    name = headline_metric(task)
+    return bootstrap(lambda weights: {name: a(weights)[name] - b(weights)[name]}, units, seed=seed)[name]
 
 
 def bootstrap(
@@ -165,19 +241,27 @@ def _units(groups: Sequence[Hashable] | None, rows: int) -> tuple[npt.NDArray[np
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp), len(numbers)
 
 
+def _thresholds(calibration: Calibration) -> Array:
+    return np.array(calibration.thresholds or 0.5)
+
+
 def _sum_by_unit(values: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Array:
     sums = np.zeros((units, *values.shape[1:]))
     np.add.at(sums, unit, values)
     return sums
 
 
-def _single(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Statistics:
+def _single(
+    logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int, calibration: Calibration
+) -> Statistics:
     chosen = (logits == logits.max(axis=1, keepdims=True)).astype(np.float64)
     chosen /= chosen.sum(axis=1, keepdims=True)
     true = np.eye(logits.shape[1])[targets]
-    loss = -log_softmax(logits, axis=1)[np.arange(len(targets)), targets]
+    tempered = log_softmax(logits / calibration.temperature, axis=1)
+    losses = [-known[np.arange(len(targets)), targets] for known in (tempered, log_softmax(logits, axis=1))]
     sums = [_sum_by_unit(part, unit, units) for part in (chosen * true, chosen, true)]
-    loss_sum = _sum_by_unit(loss, unit, units)
+    loss_sum, untempered_sum = (_sum_by_unit(loss, unit, units) for loss in losses)
+    auc = _auc(tempered, true.astype(bool), unit, units)
 
     def statistics(weights: Array) -> dict[str, Array]:
         hits, predicted, support = (weights @ part for part in sums)
@@ -188,13 +272,18 @@ def _single(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], unit
             "macro_f1": _mean_of_known(f1),
             "weighted_f1": (support * np.nan_to_num(f1)).sum(axis=1) / rows,
             "log_loss": weights @ loss_sum / rows,
+            "log_loss_uncalibrated": weights @ untempered_sum / rows,
+            "auc": auc(weights),
         }
 
     return statistics
 
 
-def _multi(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Statistics:
-    chosen, true = logits > 0, targets.astype(bool)
+def _multi(
+    logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int, calibration: Calibration
+) -> Statistics:
+    chosen, true = expit(logits) > _thresholds(calibration), targets.astype(bool)
+    auc = _auc(logits, true, unit, units)
     sums = [_sum_by_unit(part, unit, units) for part in (chosen & true, chosen, true)]
     exact = _sum_by_unit((chosen == true).all(axis=1), unit, units)
     rows_of_unit = np.bincount(unit, minlength=units).astype(np.float64)
@@ -209,10 +298,34 @@ def _multi(logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units
             "subset_accuracy": subset,
             "micro_f1": ratio(2 * hits.sum(axis=1), (predicted + support).sum(axis=1)),
             "macro_f1": _mean_of_known(ratio(2 * hits, predicted + support)),
+            "auc": auc(weights),
             "map": _mean_of_known(np.stack(precision, axis=1) if precision else np.empty((len(weights), 0))),
         }
 
     return statistics
+
+
+def _auc(scores: Array, true: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Callable[[Array], Array]:
+    """Weights ``[B, U]`` to the mean area under the labels' ROC curves, ``[B]``; equal scores count one half.
+
+    A text's part in a label's area is the share of the other side that it stands right of: below it, for one that has the
+    label. The area is the mean part of either side, so to first order it moves by the sum of what both sides' means do.
+    """
+    told = true.any(axis=0) & ~true.all(axis=0)
+    scores, true = scores[:, told], true[:, told]
+    above = rankdata(scores, axis=0)
+    for side in (true, ~true):
+        for c in range(scores.shape[1]):  # less the rank among its own side: what is left counts the other side below
+            above[side[:, c], c] -= rankdata(scores[side[:, c], c])
+    share = np.where(true, above / (~true).sum(axis=0), 1 - above / true.sum(axis=0))
+    sums = [_sum_by_unit(part, unit, units) for part in (share * true, share * ~true, true, ~true)]
+    area = ratio((share * true).sum(axis=0), true.sum(axis=0).astype(np.float64))
+
+    def statistic(weights: Array) -> Array:
+        with_label, without, count_with, count_without = (weights @ part for part in sums)
+        return _mean_of_known(ratio(with_label, count_with) + ratio(without, count_without) - area)
+
+    return statistic
 
 
 def _ranked(logits: Array, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

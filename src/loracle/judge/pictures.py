@@ -1,4 +1,4 @@
-"""Pictures for the terminal's commands, by matplotlib, which is an extra."""
+"""Pictures for the terminal's commands, by matplotlib."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from loracle.errors import UserError
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of that size in inches.
+    """An empty matplotlib figure of that size in inches."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib for --plot", "none installed", "run: pip install 'loracle[plot]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

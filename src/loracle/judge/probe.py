@@ -109,7 +109,7 @@ def plot(depths: Sequence[Depth], metric: str, path: Path) -> None:
     """Accuracy by depth as a picture (PNG, SVG or PDF by the suffix).
 
     Raises:
-        UserError: matplotlib is not installed, or it cannot write such a file.
+        UserError: matplotlib cannot write such a file.
     """
     figure, chosen = pictures.new_figure(7, 3.6), choose(depths)
     axes, at = figure.subplots(), [d.layers for d in depths]

@@ -14,8 +14,8 @@ SHOWN = {
 }
 FIGURES = 5  # beside the scorer's name: what fits a terminal; of those that a kind of evidence knows, the first
 PERCENT = {
-    *("accuracy", "macro_f1", "micro_f1", "map", "subset_accuracy", "pair_accuracy", "significant_pair_accuracy"),
-    *("top1", "regret", "ceiling", "significant_ceiling", "way"),
+    *("accuracy", "macro_f1", "micro_f1", "weighted_f1", "map", "subset_accuracy"),
+    *("pair_accuracy", "significant_pair_accuracy", "top1", "regret", "ceiling", "significant_ceiling", "way"),
     *(f"pair_accuracy_gap_{name}" for name in GAPS),
 }
 

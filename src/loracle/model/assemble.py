@@ -19,7 +19,7 @@ from loracle.model.adapters import add_lora, load_adapter, merge
 from loracle.model.backbone import head_names, load_config, load_sequence_classifier
 from loracle.model.int8 import Int8Scorer
 from loracle.model.memory import out_of_memory, release
-from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head
+from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
 from loracle.text.encode import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
 
@@ -162,6 +162,36 @@ def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
     if scorer.encoder or not scorer.packed:
         raise _no_decoder(scorer.inner.config)
     return in_rounds(scorer, scorer.layer_features, texts)
+
+
+def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[Encoded]) -> None:
+    """Start a decoder's linear head at the states of the labels' names, so that it knows something before any training.
+
+    The name that a text's state resembles is its label (dataless classification: Chang, Ratinov, Roth and Srikumar, AAAI
+    2008). States are standardised by those of ``texts``, or a few large features would decide; names are centred and made
+    equally long, so that none is favoured; and the head is made blind to the mean text, as it has no bias to take that off.
+
+    Args:
+        names: of C labels, encoded as texts are. texts: some of the training texts; their labels are not asked for. Logits
+            of these get a mean square of 1 about their mean.
+
+    Raises:
+        UserError: the model is no decoder that can be packed.
+    """
+    if scorer.encoder or not scorer.packed:
+        raise UserError("a decoder for --head-init names", f"{scorer.inner.config.model_type}", "leave out --head-init")
+    known, seen = (in_rounds(scorer, scorer.pooled, some).astype(np.float64) for some in (names, texts))
+    mean, spread = seen.mean(axis=0), np.concatenate([seen, known]).std(axis=0)
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-6 * spread.max())
+    towards = (known - known.mean(axis=0)) * scale
+    towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-12)
+    weight = towards * scale
+    weight -= np.outer(weight @ mean, mean) / max(float(mean @ mean), 1e-12)
+    logits = seen @ weight.T
+    weight /= max(float((logits - logits.mean(axis=1, keepdims=True)).std()), 1e-12)
+    with torch.no_grad():
+        own = trained_copy(scorer.inner.score).weight
+        own.copy_(torch.from_numpy(weight).to(own))
 
 
 def in_rounds(

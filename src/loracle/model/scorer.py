@@ -141,14 +141,19 @@ class Scorer(nn.Module):
             return None
         return out.new_zeros(1, self._width, out.shape[-1]).index_copy(1, self._rows, out)
 
+    def pooled(self, batch: PackedBatch) -> Tensor:
+        """What the head reads of each text, ``float32 [E, H]``."""
+        return by_text(_wide(self._pool(self.states(batch), batch)), batch)
+
+    def _pool(self, states: Tensor, batch: PackedBatch) -> Tensor:
+        if self.pooling == "mean":
+            return _mean(states, batch)
+        rows = batch.start[batch.scored] if self.encoder else batch.read_at
+        return states[torch.from_numpy(rows).to(states.device)]
+
     def _head(self, states: Tensor, batch: PackedBatch) -> Tensor:
         """The model's own head on the rows that are read, ``[S, C]``."""
-        inner = self.inner
-        if self.pooling == "mean":
-            pooled = _mean(states, batch)
-        else:
-            rows = batch.start[batch.scored] if self.encoder else batch.read_at
-            pooled = states[torch.from_numpy(rows).to(states.device)]
+        inner, pooled = self.inner, self._pool(states, batch)
         if not self.encoder:
             return inner.score(pooled.to(_dtype(inner.score)))
         first = pooled[:, None].to(_dtype(inner.classifier))
@@ -222,7 +227,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def trained_copy(module: nn.Module) -> Any:
+    """A head as it is trained: PEFT keeps the untouched original, in the base's dtype, beside that copy."""
+    copies = getattr(module, "modules_to_save", None)
+    return module if copies is None else copies["default"]
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
-    """What a head computes in: PEFT keeps the untouched original, in the base's dtype, beside the trained copy."""
-    trained = getattr(module, "modules_to_save", None)
-    return next((module if trained is None else trained["default"]).parameters()).dtype
+    """What a head computes in."""
+    return next(trained_copy(module).parameters()).dtype

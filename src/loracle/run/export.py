@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from loracle.errors import UserError
+from loracle.judge.calibrate import Calibration
 from loracle.model import int8
 from loracle.model.assemble import load_merged
-from loracle.model.backbone import load_tokenizer
+from loracle.model.backbone import head_names, load_tokenizer
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor, find_base
 from loracle.text.template import needs_context
@@ -66,6 +67,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
             for path in run.glob(pattern):
                 shutil.copy2(path, out)
         if to == "transformers":
+            _fold(model, run_folder.read_calibration(run))
             model.save_pretrained(out)
             del model
             _try_transformers(run, out, base)
@@ -87,12 +89,31 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
     return out
 
 
+def _fold(model: Any, meaning: Any) -> None:
+    """Put a classifier's calibration where transformers keeps it: the temperature into the head's last layer, so that a softmax
+    over its logits gives calibrated probabilities; thresholds into the config, where whoever reads probabilities finds them.
+    """
+    if not isinstance(meaning, Calibration):
+        return
+    if meaning.thresholds:
+        model.config.thresholds = dict(zip(model.config.id2label.values(), meaning.thresholds, strict=True))
+        return
+    *_, last = (m for name in head_names(model) for m in model.get_submodule(name).modules() if _gives_scores(m, model))
+    for weight in last.parameters():
+        weight.data /= meaning.temperature
+
+
+def _gives_scores(module: Any, model: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+
+
 def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     """Open the export as anybody would and compare; over-long texts too, since those are what formats differ in."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     texts, contexts, _ = _sample(run, TRIED)
-    ours = Predictor(run, base=base, device="cpu", dtype="float32").scores(texts, contexts)
+    predictor = Predictor(run, base=base, device="cpu", dtype="float32")
+    ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
     theirs = []
     with torch.inference_mode():
@@ -151,6 +172,8 @@ def _lost(info: Any, to: str) -> list[str]:
     lost = []
     if to == "transformers" and info.config.model.long == "chunk":
         lost.append("texts over --max-length are cut there, not scored in chunks")
+    if to == "transformers" and info.task.kind == "multi":
+        lost.append("pipelines give probabilities, not labels: config.json (thresholds) says from where each is given")
     if to == "transformers" and info.task.evidence == "clicks":
         lost.append("win probabilities and lifts are not in it: it gives scores")
     if to == "openvino":

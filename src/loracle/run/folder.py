@@ -4,7 +4,9 @@ adapter_model.safetensors, adapter_config.json   PEFT's own format, the head inc
 tokenizer.json, tokenizer_config.json            with the template baked in
 run.toml                                         configuration, task, base model, how plain PEFT opens it
 metrics.json, predictions.csv, log.jsonl         what it is worth
-calibration.json                                 what a ranker's scores mean: slope and residual spread (click logs only)
+report.html, report.json                         the same as a page, and every figure on it
+calibration.json                                 what scores mean: temperature or thresholds; slope and spread (clicks)
+scores.safetensors                               test scores in full, of runs that compare and validate set against others
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """
@@ -16,6 +18,7 @@ import importlib.metadata
 import json
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,15 @@ import tomli_w
 import loracle
 from loracle.config import RunConfig
 from loracle.data.examples import Task
+from loracle.data.issues import Issue
 from loracle.errors import UserError
 from loracle.hub import checksum
+from loracle.judge.calibrate import Calibration
 from loracle.judge.spread import Spread
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
-CALIBRATION = "calibration.json"
+CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"
+MEANINGS: dict[str, Any] = {"classifier": Calibration, "clicks": Spread}
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
@@ -59,20 +65,57 @@ def write_info(folder: Path, info: RunInfo) -> None:
     write_text(folder / RUN, tomli_w.dumps(_without_none(document)))
 
 
-def write_calibration(folder: Path, spread: Spread) -> None:
-    """What scores mean, fitted on validation groups; a standard error that nothing tells is null."""
-    known = {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(spread).items()}
-    write_text(folder / CALIBRATION, json.dumps(known, indent=1))
+def write_calibration(folder: Path, meaning: Calibration | Spread) -> None:
+    """What scores mean, fitted on validation examples: its kind and its fields. What nothing tells (NaN) is null."""
+    (kind,) = (name for name, made in MEANINGS.items() if isinstance(meaning, made))
+    fields = dataclasses.asdict(meaning).items()
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
+    write_text(folder / CALIBRATION, json.dumps({"kind": kind, **known}, indent=1))
 
 
-def read_calibration(folder: Path) -> Spread | None:
-    """What scores mean, or None where the run learnt from no clicks."""
+def read_calibration(folder: Path) -> Calibration | Spread | None:
+    """What scores mean, or None where nothing told: rankers of pairs or grades, and runs from before there was any."""
     path = folder / CALIBRATION
     if not path.exists():
         return None
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    known |= {name: math.nan for name, value in known.items() if value is None}
-    return Spread(**known)
+    made = MEANINGS[known.pop("kind", "clicks")]  # the first runs knew no other kind
+    plain = {k: math.nan if v is None else tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    return made(**plain)
+
+
+def facts(folder: Path, info: RunInfo, issues: Iterable[Issue]) -> dict[str, Any]:
+    """What a report says of the run itself: what was trained on what, and how."""
+    config, known = info.config, info.provenance
+    counts, rank = known["counts"], info.task.kind == "rank"
+    unit = "groups" if rank else "texts"
+    task = f"ranking from {info.task.evidence}" if rank else f"{len(info.task.label_names)} labels"
+    several = ", any number a text" if info.task.kind == "multi" else ""
+    shown = {
+        "task": task + several,
+        "base model": info.base.get("note") or info.base["source"],
+        "data": config.data.data or "in memory",
+        "test data": config.data.test or "held out",
+        "columns": ", ".join(f"{role}: {column}" for role, column in known["columns"].items()),
+        unit: ", ".join(f"{counts[side]:,} {side}" for side in ("train", "validation", "test")),
+        "training": f"{config.train.epochs:g} epochs at most, {config.train.batch} {unit} a step, "
+        f"learning rate {known['lr']:g}, loss {known['loss']['name']}, seed {config.train.seed}",
+        "adapter": "none, every weight trained" if config.lora.full else f"LoRA, rank {config.lora.r}",
+    }
+    return {
+        "name": folder.name,
+        "unit": unit,
+        "counts": counts,
+        "facts": [[name, value] for name, value in shown.items() if value],
+        "noticed": [str(issue) for issue in issues],
+        "settings": {
+            name: value
+            for section in RunConfig.SECTIONS
+            for name, value in dataclasses.asdict(getattr(config, section)).items()
+            if value is not None
+        },
+        "versions": known["versions"],
+    }
 
 
 def read_info(folder: Path) -> RunInfo:

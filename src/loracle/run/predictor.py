@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from loracle.errors import UserError
-from loracle.judge.metrics import probabilities
-from loracle.judge.spread import expected_lift, win_probability
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
+from loracle.judge.spread import Spread, expected_lift, win_probability
 from loracle.model import int8
 from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
@@ -75,7 +76,9 @@ class Predictor:
         self.info = read_info(self.folder)
         verify(self.folder)
         self.task, model = self.info.task, self.info.config.model
-        self.spread = read_calibration(self.folder)
+        meaning = read_calibration(self.folder)
+        self.spread = meaning if isinstance(meaning, Spread) else None
+        self.calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
         tokenizer = load_tokenizer(self.folder)
         self.scorer: Scorer | Int8Scorer
         if (self.folder / int8.MODEL).exists():
@@ -111,26 +114,28 @@ class Predictor:
         return self.encoder(texts, contexts)
 
     def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
-        """Probability of each label, ``float64 [N, C]``: a softmax, or a sigmoid each where labels can stand together.
+        """Probability of each label, ``float64 [N, C]``: a softmax at the temperature that validation texts called for, or a
+        sigmoid each where labels can stand together.
 
         Raises:
             UserError: the run is a ranker.
         """
         if self.task.kind == "rank":
             raise UserError("a classifier", f"a ranker in {self.folder}", "use rank")
-        return probabilities(self.scores(texts, contexts), self.task)
+        return probabilities(self.scores(texts, contexts), self.task, self.calibration)
 
     def predict(
         self, texts: Sequence[str], contexts: Sequence[str | None] | None = None
     ) -> list[str] | list[list[str]]:
-        """Name of the likeliest label of each text; where labels can stand together, all above one half."""
+        """Name of the likeliest label of each text; where labels can stand together, all above their thresholds."""
         return self.names(self.predict_proba(texts, contexts))
 
     def names(self, proba: np.ndarray) -> list[str] | list[list[str]]:
         """Label names for rows of probabilities."""
         labels = self.task.label_names
         if self.task.kind == "multi":
-            return [[labels[i] for i in np.flatnonzero(row > 0.5)] for row in proba]
+            given = given_labels(proba, self.task, self.calibration)
+            return [[labels[i] for i in np.flatnonzero(row)] for row in given]
         return [labels[i] for i in proba.argmax(1)]
 
     def rank(self, titles: Sequence[str], context: str | None = None, *, draws: int | None = None) -> list[RankedTitle]:

@@ -124,7 +124,7 @@ class Desk:
         """Encoded texts, probabilities ``[E, C]`` and labels."""
         predictor = self.predictors[run]
         encoded, scores = await self.scores(run, texts, contexts)
-        proba = probabilities(scores, predictor.task)
+        proba = probabilities(scores, predictor.task, predictor.calibration)
         labels = [[name] if isinstance(name, str) else name for name in predictor.names(proba)]
         self.metrics.classified(run, proba, labels)
         return encoded, proba, labels

@@ -26,7 +26,11 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("loracle_requests", "Requests answered", ("route", "status"), registry=registry)
         self.latency = Histogram(
-            "loracle_request_seconds", "Time to the answer, refusals included", ("route", "status"), buckets=SECONDS, registry=registry
+            "loracle_request_seconds",
+            "Time to the answer",
+            ("route", "status"),
+            buckets=SECONDS,
+            registry=registry,
         )
         self.texts = Counter("loracle_texts", "Texts scored", ("run",), registry=registry)
         self.tokens = Counter(

@@ -41,7 +41,7 @@ class Titles(Question):
 
 
 class Label(BaseModel):
-    """Of one text: its label, or all above one half where labels can stand together."""
+    """Of one text: its label, or all above their thresholds where labels can stand together."""
 
     labels: list[str]
     probabilities: dict[str, float]

@@ -303,10 +303,10 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class _Log:
-    """A progress bar for people, ``log.jsonl`` and TensorBoard for tools."""
+    """A progress bar for people, ``log.jsonl``, TensorBoard and the accelerator's trackers for tools."""
 
     def __init__(self, folder: Path, total: int, step: int, accelerator: Accelerator, quiet: bool):
-        self.path, self.main = folder / "log.jsonl", accelerator.is_main_process
+        self.path, self.main, self.accelerator = folder / "log.jsonl", accelerator.is_main_process, accelerator
         self.bar = tqdm(
             total=total,
             initial=step,
@@ -329,6 +329,8 @@ class _Log:
         self.bar.close()
         if self.main:
             self.board.close()
+        for tracker in getattr(self.accelerator, "trackers", ()):
+            tracker.finish()
 
     def step(self, step: int, loss: float, lr: float, so_far: Fit) -> None:
         rates = {"examples_per_s": so_far.examples / so_far.seconds, "tokens_per_s": so_far.tokens / so_far.seconds}
@@ -353,9 +355,11 @@ class _Log:
             return
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step":
-                self.board.add_scalar(name, value, record["step"])
+        values = {name: value for name, value in record.items() if name != "step"}
+        for name, value in values.items():
+            self.board.add_scalar(name, value, record["step"])
+        if getattr(self.accelerator, "trackers", ()):  # of --track; there are none before they are begun
+            self.accelerator.log(values, step=record["step"])
 
 
 def _forget_after(path: Path, step: int) -> None:

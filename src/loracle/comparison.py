@@ -1,0 +1,295 @@
+"""One table of several models and simpler methods, all trained on the same split, each tested in pairs against the first.
+
+A folder holds a run a model, scores and costs of the others, ``comparison.json`` and ``comparison.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from loracle import recipe
+from loracle.config import CompareConfig, RunConfig
+from loracle.data.examples import Task
+from loracle.errors import UserError
+from loracle.judge import baselines
+from loracle.judge.metrics import headline_metric, target_array
+from loracle.judge.paired import Paired, holm
+from loracle.judge.paired import compare as in_pairs
+from loracle.judge.report import figure, markdown_table, plain_table
+from loracle.model import assemble
+from loracle.model.backbone import load_config, resolve_base
+from loracle.model.scorer import is_encoder
+from loracle.recipe import Data, Say
+from loracle.run import folder as run_folder
+from loracle.series import learn_once, place, root_of
+from loracle.train.losses import numpy_objective
+
+JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
+SAMPLED_EVERY = 0.05  # seconds between looks at the memory in use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One row: a base model that is trained, or a simpler method (``tfidf``, ``frozen``) on the same split."""
+
+    name: str
+    method: str  # train, tfidf or frozen
+    config: RunConfig
+
+
+def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: bool = False) -> Path:
+    """Train what is missing, test in pairs, write the table; returns the folder.
+
+    Raises:
+        UserError: a name that is no model, before anything is trained; data that cannot be used.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    config = recipe.absolute(dataclasses.replace(config, baselines=False))
+    data, root = recipe.read_data(config, say), root_of(config, "compare")
+    contenders = line_up(config, settings, say)
+    rows = []
+    for number, one in enumerate(contenders, 1):
+        say(f"\n{number} of {len(contenders)}: {one.name}")
+        folder = place(root, _file_name(one), one.config, data)
+        result = _train(one, data, folder, say, quiet) if one.method == "train" else _baseline(one, data, folder, say)
+        rows.append({"name": one.name, "method": one.method, "folder": folder.name, **result})
+        gc.collect()  # the next one's memory is its own
+    pair_up(rows, root, data)
+    table = table_of(rows, data.task, settings.price_per_hour)
+    lead = f"{len(data.train):,} to learn from, {len(data.test):,} to test on; Δ: less {rows[0]['name']}, p by Holm"
+    notes = sorted({row["note"] for row in rows if row.get("note")})
+    lead += "".join(f"\n(figures of {note})" for note in notes)
+    run_folder.write_text(root / JSON, json.dumps({"task": data.task.kind, "rows": rows}, indent=1))
+    run_folder.write_text(root / TABLE, f"{markdown_table(table)}\n\n{lead}\n")
+    say(f"\n{plain_table(table)}\n{lead}\n\nfolder: {root}")
+    return root
+
+
+def line_up(config: RunConfig, settings: CompareConfig, say: Say) -> list[Contender]:
+    """``--model`` first, then those it is compared with; every name is looked up before anything is trained.
+
+    Raises:
+        UserError: a model that cannot be had, a name twice.
+    """
+    names = [config.model.model, *(n.strip() for n in settings.against.split(",") if n.strip())]
+    if twice := [n for i, n in enumerate(names) if n in names[:i]]:
+        raise UserError("each name once, --model among them", f"{twice[0]} twice", "leave it out of --against")
+    found = []
+    for name in names:
+        method, _, other = name.partition(":") if name.partition(":")[0] in ("tfidf", "frozen") else ("train", "", name)
+        base = other or config.model.model
+        own = config if base == config.model.model else _with_model(config, base)
+        if method != "tfidf":
+            own = _fitted(own, settings, say) if method == "train" else own
+            resolve_base(own.model.model, own.model.revision)
+        found.append(Contender(name=_short(name), method=method, config=own))
+    return found
+
+
+def _with_model(config: RunConfig, name: str) -> RunConfig:
+    """Another base model; a revision is the first one's alone."""
+    return recipe.absolute(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, model=name, revision=None))
+    )
+
+
+def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
+    """Encoders train every weight, at a rate of their own, and take no dial that only decoders know."""
+    base = resolve_base(config.model.model, config.model.revision)
+    if not is_encoder(load_config(base.folder)):
+        return config
+    if settings.encoder_full:
+        config = dataclasses.replace(
+            config,
+            lora=dataclasses.replace(config.lora, full=True, adapt_top=None),
+            train=dataclasses.replace(config.train, lr=settings.encoder_lr),
+        )
+    model = config.model
+    plain = dataclasses.replace(
+        model,
+        depth=None,
+        head="linear",
+        head_init="random",
+        template=None if model.template == "chat" else model.template,
+    )
+    left = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(plain, f.name)]
+    if left:
+        flags = ", ".join("--" + name.replace("_", "-") for name in left)
+        say(f"note: {_short(model.model)} is an encoder, which takes no {flags}")
+    return dataclasses.replace(config, model=plain)
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+def _train(one: Contender, data: Data, folder: Path, say: Say, quiet: bool) -> dict[str, Any]:
+    """Train a model, or read what an earlier call trained."""
+    costs = folder.with_name(f"{folder.name}.json")  # beside the run folder, whose manifest is closed
+    finished = (folder / run_folder.MANIFEST).exists()
+    with peak_memory() as peak:
+        learn_once(one.config, data, folder, say=say, quiet=quiet)
+    if not finished:
+        run_folder.write_text(costs, json.dumps({"memory": peak[0]}))
+    metrics = json.loads((folder / run_folder.METRICS).read_text(encoding="utf-8"))
+    info = run_folder.read_info(folder)
+    examples = _examples_taken(metrics["train"]["steps"], info.config, len(data.train))
+    return {
+        "test": metrics["test"],
+        "seconds": examples / metrics["train"]["examples_per_s"],  # an interrupted run only timed its last part
+        "memory": json.loads(costs.read_text(encoding="utf-8"))["memory"] if costs.exists() else None,
+        "parameters": metrics["scoring"]["parameters"],
+        "texts_per_s": metrics["scoring"]["texts_per_s"],
+        "note": info.base.get("note"),
+    }
+
+
+def _examples_taken(steps: int, config: RunConfig, examples: int) -> int:
+    epochs, rest = divmod(steps, -(-examples // config.train.batch))
+    return epochs * examples + rest * config.train.batch
+
+
+def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, Any]:
+    """TF-IDF, or a linear model on frozen features of all training texts, or what an earlier call measured of it."""
+    if not (folder / COSTS).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with peak_memory() as peak:
+            scores, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, say)
+        seconds = time.perf_counter() - started - more.pop("asked", 0.0)
+        recipe.write_scores(folder, scores)
+        found = {"test": recipe.measure(scores, data.test, data.task), "seconds": seconds, "memory": peak[0], **more}
+        run_folder.write_text(folder / COSTS, json.dumps(found))
+    return json.loads((folder / COSTS).read_text(encoding="utf-8"))
+
+
+def _tfidf(one: Contender, data: Data) -> tuple[list[np.ndarray], dict[str, Any]]:
+    if data.task.kind == "rank":
+        objective = numpy_objective(recipe.choose_loss(one.config, data)[0])
+        ranked = baselines.tfidf_ranker(data.train, data.test, objective, seed=one.config.train.seed)
+        return [s[:, None] for s in ranked], {}
+    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
+    scores = baselines.tfidf_classifier(words[0], target_array(data.train, data.task), words[1], data.task)
+    return list(scores[:, None]), {}
+
+
+def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """As the baseline of a run, but from every training text."""
+    config = dataclasses.replace(one.config, model=dataclasses.replace(one.config.model, head="linear", depth=None))
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, full=True, adapt_top=None))
+    base, _, tokenizer, _ = recipe.open_base(config, data, say)
+    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
+    seen = _features(scorer, encoder, data.train)
+    asked = time.perf_counter()
+    unseen = _features(scorer, encoder, data.test)
+    asked = time.perf_counter() - asked
+    seed, more = config.train.seed, {
+        "asked": asked,
+        "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
+        "texts_per_s": sum(map(len, unseen)) / asked,
+        "note": base.note,
+    }  # fmt: skip
+    if data.task.kind == "rank":
+        objective = numpy_objective(recipe.choose_loss(config, data)[0])
+        ranked = baselines.frozen_ranker(seen, data.train, unseen, objective, seed=seed)
+        return [s[:, None] for s in ranked], more
+    targets = target_array(data.train, data.task)
+    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), data.task, seed=seed)
+    return list(scores[:, None]), more
+
+
+def _features(scorer: Any, encoder: Any, examples: list[Any]) -> list[np.ndarray]:
+    encoded = recipe.encode_examples(encoder, examples)
+    flat = assemble.features(scorer, [e for unit in encoded for e in unit])
+    return np.split(flat, np.cumsum([len(unit) for unit in encoded])[:-1])
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Fills a list with the most bytes in use inside: of the GPU by torch, else resident in this process, sampled.
+
+    The process holds its libraries and the data too, alike for all.
+    """
+    peak: list[int] = []
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated())
+        return
+    process, done, most = psutil.Process(), threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(SAMPLED_EVERY):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+    peak.append(max(most, process.memory_info().rss))
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
+    """Each row against the first, on the same test examples; p values adjusted for their number (Holm)."""
+    scores = [recipe.read_scores(root / row["folder"], data.test) for row in rows]
+    found: list[Paired] = [in_pairs(own, scores[0], data.test, data.task) for own in scores[1:]]
+    for row, pair, p in zip(rows[1:], found, holm([pair.p for pair in found]), strict=True):
+        row["paired"] = {"metric": pair.metric, **pair.difference.to_json(), "p": pair.p, "p_holm": p}
+
+
+def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> list[list[str]]:
+    """Header and a row each."""
+    metric = "pair_accuracy" if task.kind == "rank" else "accuracy"
+    shown = list(dict.fromkeys([headline_metric(task), metric]))
+    cost = "hours / M texts" if price is None else "cost / M texts"
+    table = [["", *shown, f"Δ {metric}", "p", "training", "memory", "weights", cost]]
+    for row in rows:
+        pair, speed = row.get("paired"), row.get("texts_per_s")
+        table.append([
+            row["name"],
+            *(figure(row["test"][name], name) for name in shown),
+            "" if pair is None else _points(pair),
+            "" if pair is None else f"{pair['p_holm']:.2g}",
+            f"{row['seconds']:,.0f} s" if row["seconds"] >= 10 else f"{row['seconds']:.1f} s",
+            "–" if row["memory"] is None else f"{row['memory'] / 1e9:.1f} GB",
+            "–" if not row.get("parameters") else f"{row['parameters'] / 1e6:,.1f} M",
+            "–" if not speed else f"{1e6 / speed / 3600 * (price or 1.0):,.2f}",
+        ])  # fmt: skip
+    return table
+
+
+def _points(pair: dict[str, Any]) -> str:
+    value, low, high = (pair[k] for k in ("value", "low", "high"))
+    if value is None:
+        return "–"
+    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f}{interval}"
+
+
+def _short(name: str) -> str:
+    """A folder by its last part; other names as they are."""
+    method, _, path = name.rpartition(":")
+    return name if not Path(path).exists() else f"{method}:{Path(path).name}".lstrip(":")
+
+
+def _file_name(one: Contender) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in one.name)

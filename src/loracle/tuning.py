@@ -1,0 +1,216 @@
+"""A search for settings by Optuna, on the validation examples alone: the test side is never scored.
+
+First the learning rate on a geometric grid, all else as given, since nothing matters more; then rate, rank, targets and epochs
+together by TPE (Bergstra et al. 2011). A trial that lies below the median of the others at the same look is stopped.
+
+The study is a journal of JSON lines in the output folder, so that nothing is pickled and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loracle import recipe
+from loracle.config import RunConfig, TuneConfig
+from loracle.errors import Interrupted, UserError
+from loracle.judge.metrics import headline_metric
+from loracle.judge.probe import choose, verdict
+from loracle.judge.report import plain_table
+from loracle.model.backbone import load_config
+from loracle.model.scorer import DECODERS, ENCODERS
+from loracle.recipe import Data, Say
+from loracle.run.recipes import write_recipe
+from loracle.series import place, root_of
+from loracle.train.loop import fit
+
+RECIPE = "recipe.toml"
+AROUND = 10.0  # times lower and higher than the given rate
+RANKS = (4, 8, 16, 32, 64)
+LENGTHS = (0.5, 1.0, 2.0)  # times the given epochs
+SWEEP = 1 / 3  # share of the trials that vary the learning rate alone
+UNDISTURBED = 3  # trials before any may be stopped
+
+
+def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: bool = False) -> Path:
+    """Search, and write the best settings as ``recipe.toml``; returns that file.
+
+    Raises:
+        UserError: Optuna is not installed, data or model that cannot be used, no trial that ended.
+        Interrupted: Ctrl-C; the same call goes on.
+    """
+    optuna = _optuna()
+    if config.train.track:
+        raise UserError(
+            "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
+        )
+    config = recipe.absolute(config)
+    data, root = recipe.read_data(config, say), root_of(config, "tune")
+    journal = place(root, "study", config, data).with_suffix(".jsonl")
+    trial_of = Trials(config, data, root / "trial", say, quiet)
+    root.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    study = optuna.create_study(
+        study_name="loracle",
+        storage=storage,
+        load_if_exists=True,
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=UNDISTURBED),
+    )
+    done = _ended(study, optuna)
+    if "sweep" not in study.user_attrs:  # kept, since more trials later on are to search on and not to sweep again
+        study.set_user_attr("sweep", trial_of.sweep(max(1, round(settings.trials * SWEEP))))
+    sweep = study.user_attrs["sweep"]
+    # Optuna does not keep its generator, so each part of a search draws from its own.
+    study.sampler = optuna.samplers.TPESampler(seed=config.train.seed + len(done), n_startup_trials=len(sweep))
+    for rate in sweep:
+        if not any(np.isclose(rate, tried) for tried in _rates(study, optuna)):
+            study.enqueue_trial({"lr": rate, **trial_of.given})
+    try:
+        study.optimize(trial_of, n_trials=max(0, settings.trials - len(done)))
+    except Interrupted as e:
+        raise Interrupted(f"{str(e).partition(';')[0]} of a trial; the same command goes on with it") from None
+    finally:
+        shutil.rmtree(root / "trial", ignore_errors=True)
+    if not any(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials):
+        raise UserError("a trial that trains to its end", "none", "look at the notes above; try another --lr")
+    best, metric = study.best_trial, headline_metric(data.task)
+    found = dataclasses.replace(trial_of.settings(best.params), out=None)
+    count, sample = len(_ended(study, optuna)), len(data.validation)
+    about = f"best of {count} trials: validation {metric} {best.value:.4f}, {sample:,} examples"
+    write_recipe(root / RECIPE, found, (f"Found by loracle tune, {about}.", "The test side was not scored."))
+    say(f"\n{_table(study, optuna, metric)}\n{about}\n\nloracle train --recipe {root / RECIPE}")
+    return root / RECIPE
+
+
+class Trials:
+    """What Optuna calls: a trial in, the best validation metric of its training out."""
+
+    def __init__(self, config: RunConfig, data: Data, folder: Path, say: Say, quiet: bool):
+        self.data, self.folder, self.say, self.quiet = data, folder, say, quiet
+        self.loss, _ = recipe.choose_loss(config, data)
+        self.base, base_config, self.tokenizer, _ = recipe.open_base(config, data, say)
+        if config.model.depth == "auto":  # once for all trials
+            depths = recipe.probe_depths(config, data, self.loss, self.base, self.tokenizer)
+            say(verdict(depths))
+            model = dataclasses.replace(config.model, depth=choose(depths).layers)
+            config = dataclasses.replace(config, model=model)
+        scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
+        say("of the given settings:")
+        train = recipe.preflight(config, scorer, encoder, data, say)
+        self.rate = recipe.learning_rate(config, base_config)
+        self.low, self.high = (float(f"{r:.3g}") for r in (self.rate / AROUND, self.rate * AROUND))
+        self.config = dataclasses.replace(config, train=train)
+
+        # What is searched beside the rate, the given value first.
+        self.space: dict[str, tuple[Any, ...]] = {"epochs": tuple(train.epochs * x for x in LENGTHS)}
+        self.given: dict[str, Any] = {"epochs": train.epochs}
+        if not config.lora.full:
+            kind = load_config(self.base.folder).model_type
+            few = "q_proj,v_proj" if kind in DECODERS else "query,value" if kind in ENCODERS else config.lora.targets
+            self.space |= {
+                "r": tuple(sorted({*RANKS, config.lora.r})),
+                "targets": tuple(dict.fromkeys((config.lora.targets, "all-linear", few))),
+            }
+            self.given |= {"r": config.lora.r, "targets": config.lora.targets}
+
+    def sweep(self, count: int) -> list[float]:
+        """Learning rates, evenly apart by their logarithm; the given one stands in the middle of an odd number."""
+        if count == 1:
+            return [self.rate]
+        return [float(f"{r:.3g}") for r in np.geomspace(self.low, self.high, count)]
+
+    def settings(self, params: dict[str, Any]) -> RunConfig:
+        """The given settings with a trial's in place; alpha keeps its ratio to the rank, or the rate would change too."""
+        lora, train = self.config.lora, self.config.train
+        if "r" in params:
+            alpha = lora.alpha / lora.r * params["r"]
+            lora = dataclasses.replace(lora, r=params["r"], targets=params["targets"], alpha=alpha)
+        train = dataclasses.replace(train, lr=params["lr"], epochs=params["epochs"])
+        return dataclasses.replace(self.config, lora=lora, train=train)
+
+    def __call__(self, trial: Any) -> float:
+        """Train with what the trial suggests; raises Optuna's TrialPruned where that is hopeless."""
+        optuna = _optuna()
+        params: dict[str, Any] = {"lr": trial.suggest_float("lr", self.low, self.high, log=True)}
+        params |= {name: trial.suggest_categorical(name, choices) for name, choices in self.space.items()}
+        config, data = self.settings(params), self.data
+        scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
+        recipe.start_head(config, scorer, encoder, data)
+        recipe.keep_lower_states(config, scorer, self.base)
+        looks = 0
+
+        def look() -> dict[str, float]:
+            nonlocal looks
+            seen = recipe.look(scorer, encoder, data.validation, data.task, self.loss)
+            looks += 1
+            if np.isfinite(seen["metric"]):
+                trial.report(seen["metric"], looks)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            return seen
+
+        shown = ", ".join(
+            f"{name} {value:.3g}" if name == "lr" else f"{name} {value}" for name, value in params.items()
+        )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        try:
+            outcome = fit(
+                scorer,
+                data.train,
+                lambda examples: recipe.encode_examples(encoder, examples),
+                self.loss,
+                look,
+                schedule=recipe.schedule_of(config, params["lr"]),
+                folder=self.folder,
+                quiet=True,
+            )
+        except (
+            UserError
+        ) as e:  # a loss that is no number, or too little memory: this trial's settings, not the user's data
+            self.say(f"trial {trial.number + 1}: {shown}: stopped, {e.found}")
+            raise optuna.TrialPruned from None
+        except optuna.TrialPruned:
+            self.say(f"trial {trial.number + 1}: {shown}: stopped at look {looks}, below the median")
+            raise
+        best = outcome.progress.best_metric
+        self.say(f"trial {trial.number + 1}: {shown}: {best:.4f}")
+        return best
+
+
+def _ended(study: Any, optuna: Any) -> list[Any]:
+    """Trials that count: those that trained to their end, and those that were stopped for being poor."""
+    states = optuna.trial.TrialState
+    return study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED))
+
+
+def _rates(study: Any, optuna: Any) -> list[float]:
+    """Learning rates that were tried to an end, or that wait; not those of trials that were broken off."""
+    states = optuna.trial.TrialState
+    waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))
+    fixed = [t.system_attrs["fixed_params"]["lr"] for t in waiting]  # where enqueue_trial puts them
+    return fixed + [t.params["lr"] for t in _ended(study, optuna)]
+
+
+def _table(study: Any, optuna: Any, metric: str) -> str:
+    ended = sorted(_ended(study, optuna), key=lambda t: (t.state.name != "COMPLETE", -(t.value or 0.0)))
+    names = list(ended[0].params)
+    rows = [["trial", *names, f"validation {metric}"]]
+    for t in ended:
+        cells = [f"{t.params[n]:.3g}" if isinstance(t.params[n], float) else str(t.params[n]) for n in names]
+        rows.append([str(t.number + 1), *cells, f"{t.value:.4f}" if t.state.name == "COMPLETE" else "stopped"])
+    return plain_table(rows)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("optuna for loracle tune", "none installed", "run: pip install 'loracle[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what stops a trial is raised or said here, in one line
+    return optuna

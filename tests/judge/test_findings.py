@@ -1,0 +1,181 @@
+"""What the report says, against scikit-learn and plain counting; the page holds the same."""
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.judge import findings as of
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import as_json, classification_metrics, probabilities, target_array
+from loracle.judge.page import render
+
+NAMES = tuple(f"label {i}" for i in range(15))
+RUN = {
+    "name": "a run", "unit": "texts", "counts": {"train": 9, "validation": 9, "test": 300}, "facts": [["data", "<b>.csv"]],
+    "noticed": ["1 row <skipped>"], "settings": {"lr": 1e-3}, "versions": {"loracle": "0"},
+}  # fmt: skip
+
+
+def made(n=300, c=4, *, strength=2.0, seed=0):
+    """Texts, their task, scores of a model of that strength."""
+    rng = np.random.default_rng(seed)
+    task = Task(kind="single", label_names=NAMES[:c])
+    has = np.eye(c, dtype=bool)[rng.integers(c, size=n)]
+    texts = [f"{'текст' if i % 5 == 0 else 'text'} {i} {'long ' * (i % 7)}" for i in range(n)]
+    examples = [
+        LabeledText(text=text, labels=tuple(np.flatnonzero(row).tolist()), row=i)
+        for i, (text, row) in enumerate(zip(texts, has, strict=True))
+    ]
+    return task, examples, list((rng.normal(size=(n, c)) + strength * has)[:, None])
+
+
+def report(task, examples, scores, rivals, calibration=None):
+    def measured(some):
+        return as_json(
+            classification_metrics(np.concatenate(some), target_array(examples, task), task, calibration=calibration)
+        )
+
+    metrics = {"test": measured(scores), "baselines": {name: measured(some) for name, some in rivals.items()},
+               "validation": {"best_step": 2}}  # fmt: skip
+    looks = [{"step": k, "validation_metric": 0.5 + k / 10, "validation_loss": 1 / k} for k in (1, 2)]
+    found = of.findings(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": {
+        "steps": [{"step": k, "loss": 1 / k} for k in range(1, 9)], "looks": looks}}  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strength", "beats", "words"),
+    [
+        (4.0, True, "beats the best baseline (other)"),
+        (0.2, False, "WORSE than"),
+        (1.6, False, "does NOT reliably beat"),
+    ],
+)
+def test_the_verdict_is_the_paired_interval(strength, beats, words):
+    task, examples, scores = made(strength=strength)
+    targets, rng = target_array(examples, task), np.random.default_rng(5)
+    poor, rival = (list((rng.normal(size=(300, 4)) + k * np.eye(4)[targets])[:, None]) for k in (0, 1.5))
+    found = report(task, examples, scores, {"poor": poor, "other": rival})["verdict"]
+    own, others = ((np.concatenate(s).argmax(1) == targets).mean() for s in (scores, rival))
+    assert found["baseline"] == "other"
+    assert found["beats"] is beats
+    assert words in found["text"]
+    assert found["lead"]["value"] == pytest.approx(own - others)
+    assert (found["lead"]["low"] > 0) is beats
+
+
+def test_without_baselines_nothing_is_claimed():
+    task, examples, scores = made()
+    found = report(task, examples, scores, {})["verdict"]
+    assert (found["beats"], found["text"]) == (None, "Not compared: no baseline was measured.")
+
+
+def test_labels_agree_with_scikit_learn():
+    task, examples, scores = made()
+    targets, predicted = target_array(examples, task), np.concatenate(scores).argmax(1)
+    precision, recall, f1, support = reference.precision_recall_fscore_support(targets, predicted)
+    rows = report(task, examples, scores, {})["classes"]
+    assert [row["texts"] for row in rows] == sorted(support, reverse=True)
+    for row in rows:
+        c = NAMES.index(row["label"])
+        expected = (precision[c], recall[c], f1[c], support[c])
+        assert (row["precision"], row["recall"], row["f1"], row["texts"]) == pytest.approx(expected)
+
+
+def test_confusion_agrees_with_scikit_learn_and_many_classes_are_grouped():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(15, size=900)
+    predicted = np.where(rng.random(900) < 0.3, rng.integers(15, size=900), targets)
+    predicted[targets == 3] = 3
+    predicted[predicted == 3] = np.where(targets[predicted == 3] == 3, 3, 4)  # a class that is never mistaken
+    counts = reference.confusion_matrix(targets, predicted)
+    found = of.confusion(predicted, targets, NAMES)
+    assert found["labels"][-1] == "3 others"
+    assert "label 3" not in found["labels"]
+    shown = [NAMES.index(name) for name in found["labels"][:-1]]
+    grouped = np.array(found["counts"])
+    np.testing.assert_array_equal(grouped[:-1, :-1], counts[np.ix_(shown, shown)])
+    np.testing.assert_array_equal(grouped.sum(axis=1)[:-1], counts.sum(axis=1)[shown])
+    assert grouped.sum() == 900
+    off = counts - np.diag(np.diag(counts))
+    assert found["pairs"][0]["count"] == off.max()
+    whole = of.confusion(predicted % 4, targets % 4, NAMES[:4])
+    np.testing.assert_array_equal(whole["counts"], reference.confusion_matrix(targets % 4, predicted % 4))
+
+
+def test_coverage_by_counting():
+    rng = np.random.default_rng(1)
+    confidence, right = rng.random(200).round(2), (rng.random(200) < 0.7).astype(float)
+    points = of.coverage(confidence, right)
+    assert points[-1]["coverage"] == 1
+    for point in points:
+        kept = confidence >= point["threshold"]  # what `predict --abstain-below` labels
+        assert (point["coverage"], point["accuracy"]) == pytest.approx((kept.mean(), right[kept].mean()))
+
+
+def test_slices_by_counting():
+    task, examples, scores = made()
+    right = np.concatenate(scores).argmax(1) == target_array(examples, task)
+    found = report(task, examples, scores, {})["slices"]
+    lengths = [part for part in found if part["by"] == "length"]
+    assert sum(part["texts"] for part in lengths) == 300
+    assert sum(part["texts"] * part["accuracy"]["value"] for part in lengths) == pytest.approx(right.sum())
+    cyrillic = next(part for part in found if part["slice"] == "cyrillic")
+    # Five Cyrillic letters in every fifth text, and four Latin ones for each `long` after it.
+    held = np.array([i % 5 == 0 and i % 7 < 2 for i in range(300)])
+    assert cyrillic["texts"] == held.sum()
+    assert cyrillic["accuracy"]["value"] == pytest.approx(right[held].mean())
+
+
+SCRIPTS = {"hello мир": "latin", "привет": "cyrillic", "新闻 abc 标题题": "cjk", "12 !": "none", "한국어": "hangul"}
+
+
+@pytest.mark.parametrize(("text", "name"), SCRIPTS.items())
+def test_script(text, name):
+    assert of.script(text) == name
+
+
+def test_the_groups_shown_are_those_that_lost_most_and_least():
+    groups = [RankGroup(group=str(i), texts=("a", "b"), rows=(1, 2), clicks=(10, 10 + i), impressions=(100, 100))
+              for i in range(8)]  # fmt: skip
+    shown = of.example_groups([np.array([1.0, 0.0])] * 8, groups)
+    assert [s["group"] for s in shown] == ["7", "6", "5", "3", "2", "1"]  # group 0 tells nothing
+    assert shown[0]["titles"][0] == {"text": "a", "score": 1.0, "impressions": 100, "clicks": 10, "rate": 0.1}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_report_json_say_the_same():
+    task, examples, scores = made()
+    found = report(task, examples, scores, {"other": made(seed=3)[2]}, Calibration(temperature=1.3))
+    text = " ".join(html.unescape(re.sub("<[^>]*>", " ", render(found))).split())
+    test = found["metrics"]["test"]
+    for name in ("accuracy", "macro_f1"):
+        value, low, high = (f"{100 * test[name][k]:.1f}" for k in ("value", "low", "high"))
+        assert f"{value} [{low}, {high}]" in text
+    for name in ("ece", "log_loss"):
+        assert f"{test[f'{name}_uncalibrated']['value']:.3f}" in text
+        assert f"{test[name]['value']:.3f}" in text
+    assert f"Temperature {1.3:.3g}" in text
+    assert all(" ".join(row["text"].split()) in text for row in found["errors"])
+
+
+def test_before_and_after_differ_by_the_temperature_alone():
+    task, examples, scores = made()
+    found = report(task, examples, scores, {}, Calibration(temperature=2.0))["reliability"]
+    logits = np.concatenate(scores)
+    for name, temperature in (("before", 1.0), ("after", 2.0)):
+        sure = probabilities(logits, task, Calibration(temperature=temperature)).max(1)
+        assert np.average(
+            [b["confidence"] for b in found[name]], weights=[b["texts"] for b in found[name]]
+        ) == pytest.approx(sure.mean())
+        assert sum(b["texts"] for b in found[name]) == 300

@@ -1,0 +1,71 @@
+"""Suspected label errors: planted ones are found far above chance, and margins and thresholds by hand."""
+
+import numpy as np
+import pytest
+
+from loracle.data.examples import LabeledText, Task
+from loracle.judge.findings import LISTED, training_suspects
+from loracle.judge.suspects import margins, out_of_fold, suspects
+
+TASK = Task(kind="single", label_names=("sea", "sky", "soil"))
+WORDS = (("boat", "wave", "salt", "fish", "reef"), ("cloud", "wing", "star", "wind", "moon"),
+         ("root", "worm", "seed", "mud", "stone"))  # fmt: skip
+
+
+def flipped(n=600, share=0.05, seed=0):
+    """Texts of five words, three of them telling; some labels replaced by another one."""
+    rng = np.random.default_rng(seed)
+    true = rng.integers(3, size=n)
+    texts = [" ".join([*rng.choice(WORDS[c], 3), *rng.choice(sum(WORDS, ()), 2)]) for c in true]
+    wrong = rng.permutation(n)[: int(share * n)]
+    given = true.copy()
+    given[wrong] = (given[wrong] + rng.integers(1, 3, size=len(wrong))) % 3
+    return texts, given, set(wrong.tolist())
+
+
+def test_planted_errors_come_first():
+    texts, given, wrong = flipped()
+    proba = out_of_fold(texts, given, TASK)
+    first = np.argsort(margins(proba, given))[: len(wrong)]
+    assert len(wrong & set(first.tolist())) / len(wrong) > 0.6  # by chance 0.05
+    found = suspects(proba, given)
+    assert len(wrong & set(found.tolist())) / len(found) > 0.4
+    assert len(wrong & set(found[:10].tolist())) >= 8
+
+
+def test_no_text_is_judged_by_a_model_that_learnt_it():
+    """Each text is a word of its own: whoever has seen it knows its label, and whoever has not knows nothing."""
+    given = np.arange(60) % 3
+    proba = out_of_fold([f"word{i}" for i in range(60)], given, TASK)
+    assert proba[np.arange(60), given] == pytest.approx(np.full(60, 1 / 3), abs=0.02)
+    np.testing.assert_allclose(proba.sum(axis=1), 1)
+
+
+def test_margins_and_suspects_by_hand():
+    proba = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.45, 0.55], [0.1, 0.9]])
+    targets = np.array([0, 0, 0, 0, 1])
+    assert margins(proba, targets) == pytest.approx([0.8, 0.4, -0.6, -0.1, 0.8])
+    # The only text labelled 1 is 0.9 sure, and none of the others that sure of 1; made a little less sure, row 2 is.
+    assert suspects(proba, targets).tolist() == []
+    proba[4] = [0.3, 0.7]
+    assert suspects(proba, targets).tolist() == [2]
+
+
+def test_what_the_report_lists():
+    texts, given, wrong = flipped()
+    examples = [
+        LabeledText(text=t, labels=(int(c),), row=i + 2) for i, (t, c) in enumerate(zip(texts, given, strict=True))
+    ]
+    found = training_suspects(examples, TASK, seed=0)
+    assert (found["of"], len(found["rows"])) == (600, LISTED)
+    assert sum(row["row"] - 2 in wrong for row in found["rows"]) > 0.7 * LISTED
+    for row in found["rows"]:
+        assert row["label"] != row["rather"]
+        assert row["text"] == texts[row["row"] - 2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_handful_of_texts_does_not_crash(n):
+    proba = out_of_fold([f"text {i}" for i in range(n)], np.arange(n) % 2, TASK)
+    assert np.isfinite(proba).all()
+    assert len(suspects(proba, np.arange(n) % 2)) <= n

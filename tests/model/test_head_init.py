@@ -1,0 +1,108 @@
+"""A head that starts from the labels' names: knows something at once, is saved as it is, refused where it means nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from small import integers, labelled, pairs, write
+from transformers import AutoModel
+
+from loracle import recipe
+from loracle.cli import main
+from loracle.config import ModelConfig, RunConfig
+from loracle.data.demo import bbc_headlines
+from loracle.data.examples import LabeledText, Task
+from loracle.errors import UserError
+from loracle.model import assemble
+from loracle.run.predictor import Predictor
+
+CUE = "Topic of this headline: {text}\nThe topic is"
+
+
+def started(config, data):
+    base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
+    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
+    recipe.start_head(config, scorer, encoder, data)
+    return scorer, encoder
+
+
+def test_topics_are_told_apart_without_training(demo_folder):
+    """Accuracy of five topics, chance 20 %; a head that was drawn is at chance."""
+    headlines = bbc_headlines()[::18]  # sorted by topic, so that all five are there
+    topics = sorted({topic for _, topic in headlines})
+    task = Task(kind="single", label_names=tuple(topics))
+    some = [LabeledText(text=text, labels=(topics.index(topic),), row=i) for i, (text, topic) in enumerate(headlines)]
+    some = [*some[::2], *some[1::2]]
+    data = recipe.Data(task=task, train=some[:60], validation=some[60:80], test=some[60:])
+    accuracy = {}
+    for how in ("random", "names"):
+        config = RunConfig.from_flat({"head_init": how, "template": CUE, "device": "cpu"})
+        scorer, encoder = started(config, data)
+        scores = recipe.score_examples(scorer, encoder, data.test)
+        accuracy[how] = np.mean([s[0].argmax() == e.labels[0] for s, e in zip(scores, data.test, strict=True)])
+    assert accuracy["names"] > 0.5
+    assert accuracy["random"] < 0.45
+    spread = np.concatenate(scores)
+    assert 0.3 < (spread - spread.mean(1, keepdims=True)).std() < 3
+
+
+def test_the_head_is_the_formula_and_is_blind_to_the_mean_text(tiny_model, tmp_path):
+    data = write(tmp_path / "data.jsonl", labelled())
+    folder = tiny_model("qwen2")
+    config = RunConfig.from_flat({"data": str(data), "model": str(folder), "head_init": "names", "dtype": "float32"})
+    sides = recipe.read_data(config, lambda line: None)
+    scorer, encoder = started(config, sides)
+    head = scorer.inner.score.modules_to_save["default"].weight.detach().double().numpy()
+    seen = np.concatenate([_state(folder, encoder, e.text) for e in sides.train])
+    assert np.abs(head @ seen.mean(0)).max() < 1e-4
+    logits = seen @ head.T
+    assert (logits - logits.mean(1, keepdims=True)).std() == pytest.approx(1, rel=1e-3)
+    known = np.concatenate([_state(folder, encoder, name) for name in sides.task.label_names])
+    assert (known @ head.T).argmax(1).tolist() == [0, 1, 2]
+
+
+def _state(folder, encoder, text):
+    """Of one text alone, by transformers' own model; LoRA starts as nothing."""
+    ids = torch.tensor([encoder([text])[0].chunks[0]])
+    with torch.no_grad():
+        return AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state[:, -1].double().numpy()
+
+
+def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
+    data, run = write(tmp_path / "data.csv", labelled()), tmp_path / "run"
+    flags = ["--model", tiny_model("qwen2"), "--head-init", "names", "--max-steps", "1", "--lr", "1e-9", "-o", run]
+    done = CliRunner().invoke(main, ["train", str(data), *map(str, flags), "--no-baselines"])
+    assert done.exit_code == 0, done.output
+    config = RunConfig.from_flat({"data": str(data), "model": str(tiny_model("qwen2")), "head_init": "names"})
+    sides = recipe.read_data(config, lambda line: None)
+    scorer, encoder = started(config, sides)
+    texts = [e.text for e in sides.test]
+    np.testing.assert_allclose(Predictor(run).scores(texts), assemble.score(scorer, encoder(texts)), atol=1e-5)
+    assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "words"),
+    [
+        (integers, "qwen2", "expected labels with names for --head-init names; found numbers"),
+        (pairs, "qwen2", "found a ranker, which has none"),
+        (labelled, "bert", "expected a decoder for --head-init names; found bert"),
+    ],
+)
+def test_it_is_refused_where_it_means_nothing(tiny_model, tmp_path, rows, kind, words):
+    data = write(tmp_path / "data.jsonl", rows())
+    flags = ["--model", str(tiny_model(kind)), "--head-init", "names", "-o", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, ["train", str(data), *flags])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_mlp_has_no_rows_to_start():
+    with pytest.raises(UserError, match="expected a linear head for --head-init names; found --head mlp"):
+        ModelConfig(head="mlp", head_init="names")

@@ -1,0 +1,150 @@
+"""``loracle compare``: one split for all, a table in pairs, and nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from small import clicked, labelled, write
+
+from loracle import comparison, recipe
+from loracle.cli import main
+from loracle.config import CompareConfig, RunConfig
+from loracle.errors import Interrupted
+from loracle.judge.paired import mcnemar
+from loracle.run.folder import read_info
+
+FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
+ROOT = Path(__file__).parents[1]
+
+
+def compare(*args, code=0):
+    done = CliRunner().invoke(main, ["compare", *map(str, args)])
+    assert done.exit_code == code, (done.output, done.stderr, done.exception)
+    return done
+
+
+def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model, tmp_path):
+    """recipes/n24news.toml as it stands, but for the three models, which are the hub's."""
+    recipe_text = (ROOT / "recipes" / "n24news.toml").read_text(encoding="utf-8")
+    names = {"Qwen/Qwen2.5-7B-Instruct": "qwen2", "bert-base-uncased": "bert", "roberta-base": "roberta"}
+    for name, kind in names.items():
+        assert f'"{name}"' in recipe_text
+        recipe_text = recipe_text.replace(f'"{name}"', f'"{tiny_model(kind)}"')
+    (tmp_path / "recipe.toml").write_text(recipe_text, encoding="utf-8")
+    data, out = write(tmp_path / "abstracts.jsonl", labelled(60)), tmp_path / "table"
+    flags = [data, "--recipe", tmp_path / "recipe.toml", *FAST, "-o", out, "--price-per-hour", "2"]
+    said = compare(*flags).stdout
+
+    found = json.loads((out / "comparison.json").read_text())
+    assert [r["method"] for r in found["rows"]] == ["train", "train", "train", "tfidf", "frozen"]
+    first, *others = found["rows"]
+    qwen, bert, roberta = (read_info(out / r["folder"]) for r in found["rows"][:3])
+    assert (qwen.config.lora.full, bert.config.lora.full, roberta.config.lora.full) == (False, True, True)
+    assert (qwen.config.train.lr, bert.config.train.lr) == (0.01, None)  # an adapter's rate is no encoder's
+    assert qwen.provenance["data"] == bert.provenance["data"]
+    rows = [{line.split(",")[0] for line in (out / r["folder"] / "predictions.csv").read_text().splitlines()[1:]}
+            for r in found["rows"][:3]]  # fmt: skip
+    assert rows[0] == rows[1] == rows[2]
+
+    # The paired test, from the predictions as people read them.
+    right = []
+    for row in found["rows"][:2]:
+        lines = [line.split(",") for line in (out / row["folder"] / "predictions.csv").read_text().splitlines()[1:]]
+        right.append([float(cells[2] == cells[3]) for cells in lines])
+    assert others[0]["paired"]["p"] == pytest.approx(mcnemar(right[1], right[0]))
+    assert others[0]["paired"]["value"] == pytest.approx(np.mean(right[1]) - np.mean(right[0]))
+    assert all(r["paired"]["p"] <= r["paired"]["p_holm"] <= 1 for r in others)
+    assert all(r["seconds"] > 0 and r["memory"] > 1e7 for r in found["rows"])
+    sizes = {"model": tiny_model("bert")}
+    bare = sum(t.numel() for t in _weights(sizes["model"]).values())
+    assert (
+        0 < found["rows"][1]["parameters"] - bare < 3_000
+    )  # pooler and head come on top, the mask's head is not there
+
+    table = (out / "comparison.md").read_text()
+    assert table.splitlines()[0].split(" | ")[1:4] == ["accuracy", "Δ accuracy", "p"]
+    assert "cost / M texts" in table
+    cost = 2 * 1e6 / first["texts_per_s"] / 3600
+    assert f"{cost:,.2f}" in next(line for line in said.splitlines() if line.startswith("qwen2"))
+
+    # Once more: nothing is trained again, and the table is the same.
+    again = compare(*flags).stdout
+    assert again.count("finished before") == 3
+    assert (out / "comparison.md").read_text() == table
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith("bert.")}
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path, monkeypatch):
+    data = write(tmp_path / "data.jsonl", labelled(60))
+    flat = {"data": str(data), "model": str(tiny_model("qwen2")), "epochs": 1, "batch": 8, "save_steps": 1, "lr": 0.01,
+            "out": str(tmp_path / "table")}  # fmt: skip
+    config, settings = RunConfig.from_flat(flat), CompareConfig(against=str(tiny_model("llama")))
+    learn, trained = recipe.learn, []
+
+    def stopped_in_the_second(config, data, folder, **how):
+        trained.append(folder.name.split("-")[0])
+        if len(trained) == 2:
+            raise Interrupted("stopped after step 3 of 6; go on with: loracle train --resume x")
+        return learn(config, data, folder, **how)
+
+    monkeypatch.setattr(recipe, "learn", stopped_in_the_second)
+    with pytest.raises(Interrupted, match=r"stopped after step 3 of 6 in .*the same command goes on"):
+        comparison.run(config, settings, say=lambda line: None, quiet=True)
+    comparison.run(config, settings, say=lambda line: None, quiet=True)
+    assert [name.rstrip("0") for name in trained] == ["qwen2", "llama", "llama"]
+    assert len(json.loads((tmp_path / "table" / "comparison.json").read_text())["rows"]) == 2
+
+
+def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
+    data, out = write(tmp_path / "log.jsonl", clicked(30)), tmp_path / "table"
+    columns = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
+    compare(data, *columns, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [r["paired"]["metric"] for r in rows[1:]] == ["pair_accuracy"] * 2
+    for row in rows[1:]:
+        gap = row["test"]["pair_accuracy"]["value"] - rows[0]["test"]["pair_accuracy"]["value"]
+        assert row["paired"]["value"] == pytest.approx(gap)
+    assert "hours / M texts" in (out / "comparison.md").read_text()
+
+
+def test_names_that_cannot_be_had_are_said_before_anything_is_trained(tiny_model, tmp_path, monkeypatch):
+    data = write(tmp_path / "data.jsonl", labelled(60))
+    monkeypatch.setattr(recipe, "learn", None)
+    flags = ["--model", tiny_model("qwen2"), "-o", tmp_path / "table"]
+    done = compare(data, *flags, "--against", f"tfidf,{tmp_path}/no-such", code=2)
+    assert "no-such" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "tfidf twice" in compare(data, *flags, "--against", "tfidf,tfidf", code=2).stderr
+    assert not (tmp_path / "table").exists()
+
+
+def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_path):
+    flat = {"model": str(tiny_model("qwen2")), "depth": 2, "adapt_top": 1, "template": "chat", "head": "mlp"}
+    said = []
+    settings = CompareConfig(against=f"{tiny_model('bert')},frozen:{tiny_model('bert')}", encoder_lr=3e-5)
+    _, bert, frozen = comparison.line_up(RunConfig.from_flat(flat), settings, said.append)
+    assert any("is an encoder, which takes no --template, --depth, --head" in line for line in said)
+    assert (bert.config.model.depth, bert.config.model.head, bert.config.lora.full) == (None, "linear", True)
+    assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
+    assert (frozen.method, frozen.config.model.model) == ("frozen", str(tiny_model("bert")))
+    assert frozen.name.startswith("frozen:bert")
+
+
+def test_memory_is_the_most_that_was_in_use():
+    with comparison.peak_memory() as peak:
+        block = torch.ones(50_000_000)  # 200 MB
+        comparison.time.sleep(0.3)
+        del block
+    with comparison.peak_memory() as calm:
+        comparison.time.sleep(0.1)
+    assert 150e6 < peak[0] - calm[0] < 400e6
