@@ -592,3 +592,35 @@ def test_the_page_is_one_file_that_asks_nobody_else(client):
         r"https?:|//|innerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text.split("// Labels")[0]
     )
     assert not re.search(r"https?:|innerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text)
+
+
+def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictors, tiny_model, tmp_path):
+    hostile = "<img src=x onerror=console.error(1)>"
+    rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
+    config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2")), "epochs": 6.0}
+    run = recipe.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
+    app = api.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
+    with running(app) as address:
+        page = browser.new_page()
+        said, asked = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.get_by_role("alert").filter(has_text="send the token").wait_for()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.get_by_label("Token").fill("token")
+        titles = page.locator("#text")
+        titles.fill(f"{hostile}\n\na good headline")
+        page.get_by_role("button", name="Go").click()
+        page.get_by_role("cell", name=hostile, exact=True).wait_for()
+        shown = page.locator("tr td:nth-child(2)").all_text_contents()
+        assert shown == [r.text for r in predictors["clicks"].rank([hostile, "a good headline"])]
+        page.locator("#run").select_option("run")
+        titles.fill("good number 7")
+        page.get_by_role("button", name="Go").click()
+        page.get_by_role("cell", name=f"{hostile} ✓").wait_for()
+        assert page.locator("tr").count() == 4
+        assert page.locator("img").count() == 0
+        assert said == []
+        assert all(url.startswith(address) for url in asked)
+        page.close()
