@@ -205,6 +205,22 @@ def test_runs_of_one_base_hold_it_once(predictors, folder, tiny_model):
     assert not np.allclose(*(e[:, :1] for e in expected))  # each kept its own adapter and head
 
 
+OTHERS = {"chunks": ("qwen2", {"long": "chunk", "max_length": 16}), "encoder": ("bert", {"full": True})}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_other_kinds_of_runs_are_served_alike(tiny_model, tmp_path, how):
+    base, more = OTHERS[how]
+    config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model(base))}
+    config |= {"out": str(tmp_path / "run"), "dtype": "float32", **more}
+    recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    predictor = Predictor(tmp_path / "run")
+    with client_of({"run": predictor}, round_tokens=64) as client:
+        found = post(client, "/v1/score", texts=TEXTS)["scores"]
+    expected = np.concatenate([predictor.scores([text]) for text in TEXTS])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- vLLM's words -----------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +344,13 @@ class Held:
             return true_score(*args, **more)
 
         monkeypatch.setattr(api, "score", score)
+
+
+def test_a_context_counts_with_every_title(predictors):
+    with client_of({"pairs": predictors["pairs"]}, max_body=1000, max_chars=500) as client:
+        words = refused(client.post("/v1/rank", json={"titles": ["a"] * 4, "context": "c" * 300}), 422)
+        assert words == "at most 1,000 characters, the context counted with each text"
+        assert post(client, "/v1/rank", titles=["a"] * 3, context="c" * 300)
 
 
 @pytest.mark.parametrize("limit", [{"queue": 1}, {"queue_texts": 1, "max_texts": 1}, {"queue_tokens": 3}])

@@ -190,9 +190,12 @@ def test_a_request_of_many_rounds_fails_as_a_whole():
     assert len(model.rounds) == 2  # the other four texts were not scored for nobody
 
 
-def test_scores_that_are_no_numbers_are_no_answer():
-    with batcher(lambda run, texts: np.full((len(texts), 1), np.nan)) as queue, pytest.raises(Failed):
-        queue.submit("a", [text(1)]).result(5)
+@pytest.mark.parametrize("scores", [np.full((1, 1), np.nan), np.zeros((2, 1)), np.zeros((0, 1)), None])
+def test_scores_that_are_none_are_no_answer(scores):
+    with batcher(lambda run, texts: scores) as queue:
+        for _ in range(2):  # the worker lives on
+            with pytest.raises(Failed):
+                queue.submit("a", [text(1)]).result(5)
 
 
 def test_stopping_finishes_what_waits_and_takes_nothing_more():

@@ -17,7 +17,7 @@ from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.cli import main
-from loracle.config import RunConfig, ServeConfig
+from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor
 from loracle.serve.guard import is_loopback
@@ -158,9 +158,3 @@ def test_an_empty_variable_is_no_open_door(monkeypatch):
         read_token(None)
     with pytest.raises(UserError, match="no-such-file"):
         read_token("no-such-file")
-
-
-def test_limits_have_one_place():
-    assert {name for p in main.commands["serve"].params for name in p.opts} >= {
-        f"--{name.replace('_', '-')}" for name in ServeConfig.__dataclass_fields__
-    }

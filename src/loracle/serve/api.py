@@ -114,9 +114,11 @@ class Desk:
             raise HTTPException(422, f"at most {limits.max_texts:,} texts a request; there are {len(texts):,}")
         if contexts is not None and len(contexts) != len(texts):
             raise HTTPException(422, f"one context for each of {len(texts):,} texts; there are {len(contexts):,}")
-        longest = max(map(len, [*texts, *(c for c in contexts or () if c is not None)]))
-        if longest > limits.max_chars:
-            raise HTTPException(422, f"at most {limits.max_chars:,} characters a text; one has {longest:,}")
+        lengths = [len(part) for part in (*texts, *(contexts or ())) if part is not None]
+        if max(lengths) > limits.max_chars:
+            raise HTTPException(422, f"at most {limits.max_chars:,} characters a text; one has {max(lengths):,}")
+        if sum(lengths) > limits.max_body:  # a context of many titles is sent once and encoded with each
+            raise HTTPException(422, f"at most {limits.max_body:,} characters, the context counted with each text")
 
     async def classify(
         self, run: str, texts: Sequence[str], contexts: Sequence[str | None] | None = None

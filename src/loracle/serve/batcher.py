@@ -142,16 +142,14 @@ class Batcher:
                 self._busy_since = time.monotonic()
                 self.rounds += 1
                 scores = self._score(jobs[0].run, [text for _, text in round_])
-                if not np.isfinite(scores).all():
-                    raise FloatingPointError("scores that are no numbers")
+                if len(scores) != len(round_) or not np.isfinite(scores).all():
+                    raise ValueError("not a number for each text")
+                self._hand_out(round_, scores)
             except BaseException as e:  # whatever it was, those who wait must hear of it, and the next round is tried
                 self.failures += 1
-                log.error(
-                    "a round of %d texts failed: %s", len(round_), type(e).__name__
-                )  # its message may hold a text
+                # Its message may hold a text.
+                log.error("a round of %d texts failed: %s", len(round_), type(e).__name__)
                 self._fail(jobs)
-            else:
-                self._hand_out(round_, scores)
             finally:
                 self._busy_since = None
 

@@ -92,8 +92,9 @@ def read_token(path: str | None) -> str | None:
         return None
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
+        found = "other characters" if token else "nothing"
         raise UserError(
-            f"a token of ASCII letters, digits or signs in {where}", "none", "make one: openssl rand -hex 32"
+            f"a token of ASCII letters, digits or signs in {where}", found, "make one: openssl rand -hex 32"
         )
     return token
 
