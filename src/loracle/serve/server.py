@@ -53,13 +53,13 @@ def serve(
             timeout_graceful_shutdown=int(settings.deadline) + 1,
         )
     )
+    # uvicorn drains at SIGTERM and then raises it again for who was there before: that is itself, and nothing is left to do.
+    signal.signal(signal.SIGTERM, server.handle_exit)
     host, port = listening.getsockname()[:2]
     say(f"serving {', '.join(predictors)} at http://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn drains at SIGTERM and then raises it again for who was there before: a drained server has ended well.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    say("stopped: what was at work is answered")
+    say("stopped")
 
 
 def load(
