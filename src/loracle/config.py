@@ -321,7 +321,9 @@ class ServeConfig:
     token_file: str | None = dial(
         None, "file with the token that requests must bear; by default the variable LORACLE_TOKEN"
     )
-    max_body: int = dial(1_000_000, "bytes a request may have", least=1)
+    max_body: int = dial(
+        1_000_000, "bytes a request may have; also its characters, the context counted with each text", least=1
+    )
     max_texts: int = dial(256, "texts (titles) a request may have", least=1)
     max_chars: int = dial(20_000, "characters a text, a title or a context may have", least=1)
     queue: int = dial(128, "requests at work at once; further ones are answered 429", least=1)
