@@ -105,6 +105,30 @@ def demo_folder() -> Path:
     return demo_model_folder()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A real one: ``$LORACLE_BROWSER``, the one that ``dev/browser`` unpacks, or Playwright's own; without one the test that
+    wants it is skipped.
+    """
+    from loracle.hub import cache_dir
+
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'loracle[browser]'")
+    with playwright.sync_playwright() as started:
+        places = (os.environ.get("LORACLE_BROWSER"), cache_dir() / "browser/chromium", started.chromium.executable_path)
+        found = next((Path(place) for place in places if place and Path(place).exists()), None)
+        if found is None:
+            pytest.skip("no browser: dev/browser unpacks one, as does `playwright install chromium`")
+        libraries = {**os.environ, "LD_LIBRARY_PATH": str(found.parent / "lib")}
+        flags = [
+            "--no-sandbox",
+            "--use-gl=angle",
+            "--use-angle=swiftshader",
+        ]  # else one picture in 30 fails without a GPU
+        opened = started.chromium.launch(executable_path=found, args=flags, env=libraries)
+        yield opened
+        opened.close()
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from small import labelled, pairs, write
 
 from loracle.cli import main
+from loracle.config import ServeConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,25 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
         done = CliRunner().invoke(main, args)
         assert done.exit_code == 0, (line, done.output, done.exception)
     assert "predicted" in Path("scored.csv").read_text()
+    _answers_as_the_guide_asks((ROOT / "docs/guide.md").read_text(encoding="utf-8"))
+
+
+def _answers_as_the_guide_asks(page):
+    """The runs that the guide serves, asked what it asks; tests/serve/test_server.py has the process itself."""
+    from fastapi.testclient import TestClient
+
+    from loracle.serve.api import create_app
+    from loracle.serve.server import load
+
+    (served,) = re.findall(r"^loracle serve (.*)$", page, re.MULTILINE)
+    asked = re.findall(r"^curl -H '([\w-]+): (\S+)' localhost:8000(\S+) -d '(.*)'$", page, re.MULTILINE)
+    assert len(asked) == 2
+    app = create_app(load([Path(run) for run in served.split()], say=lambda line: None), ServeConfig())
+    with TestClient(app, base_url="http://localhost:8000") as client:
+        for name, value, path, body in asked:
+            answer = client.post(path, content=body, headers={name: value})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["results"]
 
 
 def test_the_page_on_clicks_works(tiny_model, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from loracle.config import (
     ModelConfig,
     PlanConfig,
     RunConfig,
+    ServeConfig,
     TrainConfig,
     TuneConfig,
     ValidateConfig,
@@ -591,6 +592,25 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
 
     folder = exporting.export(run, out or run.with_name(f"{run.name}-{to}"), to, base=base, say=click.echo)
     click.echo(f"export: {folder}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options(ServeConfig)
+@click.option("--base", help="where the base model is now, if it moved")
+@click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+def serve(runs: tuple[Path, ...], base: str | None, device: str, **given: Any) -> None:
+    """Answer requests over HTTP with the classifiers and rankers in RUNS, each called by the name of its folder.
+
+    Routes, with examples: /openapi.json. A page to try them: /. SIGTERM finishes what is at work.
+    """
+    settings = ServeConfig(**{k: v for k, v in given.items() if v is not None})
+    _calm()
+    try:
+        from loracle.serve import server
+    except ModuleNotFoundError as e:
+        raise UserError("what loracle serve needs", f"no {e.name}", "run: pip install 'loracle[serve]'") from None
+    server.serve(runs, settings, base=base, device=device, say=click.echo)
 
 
 @main.command()

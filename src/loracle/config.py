@@ -313,6 +313,38 @@ class TuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Where ``loracle serve`` listens, and how much it takes on."""
+
+    host: str = dial("127.0.0.1", "address to listen at; one that others can reach wants a token")
+    port: int = dial(8000, "port to listen at; 0 takes a free one", least=0, below=65536)
+    token_file: str | None = dial(
+        None, "file with the token that requests must bear; by default the variable LORACLE_TOKEN"
+    )
+    max_body: int = dial(
+        1_000_000, "bytes a request may have; also its characters, the context counted with each text", least=1
+    )
+    max_texts: int = dial(256, "texts (titles) a request may have", least=1)
+    max_chars: int = dial(20_000, "characters a text, a title or a context may have", least=1)
+    queue: int = dial(128, "requests at work at once; further ones are answered 429", least=1)
+    queue_texts: int = dial(
+        1024, "texts of all requests that wait or are at work; those that make more get 429", least=1
+    )
+    queue_tokens: int = dial(262_144, "the same in tokens", least=1)
+    round_tokens: int = dial(4096, "tokens that go through the model at once", least=1)
+    deadline: float = dial(30.0, "seconds within which a request is answered, or told 503", above=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.max_texts > self.queue_texts:
+            raise UserError(
+                "--queue-texts with room for one request of --max-texts",
+                f"{self.queue_texts} below {self.max_texts}",
+                "raise --queue-texts",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run: what ``run.toml`` holds."""
 

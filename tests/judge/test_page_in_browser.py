@@ -1,44 +1,18 @@
-"""The report in a real browser: no error, nothing hidden, nothing too wide, in light and dark, on a desk and in a hand.
-
-The browser is ``$LORACLE_BROWSER``, the one that ``dev/browser`` unpacks, or Playwright's own; without one there is nothing to
-look with, and the tests are skipped.
-"""
+"""The report in a real browser: no error, nothing hidden, nothing too wide, in light and dark, on a desk and in a hand."""
 
 from __future__ import annotations
 
-import os
 from itertools import cycle, product
-from pathlib import Path
 
 import pytest
 from small import QUICK, clicked, labelled, several, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.hub import cache_dir
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'loracle[browser]'")
 CLICKS = {"group": "site,day", "text": "headline", "clicks": "clicks", "impressions": "impressions"}
 HOSTILE = "<script>console.error(1)</script>"
 LONG = "wheelbarrow" * 30  # a word that is wider than a phone
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        places = (os.environ.get("LORACLE_BROWSER"), cache_dir() / "browser/chromium", started.chromium.executable_path)
-        found = next((Path(place) for place in places if place and Path(place).exists()), None)
-        if found is None:
-            pytest.skip("no browser: dev/browser unpacks one, as does `playwright install chromium`")
-        libraries = {**os.environ, "LD_LIBRARY_PATH": str(found.parent / "lib")}
-        flags = [
-            "--no-sandbox",
-            "--use-gl=angle",
-            "--use-angle=swiftshader",
-        ]  # else one picture in thirty fails without a GPU
-        opened = started.chromium.launch(executable_path=found, args=flags, env=libraries)
-        yield opened
-        opened.close()
 
 
 def runs(model, folder, kind):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracle.data.examples import Task
 from loracle.errors import UserError
@@ -76,6 +76,25 @@ def load_scorer(
     """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights."""
     model = _saved(base, run, task, pad_token_id, head, depth, dtype=dtype, quantize=quantize, device=device)
     return Scorer(model.to(device), pooling=pooling).eval()
+
+
+def share_weights(models: Iterable[nn.Module]) -> int:
+    """Keep equal weights of several models, as those of one base under several adapters are, in memory once.
+
+    For models that are only read. Returns the bytes that were freed.
+    """
+    known: dict[tuple, Tensor] = {}
+    freed = 0
+    for model in models:
+        for name, weight in model.named_parameters():
+            if type(weight) is not nn.Parameter:  # 4-bit ones hold more than numbers
+                continue
+            key = (name.replace(".base_layer", ""), weight.shape, weight.dtype, weight.device)
+            kept = known.setdefault(key, weight.data)
+            if kept.data_ptr() != weight.data_ptr() and torch.equal(kept, weight.data):
+                freed += weight.nbytes
+                weight.data = kept
+    return freed
 
 
 def load_merged(

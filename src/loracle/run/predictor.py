@@ -18,7 +18,7 @@ from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_
 from loracle.model.int8 import Int8Scorer
 from loracle.model.scorer import Scorer
 from loracle.run.folder import RunInfo, read_calibration, read_info, verify
-from loracle.text.encode import Encoder
+from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import check_contexts
 
 COMPARED = 100  # titles up to which each one's chance against each other is given
@@ -28,8 +28,9 @@ COMPARED = 100  # titles up to which each one's chance against each other is giv
 class RankedTitle:
     """A title among those that were offered with it, best first.
 
-    ``beats[j]`` is the chance that it is truly better than the j-th best (0.5 against itself); ``lift`` its expected click
-    rate over the mean of the titles offered, minus 1, with a 95 % interval. Both are None unless clicks were learnt from.
+    ``index`` is its place among the titles as they were given. ``beats[j]`` is the chance that it is truly better than the
+    j-th best (0.5 against itself); ``lift`` its expected click rate over the mean of the titles offered, minus 1, with a 95 %
+    interval; both are None unless clicks were learnt from.
     """
 
     text: str
@@ -38,6 +39,7 @@ class RankedTitle:
     lift: float | None = None
     lift_low: float | None = None
     lift_high: float | None = None
+    index: int = 0
 
 
 def find_base(info: RunInfo, folder: Path, base: str | None = None) -> BaseModel:
@@ -100,8 +102,16 @@ class Predictor:
         """Scores before any softmax, ``float32 [N, C]``; C is 1 for rankers."""
         if not len(texts):
             return np.zeros((0, len(self.task.label_names) or 1), dtype=np.float32)
+        return score(self.scorer, self.encode(texts, contexts))
+
+    def encode(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[Encoded]:
+        """Texts as the model sees them.
+
+        Raises:
+            UserError: the template wants a context and one has none.
+        """
         check_contexts(self.info.config.model.template, contexts or [None] * len(texts))
-        return score(self.scorer, self.encoder(texts, contexts))
+        return self.encoder(texts, contexts)
 
     def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
         """Probability of each label, ``float64 [N, C]``: a softmax at the temperature that validation texts called for, or a
@@ -141,14 +151,25 @@ class Predictor:
             raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
         if not len(titles):
             raise UserError("titles to rank", "none", "give at least one")
-        scores = self.scores(titles, [context] * len(titles))[:, 0]
+        return self.ranked(titles, self.scores(titles, [context] * len(titles))[:, 0], draws=draws)
+
+    def ranked(self, titles: Sequence[str], scores: np.ndarray, *, draws: int | None = None) -> list[RankedTitle]:
+        """``rank`` of titles whose scores ``[N]`` are known."""
         order = np.argsort(-scores, kind="stable")
         scores = scores[order].astype(np.float64)
         if self.spread is None or len(titles) < 2:
-            return [RankedTitle(titles[i], float(s)) for i, s in zip(order, scores, strict=True)]
+            return [RankedTitle(titles[i], float(s), index=int(i)) for i, s in zip(order, scores, strict=True)]
         compared = win_probability(scores, self.spread) if len(titles) <= COMPARED else [None] * len(titles)
         lifts = expected_lift(scores, self.spread, draws=draws)
         return [
-            RankedTitle(titles[i], float(s), None if wins is None else tuple(map(float, wins)), *map(float, lift))
-            for i, s, wins, *lift in zip(order, scores, compared, *lifts, strict=True)
+            RankedTitle(
+                titles[i],
+                float(s),
+                beats=None if wins is None else tuple(map(float, wins)),
+                lift=float(lift),
+                lift_low=float(low),
+                lift_high=float(high),
+                index=int(i),
+            )
+            for i, s, wins, lift, low, high in zip(order, scores, compared, *lifts, strict=True)
         ]

@@ -56,7 +56,7 @@ class Encoder:
         if contexts is None:
             contexts = [None] * len(texts)
         inputs = [
-            _clean(text) if context is None else (_clean(context), _clean(text))
+            clean(text) if context is None else (clean(context), clean(text))
             for text, context in zip(texts, contexts, strict=True)
         ]
         self._backend.enable_truncation(self.tokenizer.model_max_length)
@@ -92,6 +92,6 @@ def _text_start(encoding, encoder: bool) -> int:
     return sequence.index(last) if last in sequence else 0
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """The text in a form that UTF-8 can hold."""
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)

@@ -1,0 +1,328 @@
+"""HTTP in front of trained runs: what ``predict`` and ``rank`` say, and the same in vLLM's words.
+
+A request is encoded by one thread (a tokenizer is not re-entrant either), scored by the batcher's, and a ranker's chances and
+lifts are drawn in a third, so that the loop that talks to clients never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+import loracle
+from loracle.config import ServeConfig
+from loracle.errors import UserError
+from loracle.judge.metrics import probabilities
+from loracle.model.assemble import score
+from loracle.run.predictor import Predictor
+from loracle.serve import schema
+from loracle.serve.batcher import Batcher, Failed, Full
+from loracle.serve.guard import RETRY, Guard, problem
+from loracle.serve.metrics import Metrics
+from loracle.text.encode import Encoded
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Problem, "description": about}
+    for status, about in {
+        400: "not JSON",
+        401: "no token, or a wrong one",
+        403: "called by another name than a loopback one, without a token",
+        404: "no such run",
+        413: "too many bytes",
+        422: "not what was expected",
+        429: "too much to do",
+        503: "not answered in time, or broken off",
+    }.items()
+}
+T = TypeVar("T")
+
+
+class Desk:
+    """The runs behind an app and the threads that work for it."""
+
+    def __init__(self, predictors: dict[str, Predictor], settings: ServeConfig):
+        self.predictors, self.settings = predictors, settings
+        self.batcher = Batcher(
+            lambda run, texts: score(predictors[run].scorer, texts, micro_tokens=settings.round_tokens),
+            round_tokens=settings.round_tokens,
+            queue_texts=settings.queue_texts,
+            queue_tokens=settings.queue_tokens,
+            patience=settings.deadline,
+        )
+        self.metrics = Metrics(self.batcher)
+        self.encoding, self.drawing = ThreadPoolExecutor(1, "loracle-encoder"), ThreadPoolExecutor(1, "loracle-lift")
+
+    @asynccontextmanager
+    async def open(self, app: FastAPI) -> AsyncIterator[None]:
+        """While the server runs; what is at work when it ends is finished."""
+        with self.encoding, self.drawing, self.batcher:
+            yield
+
+    def pick(self, name: str | None, kind: str | None = None) -> str:
+        """The run that is asked; ``kind``: rank or classify, if only one of them has an answer.
+
+        Raises:
+            HTTPException: there is no such run, or it does something else.
+        """
+        known = ", ".join(self.predictors)
+        if name is None and len(self.predictors) > 1:
+            raise HTTPException(422, f"several runs are served; name one of {known}")
+        name = next(iter(self.predictors)) if name is None else name
+        if name not in self.predictors:
+            raise HTTPException(404, f"no such run here; there is {known}")
+        does = "rank" if self.predictors[name].task.kind == "rank" else "classify"
+        if kind not in (None, does):
+            raise HTTPException(422, f"a run that can {kind}; {name} can {does}")
+        return name
+
+    async def scores(
+        self, run: str, texts: Sequence[str], contexts: Sequence[str | None] | None
+    ) -> tuple[list[Encoded], np.ndarray]:
+        """Encoded texts and their scores ``[E, C]``.
+
+        Raises:
+            HTTPException: more texts or characters than a request may have. Full, Failed: not now.
+        """
+        self._check_sizes(texts, contexts)
+        if not self.batcher.has_room(len(texts)):
+            raise Full
+        encoded = await self.away(self.encoding, self.predictors[run].encode, texts, contexts)
+        scores = await asyncio.wrap_future(self.batcher.submit(run, encoded))
+        self.metrics.count(run, encoded)
+        return encoded, scores
+
+    def _check_sizes(self, texts: Sequence[str], contexts: Sequence[str | None] | None) -> None:
+        limits = self.settings
+        if len(texts) > limits.max_texts:
+            raise HTTPException(422, f"at most {limits.max_texts:,} texts a request; there are {len(texts):,}")
+        if contexts is not None and len(contexts) != len(texts):
+            raise HTTPException(422, f"one context for each of {len(texts):,} texts; there are {len(contexts):,}")
+        lengths = [len(part) for part in (*texts, *(contexts or ())) if part is not None]
+        if max(lengths) > limits.max_chars:
+            raise HTTPException(422, f"at most {limits.max_chars:,} characters a text; one has {max(lengths):,}")
+        if sum(lengths) > limits.max_body:  # a context of many titles is sent once and encoded with each
+            raise HTTPException(422, f"at most {limits.max_body:,} characters, the context counted with each text")
+
+    async def classify(
+        self, run: str, texts: Sequence[str], contexts: Sequence[str | None] | None = None
+    ) -> tuple[list[Encoded], np.ndarray, list[list[str]]]:
+        """Encoded texts, probabilities ``[E, C]`` and labels."""
+        predictor = self.predictors[run]
+        encoded, scores = await self.scores(run, texts, contexts)
+        proba = probabilities(scores, predictor.task, predictor.calibration)
+        labels = [[name] if isinstance(name, str) else name for name in predictor.names(proba)]
+        self.metrics.classified(run, proba, labels)
+        return encoded, proba, labels
+
+    async def away(self, where: Executor, work: Callable[..., T], *args: Any) -> T:
+        """What ``work`` gives, done in another thread."""
+        return await asyncio.get_running_loop().run_in_executor(where, work, *args)
+
+
+def create_app(predictors: dict[str, Predictor], settings: ServeConfig, *, token: str | None = None) -> FastAPI:
+    """The application: routes, limits and one worker for all runs.
+
+    Args:
+        predictors: by the names that requests call them. token: what every request must bear, if any.
+    """
+    desk = Desk(predictors, settings)
+    app = FastAPI(
+        title="loracle",
+        version=loracle.__version__,
+        description=f"Classifies and ranks texts; it serves {', '.join(predictors)}.",
+        lifespan=desk.open,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        responses=PROBLEMS,
+        dependencies=[] if token is None else [Depends(HTTPBearer(auto_error=False))],  # for the OpenAPI document
+    )
+    _add_problems(app)
+    _add_routes(app, desk)
+    _add_vllm_routes(app, desk)
+    _add_pages(app, desk)
+    app.add_middleware(
+        Guard,
+        token=token,
+        paths={*app.openapi()["paths"], "/", "/openapi.json"},
+        max_body=settings.max_body,
+        queue=settings.queue,
+        deadline=settings.deadline,
+        metrics=desk.metrics,
+    )
+    return app
+
+
+def _add_routes(app: FastAPI, desk: Desk) -> None:
+    @app.post("/v1/classify")
+    async def classify(asked: schema.Texts) -> schema.Classified:
+        """Label and probabilities of each text, as `loracle predict`."""
+        run = desk.pick(asked.run, "classify")
+        encoded, proba, labels = await desk.classify(run, asked.texts, asked.contexts)
+        names = desk.predictors[run].task.label_names
+        results = [
+            schema.Label(labels=given, probabilities=dict(zip(names, p.tolist(), strict=True)), cut=e.cut)
+            for e, p, given in zip(encoded, proba, labels, strict=True)
+        ]
+        return schema.Classified(run=run, results=results)
+
+    @app.post("/v1/rank")
+    async def rank(asked: schema.Titles) -> schema.Ranking:
+        """Titles best first with what their scores mean, as `loracle rank`."""
+        run = desk.pick(asked.run, "rank")
+        _, scores = await desk.scores(run, asked.titles, [asked.context] * len(asked.titles))
+        desk.metrics.ranked(run, scores[:, 0])
+        best_first = await desk.away(desk.drawing, desk.predictors[run].ranked, asked.titles, scores[:, 0])
+        results = [
+            schema.Ranked(
+                rank=place,
+                index=r.index,
+                title=r.text,
+                score=r.score,
+                lift=r.lift,
+                lift_low=r.lift_low,
+                lift_high=r.lift_high,
+                beats=None if r.beats is None else list(r.beats),
+            )
+            for place, r in enumerate(best_first, 1)
+        ]
+        return schema.Ranking(run=run, results=results)
+
+    @app.post("/v1/score")
+    async def score_texts(asked: schema.Texts) -> schema.Scores:
+        """Scores before any softmax, of a classifier or a ranker."""
+        run = desk.pick(asked.run)
+        _, scores = await desk.scores(run, asked.texts, asked.contexts)
+        return schema.Scores(run=run, labels=list(desk.predictors[run].task.label_names), scores=scores.tolist())
+
+    @app.get("/v1/models")
+    async def models() -> schema.Models:
+        """The runs that are served."""
+        return schema.Models(
+            data=[
+                schema.Model(id=name, kind=p.task.kind, labels=list(p.task.label_names), base=p.info.base["source"])
+                for name, p in desk.predictors.items()
+            ]
+        )
+
+
+def _add_vllm_routes(app: FastAPI, desk: Desk) -> None:
+    @app.post("/classify")
+    async def classify(asked: schema.VllmClassify) -> schema.VllmClassified:
+        """As vLLM's, for texts."""
+        run = desk.pick(asked.model, "classify")
+        texts = [asked.input] if isinstance(asked.input, str) else asked.input
+        encoded, proba, _ = await desk.classify(run, texts)
+        names, tokens = desk.predictors[run].task.label_names, sum(e.tokens for e in encoded)
+        return schema.VllmClassified(
+            id=f"classify-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=run,
+            data=[
+                schema.VllmClass(index=i, label=names[p.argmax()], probs=p.tolist(), num_classes=len(names))
+                for i, p in enumerate(proba)
+            ],
+            usage=schema.VllmClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
+        )
+
+    @app.post("/rerank")
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank")
+    async def rerank(asked: schema.VllmRerank) -> schema.VllmReranking:
+        """As vLLM's, for texts; a relevance score is the ranker's score as it is."""
+        run = desk.pick(asked.model, "rank")
+        encoded, scores = await desk.scores(run, asked.documents, [asked.query or None] * len(asked.documents))
+        desk.metrics.ranked(run, scores[:, 0])
+        best_first = np.argsort(-scores[:, 0], kind="stable")[: asked.top_n or None]
+        tokens = sum(e.tokens for e in encoded)
+        return schema.VllmReranking(
+            id=f"rerank-{uuid.uuid4().hex}",
+            model=run,
+            usage=schema.VllmUsage(prompt_tokens=tokens, total_tokens=tokens),
+            results=[
+                schema.VllmReranked(
+                    index=i, document=schema.VllmDocument(text=asked.documents[i]), relevance_score=scores[i, 0]
+                )
+                for i in best_first.tolist()
+            ],
+        )
+
+
+def _add_pages(app: FastAPI, desk: Desk) -> None:
+    page = resources.files("loracle.serve").joinpath("page.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+
+    @app.get("/", include_in_schema=False)
+    async def try_it() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready() -> dict[str, str]:
+        """The worker takes requests and gets on with them; 503 otherwise."""
+        if not desk.batcher.ready(desk.settings.deadline):
+            raise HTTPException(503, "the worker does not get on")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(desk.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Every error in one shape, and none that repeats what was sent."""
+
+    @app.exception_handler(Full)
+    async def full(_: Request, error: Full) -> Response:
+        return problem(429, "the queue is full; try again", RETRY)
+
+    @app.exception_handler(Failed)
+    async def failed(_: Request, error: Failed) -> Response:
+        return problem(503, f"not scored: {error}; try again", RETRY)
+
+    @app.exception_handler(UserError)
+    async def unusable(_: Request, error: UserError) -> Response:
+        return problem(422, str(error))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def other(_: Request, error: StarletteHTTPException) -> Response:
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return problem(422, "; ".join(dict.fromkeys(map(_said, error.errors()))))
+
+
+def _said(error: dict[str, Any]) -> str:
+    """Where a request is wrong and how, without what stood there: pydantic's messages name types and limits only."""
+    if error["type"] == "extra_forbidden":  # its place is the client's own word
+        return "a field that is not known"
+    place = ".".join(str(part) for part in error["loc"][1:])
+    return f"{place}: {error['msg']}" if place else error["msg"]

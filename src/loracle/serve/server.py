@@ -1,0 +1,115 @@
+"""``loracle serve``: runs are loaded, a socket is opened, and uvicorn answers until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from loracle.config import ServeConfig
+from loracle.errors import UserError
+from loracle.model.assemble import share_weights
+from loracle.run.predictor import Predictor
+from loracle.serve.api import create_app
+from loracle.serve.guard import is_loopback
+
+TOKEN = "LORACLE_TOKEN"
+
+
+def serve(
+    runs: Sequence[Path],
+    settings: ServeConfig,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve runs, each under the name of its folder, until SIGTERM or Ctrl-C; requests at work are then finished.
+
+    Raises:
+        UserError: a host that others can reach without a token, two runs of one name, no such run, a port in use.
+    """
+    token = read_token(settings.token_file)
+    if token is None and not is_loopback(settings.host):
+        raise UserError(
+            f"a token, since others can reach {settings.host or 'every address'}",
+            "none",
+            f"set {TOKEN}, pass --token-file, or leave out --host",
+        )
+    predictors = load(runs, base=base, device=device, say=say)
+    listening = _listen(settings.host, settings.port)
+    app = create_app(predictors, settings, token=token)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.deadline) + 1,
+        )
+    )
+    # uvicorn drains at SIGTERM and then raises it again for who was there before: that is itself, and nothing is left to do.
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    host, port = listening.getsockname()[:2]
+    say(f"serving {', '.join(predictors)} at http://{f'[{host}]' if ':' in host else host}:{port}")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+    say("stopped")
+
+
+def load(
+    runs: Sequence[Path], *, base: str | None = None, device: str = "auto", say: Callable[[str], None] = print
+) -> dict[str, Predictor]:
+    """Runs by the names of their folders; weights that they have in common are held once."""
+    names = [run.resolve().name for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError("runs of different names", f"{twice.pop()} twice", "rename one of the folders")
+    predictors = {name: Predictor(run, base=base, device=device) for name, run in zip(names, runs, strict=True)}
+    if freed := share_weights(p.scorer for p in predictors.values()):
+        say(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
+    return predictors
+
+
+def read_token(path: str | None) -> str | None:
+    """The token from a file or from ``LORACLE_TOKEN``; None where neither is named.
+
+    Raises:
+        UserError: no such file, or nothing in it that a header can carry.
+    """
+    where, token = TOKEN, os.environ.get(TOKEN)
+    if path is not None:
+        where = path
+        try:
+            token = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError("a file with a token for --token-file", f"{path}: {type(e).__name__}", "check it") from None
+    if token is None:
+        return None
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        found = "other characters" if token else "nothing"
+        raise UserError(
+            f"a token of ASCII letters, digits or signs in {where}", found, "make one: openssl rand -hex 32"
+        )
+    return token
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: the address is not ours, or the port is in use.
+    """
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as e:
+        raise UserError(
+            f"a free port at {host}", f"{port}: {e.strerror or e}", "pass another --port or --host"
+        ) from None
