@@ -14,6 +14,7 @@ from small import clicked, labelled, write
 from loracle import comparison, recipe
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
+from loracle.data.examples import LabeledText, Task
 from loracle.errors import Interrupted
 from loracle.judge.paired import mcnemar
 from loracle.run.folder import read_info
@@ -138,6 +139,24 @@ def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_pa
     assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
     assert (frozen.method, frozen.config.model.model) == ("frozen", str(tiny_model("bert")))
     assert frozen.name.startswith("frozen:bert")
+
+
+def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model, tmp_path):
+    flat = {"model": str(tiny_model("qwen2")), "quantize": "nf4"}
+    said = []
+    settings = CompareConfig(against=f"{tiny_model('bert')},frozen")
+    four_bit, bert, frozen = comparison.line_up(RunConfig.from_flat(flat), settings, said.append)
+    assert any("takes no --quantize" in line for line in said)
+    assert four_bit.config.model.quantize == "nf4"
+    assert (bert.config.model.quantize, bert.config.lora.full) == (None, True)
+    texts = [
+        LabeledText(text=f"{word} number {i}", labels=(c,), row=i) for i in range(12) for c, word in enumerate("ab")
+    ]
+    task = Task(kind="single", label_names=("a", "b"))
+    data = recipe.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
+    scores, more = comparison._frozen(frozen, data, said.append)
+    assert np.concatenate(scores).shape == (6, 2)
+    assert more["parameters"] > 0
 
 
 def test_memory_is_the_most_that_was_in_use():

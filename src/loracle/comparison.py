@@ -24,18 +24,15 @@ from loracle import recipe
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.examples import Task
 from loracle.errors import UserError
-from loracle.judge import baselines
-from loracle.judge.metrics import headline_metric, target_array
+from loracle.judge.metrics import headline_metric
 from loracle.judge.paired import Paired, holm
 from loracle.judge.paired import compare as in_pairs
 from loracle.judge.report import figure, markdown_table, plain_table
-from loracle.model import assemble
 from loracle.model.backbone import load_config, resolve_base
 from loracle.model.scorer import is_encoder
 from loracle.recipe import Data, Say
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
-from loracle.train.losses import numpy_objective
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
 SAMPLED_EVERY = 0.05  # seconds between looks at the memory in use
@@ -111,25 +108,27 @@ def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
     base = resolve_base(config.model.model, config.model.revision)
     if not is_encoder(load_config(base.folder)):
         return config
-    if settings.encoder_full:
-        config = dataclasses.replace(
-            config,
-            lora=dataclasses.replace(config.lora, full=True, adapt_top=None),
-            train=dataclasses.replace(config.train, lr=settings.encoder_lr),
-        )
     model = config.model
     plain = dataclasses.replace(
         model,
         depth=None,
         head="linear",
         head_init="random",
+        quantize=None,
         template=None if model.template == "chat" else model.template,
     )
     left = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(plain, f.name)]
     if left:
         flags = ", ".join("--" + name.replace("_", "-") for name in left)
         say(f"note: {_short(model.model)} is an encoder, which takes no {flags}")
-    return dataclasses.replace(config, model=plain)
+    config = dataclasses.replace(config, model=plain)
+    if settings.encoder_full:
+        config = dataclasses.replace(
+            config,
+            lora=dataclasses.replace(config.lora, full=True, adapt_top=None),
+            train=dataclasses.replace(config.train, lr=settings.encoder_lr),
+        )
+    return config
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -176,44 +175,27 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
 
 
 def _tfidf(one: Contender, data: Data) -> tuple[list[np.ndarray], dict[str, Any]]:
-    if data.task.kind == "rank":
-        objective = numpy_objective(recipe.choose_loss(one.config, data)[0])
-        ranked = baselines.tfidf_ranker(data.train, data.test, objective, seed=one.config.train.seed)
-        return [s[:, None] for s in ranked], {}
-    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
-    scores = baselines.tfidf_classifier(words[0], target_array(data.train, data.task), words[1], data.task)
-    return list(scores[:, None]), {}
+    return recipe.tfidf_scores(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
 def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dict[str, Any]]:
     """As the baseline of a run, but from every training text."""
-    config = dataclasses.replace(one.config, model=dataclasses.replace(one.config.model, head="linear", depth=None))
-    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, full=True, adapt_top=None))
+    plain = dataclasses.replace(one.config.model, head="linear", depth=None, quantize=None)
+    whole = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
+    config = dataclasses.replace(one.config, model=plain, lora=whole)
     base, _, tokenizer, _ = recipe.open_base(config, data, say)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    seen = _features(scorer, encoder, data.train)
+    seen = recipe.mean_features(scorer, encoder, data.train)
     asked = time.perf_counter()
-    unseen = _features(scorer, encoder, data.test)
+    unseen = recipe.mean_features(scorer, encoder, data.test)
     asked = time.perf_counter() - asked
-    seed, more = config.train.seed, {
+    loss, _ = recipe.choose_loss(config, data)
+    return recipe.frozen_scores(data, data.train, seen, unseen, loss, config.train.seed), {
         "asked": asked,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
         "texts_per_s": sum(map(len, unseen)) / asked,
         "note": base.note,
-    }  # fmt: skip
-    if data.task.kind == "rank":
-        objective = numpy_objective(recipe.choose_loss(config, data)[0])
-        ranked = baselines.frozen_ranker(seen, data.train, unseen, objective, seed=seed)
-        return [s[:, None] for s in ranked], more
-    targets = target_array(data.train, data.task)
-    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), data.task, seed=seed)
-    return list(scores[:, None]), more
-
-
-def _features(scorer: Any, encoder: Any, examples: list[Any]) -> list[np.ndarray]:
-    encoded = recipe.encode_examples(encoder, examples)
-    flat = assemble.features(scorer, [e for unit in encoded for e in unit])
-    return np.split(flat, np.cumsum([len(unit) for unit in encoded])[:-1])
+    }
 
 
 @contextmanager

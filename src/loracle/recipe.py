@@ -195,11 +195,7 @@ def new_folder(config: RunConfig) -> Path:
         UserError: ``--out`` holds something already.
     """
     if config.out:
-        folder = Path(config.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(
-                "an empty or new folder for --out", f"{folder} with files in it", "pick another one, or --resume it"
-            )
+        folder = run_folder.free(Path(config.out), "pick another one, or --resume it")
     else:
         name = Path(config.data.data).name.split(".")[0] or "run"
         taken = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
@@ -277,8 +273,9 @@ def learn(
 
     # What the scores mean is settled on the validation examples too.
     meaning = fit_meaning(scorer, encoder, data, config.train.wanted_precision)
-    if isinstance(meaning, Calibration):
-        say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(meaning, task)}")
+    calibration = meaning if isinstance(meaning, Calibration) else None
+    if calibration:
+        say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
 
     # The test examples, once.
     asked = time.perf_counter()
@@ -290,7 +287,7 @@ def learn(
         "train": _speed(outcome, time.perf_counter() - started),
         "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
         "calibration": _meaning(meaning),
-        "test": measure(scores, data.test, task, meaning),
+        "test": measure(scores, data.test, task, calibration),
         "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
         "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
         "texts": lengths,
@@ -300,8 +297,8 @@ def learn(
         run_folder.write_calibration(folder, meaning)
     if keep_scores:
         write_scores(folder, scores)
-    told = write_report(folder, data, scores, rivals, metrics, meaning)
-    save(folder, config, scorer, base, data, scores, metrics, meaning)
+    told = write_report(folder, data, scores, rivals, metrics, calibration)
+    save(folder, config, scorer, base, data, scores, metrics, calibration)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"\n{told}\n")
@@ -507,13 +504,12 @@ def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Ta
 
 
 def measure(
-    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, meaning: Calibration | Spread | None = None
+    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, calibration: Calibration | None = None
 ) -> dict[str, Any]:
     """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
     if task.kind == "rank":
         return as_json(rank_metrics([s[:, 0] for s in scores], examples))
     same = [e.identity for e in examples]
-    calibration = meaning if isinstance(meaning, Calibration) else None
     targets = target_array(examples, task)
     return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
 
@@ -585,30 +581,50 @@ def score_baselines(
 ) -> dict[str, list[np.ndarray]]:
     """Test scores of simpler methods that learnt from the same split, by the same loss when ranking."""
     task, some = data.task, _some(data.train, seed)
-    seen, unseen = (_by_example(assemble.features(scorer, _flat(encoder, side)), side) for side in (some, data.test))
-    if task.kind == "rank":
-        objective = numpy_objective(loss)
-        ranked = {
-            "length": baselines.length_ranker(data.train, data.test, objective, seed=seed),
-            "tf-idf": baselines.tfidf_ranker(data.train, data.test, objective, seed=seed),
-            "frozen": baselines.frozen_ranker(seen, some, unseen, objective, seed=seed),
-        }
-        try:
-            untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
-            ranked["untuned"] = _by_example(untuned, data.test)
-        except NoLikelihoodError as e:
-            say(f"note: no untuned baseline, {e}")
-        return {name: [s[:, None] for s in scores] for name, scores in ranked.items()}
-    targets = target_array(data.train, task)
-    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
-    found = {
-        "majority": baselines.majority(targets, len(data.test), task),
-        "tf-idf": baselines.tfidf_classifier(words[0], targets, words[1], task),
-        "frozen": baselines.frozen_classifier(
-            np.concatenate(seen), target_array(some, task), np.concatenate(unseen), task, seed=seed
-        ),
+    seen, unseen = (mean_features(scorer, encoder, side) for side in (some, data.test))
+    both = {
+        "tf-idf": tfidf_scores(data, loss, seed),
+        "frozen": frozen_scores(data, some, seen, unseen, loss, seed),
     }
-    return {name: list(scores[:, None]) for name, scores in found.items()}
+    if task.kind != "rank":
+        majority = baselines.majority(target_array(data.train, task), len(data.test), task)
+        return {"majority": list(majority[:, None]), **both}
+    lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+    found = {"length": [s[:, None] for s in lengths], **both}
+    try:
+        untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
+        found["untuned"] = [s[:, None] for s in _by_example(untuned, data.test)]
+    except NoLikelihoodError as e:
+        say(f"note: no untuned baseline, {e}")
+    return found
+
+
+def mean_features(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Mean last hidden states of each example's texts, ``float32 [n, H]`` each."""
+    return _by_example(assemble.features(scorer, _flat(encoder, examples)), examples)
+
+
+def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
+    """Test scores of a linear model on words, ``[n, C]`` each, by the same loss when ranking."""
+    task = data.task
+    if task.kind == "rank":
+        ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        return [s[:, None] for s in ranked]
+    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
+    return list(baselines.tfidf_classifier(words[0], target_array(data.train, task), words[1], task)[:, None])
+
+
+def frozen_scores(
+    data: Data, some: Sequence[Any], seen: list[np.ndarray], unseen: list[np.ndarray], loss: Loss, seed: int
+) -> list[np.ndarray]:
+    """The same of one on features: ``seen`` of some training examples, ``unseen`` of the test side."""
+    task = data.task
+    if task.kind == "rank":
+        ranked = baselines.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
+        return [s[:, None] for s in ranked]
+    targets = target_array(some, task)
+    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), task, seed=seed)
+    return list(scores[:, None])
 
 
 def write_report(
@@ -617,11 +633,10 @@ def write_report(
     scores: list[np.ndarray],
     rivals: dict[str, list[np.ndarray]],
     metrics: dict[str, Any],
-    meaning: Calibration | Spread | None,
+    calibration: Calibration | None,
 ) -> str:
     """``report.json`` and the page that shows it; returns its first line, the verdict."""
     task, info = data.task, run_folder.read_info(folder)
-    calibration = meaning if isinstance(meaning, Calibration) else None
     report = findings(scores, data.test, task, metrics, rivals, calibration)
     if "suspects" in report and rivals:
         report["suspects"]["train"] = training_suspects(data.train, task, seed=info.config.train.seed)
@@ -639,7 +654,7 @@ def save(
     data: Data,
     scores: list[np.ndarray],
     metrics: dict,
-    meaning: Calibration | Spread | None,
+    calibration: Calibration | None,
 ) -> None:
     """Everything that a run leaves; the manifest last, which is what says that it is whole."""
     if config.lora.full:
@@ -648,7 +663,7 @@ def save(
         kind, _, name = base.source.partition(":")
         save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
-    _write_predictions(folder / "predictions.csv", data, scores, meaning)
+    _write_predictions(folder / "predictions.csv", data, scores, calibration)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
     run_folder.write_manifest(folder)
 
@@ -788,9 +803,7 @@ def _lengths(encoder: Encoder, data: Data) -> dict[str, float]:
     return {"count": texts, "tokens": total, "mean": total / texts, "max": most, "over_length": over}
 
 
-def _write_predictions(
-    path: Path, data: Data, scores: Sequence[np.ndarray], meaning: Calibration | Spread | None
-) -> None:
+def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray], calibration: Calibration | None) -> None:
     with path.open("w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         if data.task.kind == "rank":
@@ -799,7 +812,7 @@ def _write_predictions(
                 assert isinstance(e, RankGroup)
                 out.writerows((row, e.group, t, f"{v:.6g}") for row, t, v in zip(e.rows, e.texts, s[:, 0], strict=True))
             return
-        names, calibration = data.task.label_names, meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        names, calibration = data.task.label_names, calibration or UNCALIBRATED
         proba = probabilities(np.concatenate(scores), data.task, calibration)
         out.writerow(["row", "text", "label", "predicted", "probability"])
         for e, p, given in zip(data.test, proba, given_labels(proba, data.task, calibration), strict=True):

@@ -115,6 +115,12 @@ def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_
     assert 0 < np.abs(exact - rounded).max() < 0.1 * spread
     alone = np.concatenate([Predictor(out).scores([text]) for text in TEXTS])
     np.testing.assert_allclose(alone, rounded, atol=0.01 * spread)
+    with (run / "predictions.csv").open() as f:
+        tried = [row["text"] for row in csv.DictReader(f)]
+    if kind != "rank":
+        names = [Predictor(folder).predict(tried) for folder in (run, out)]
+        same = np.mean([a == b for a, b in zip(*names, strict=True)])
+        assert f"int8 gives the labels of the run to {same:.1%} of {len(tried)} test texts" in said[0]
     assert "int8" in said[0]
     with pytest.raises(UserError, match="which is an export"):
         export(out, tmp_path / "again", "openvino")

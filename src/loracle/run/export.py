@@ -17,6 +17,7 @@ import torch
 
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import given_labels, probabilities
 from loracle.model import int8
 from loracle.model.assemble import load_merged
 from loracle.model.backbone import head_names, load_tokenizer
@@ -24,7 +25,6 @@ from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor, find_base
 from loracle.text.template import needs_context
 
-FORMATS = ("transformers", "openvino")
 TRIED = 64  # texts that a float32 export must score as the run does
 COMPARED = 1000  # texts that an int8 export is compared on
 TOLERANCE = 1e-4
@@ -42,8 +42,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
     run_folder.verify(run)
     if (run / int8.MODEL).exists():
         raise UserError("a run that was trained", f"{run}, which is an export", "give the run that it was made from")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("an empty or new folder for --out", f"{out} with files in it", "pick another one")
+    run_folder.free(out, "pick another one")
     kept = info.config.model
     if to == "transformers" and (kept.head, kept.pooling) != ("linear", "last"):
         what = "an MLP head" if kept.head != "linear" else "mean pooling"
@@ -111,7 +110,11 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     """Open the export as anybody would and compare; over-long texts too, since those are what formats differ in."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    texts, contexts, _ = _sample(run, TRIED)
+    info = run_folder.read_info(run)
+    texts = [row["text"] for row in _test_rows(run, TRIED)]
+    words = " ".join(texts)
+    texts.append(words * (1 + info.config.model.max_length // max(1, len(words.split()))))
+    contexts = _contexts(info, texts)
     predictor = Predictor(run, base=base, device="cpu", dtype="float32")
     ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
@@ -128,16 +131,17 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
 
 def _compare_int8(run: Path, out: Path, base: str | None) -> str:
     """How often 8-bit scores say the same as the run's, and what that costs where labels are known."""
-    texts, contexts, rows = _sample(run, COMPARED)
+    rows = _test_rows(run, COMPARED)
+    texts = [row["text"] for row in rows]
+    contexts = _contexts(run_folder.read_info(run), texts)
     exact, rounded = Predictor(run, base=base, device="cpu"), Predictor(out)
     a, b = (p.scores(texts, contexts) for p in (exact, rounded))
     if exact.task.kind == "rank":
         same = _pairs_in_order(a[:, 0], b[:, 0], [row["group"] for row in rows])
         return f"int8 orders {same:.1%} of the pairs of titles as the run does"
-    label = (lambda s: s > 0) if exact.task.kind == "multi" else (lambda s: s.argmax(1, keepdims=True))
-    line = (
-        f"int8 gives the labels of the run to {(label(a) == label(b)).all(1).mean():.1%} of {len(texts):,} test texts"
-    )
+    labels = [given_labels(probabilities(s, exact.task), exact.task, exact.calibration) for s in (a, b)]
+    same = (labels[0] == labels[1]).all(1).mean()
+    line = f"int8 gives the labels of the run to {same:.1%} of {len(texts):,} test texts"
     if exact.task.kind == "multi":
         return line
     right = [np.mean([exact.task.label_names[i] == row["label"] for i, row in zip(s.argmax(1), rows, strict=True)])
@@ -156,15 +160,15 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
     return same / together if together else 1.0
 
 
-def _sample(run: Path, most: int) -> tuple[list[str], list[str] | None, list[dict[str, str]]]:
-    """Texts of the run's test side, the last of them over-long; contexts where the template wants any; their rows."""
+def _test_rows(run: Path, most: int) -> list[dict[str, str]]:
+    """Rows of the run's test side."""
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
-        rows = [row for row, _ in zip(csv.DictReader(f), range(most), strict=False)]
-    info = run_folder.read_info(run)
-    texts = [row["text"] for row in rows]
-    if most == TRIED:
-        texts.append(" ".join(texts) * (1 + info.config.model.max_length // max(1, len(" ".join(texts).split()))))
-    return texts, texts[::-1] if needs_context(info.config.model.template) else None, rows
+        return [row for row, _ in zip(csv.DictReader(f), range(most), strict=False)]
+
+
+def _contexts(info: run_folder.RunInfo, texts: list[str]) -> list[str] | None:
+    """Where the template wants contexts: other texts, since predictions.csv keeps none."""
+    return texts[::-1] if needs_context(info.config.model.template) else None
 
 
 def _lost(info: Any, to: str) -> list[str]:

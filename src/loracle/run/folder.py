@@ -52,6 +52,17 @@ class RunInfo:
     provenance: dict[str, Any]  # versions, data checksums, counts
 
 
+def free(folder: Path, fix: str) -> Path:
+    """The folder, if nothing is in it yet.
+
+    Raises:
+        UserError: it is in use; ``fix`` says what else to do.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("an empty or new folder for --out", f"{folder} with files in it", fix)
+    return folder
+
+
 def write_info(folder: Path, info: RunInfo) -> None:
     """Write ``run.toml``; TOML has no null, so what is None is left out."""
     document = {
