@@ -29,7 +29,9 @@ from loracle.judge.metrics import (
     lead,
     probabilities,
     ratio,
+    sum_by_unit,
     target_array,
+    units_of,
 )
 from loracle.judge.ranking import paired_difference
 from loracle.judge.report import ceiling_line, result_rows
@@ -235,18 +237,15 @@ def slices(right: np.ndarray, examples: Sequence[LabeledText]) -> list[dict[str,
     if len(common := [s for s, n in Counter(scripts.tolist()).most_common() if n >= SCRIPT_TEXTS]) > 1:
         parts += [("script", name, scripts == name) for name in common]
     parts = [part for part in parts if part[2].any()]
-    numbers: dict[Any, int] = {}
-    unit = [numbers.setdefault(e.identity, len(numbers)) for e in examples]
-    hits, texts = (np.zeros((len(numbers), len(parts))) for _ in range(2))
-    for k, (_, _, part) in enumerate(parts):
-        np.add.at(hits[:, k], unit, right & part)
-        np.add.at(texts[:, k], unit, part)
+    unit, units = units_of([e.identity for e in examples], len(examples))
+    inside = np.stack([part for _, _, part in parts], axis=1)
+    hits, texts = (sum_by_unit(rows, unit, units) for rows in (inside & right[:, None], inside))
 
     def statistics(weights: Array) -> dict[str, Array]:
         shares = ratio(weights @ hits, weights @ texts)
         return {str(k): shares[:, k] for k in range(len(parts))}
 
-    found = bootstrap(statistics, len(numbers))
+    found = bootstrap(statistics, units)
     return [
         {"by": by, "slice": name, "texts": int(part.sum()), "accuracy": found[str(k)].to_json()}
         for k, (by, name, part) in enumerate(parts)

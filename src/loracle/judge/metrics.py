@@ -100,7 +100,7 @@ def calibration_band(proba: Array, *, groups: Sequence[Hashable] | None = None, 
     Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977). Rows of equal
     ``groups`` are copies, which are right or wrong together.
     """
-    unit, units = _units(groups, len(proba))
+    unit, units = units_of(groups, len(proba))
     confidence = proba.max(axis=1)
     rng = np.random.default_rng(seed)
     # The label is the likeliest one with just that probability, so no other one need be drawn.
@@ -144,7 +144,7 @@ def classification_metrics(
         ValueError: shapes disagree, or a score is not finite.
     """
     logits, targets = _checked(scores, targets, task)
-    unit, units = _units(groups, len(logits))
+    unit, units = units_of(groups, len(logits))
     meaning = calibration or UNCALIBRATED
     if task.kind == "multi":
         return {**bootstrap(_multi(logits, targets, unit, units, meaning), units, seed=seed)}
@@ -172,7 +172,7 @@ def lead(
     seed: int = 0,
 ) -> Interval:
     """By how much the headline metric of logits a is above that of logits b, resampled in pairs."""
-    unit, units = _units(groups, len(targets))
+    unit, units = units_of(groups, len(targets))
     of = _single if task.kind == "single" else _multi
     a, b = (of(_checked(s, targets, task)[0], targets, unit, units, UNCALIBRATED) for s in (scores_a, scores_b))
     name = headline_metric(task)
@@ -231,7 +231,7 @@ def _checked(scores: np.ndarray, targets: np.ndarray, task: Task) -> tuple[Array
     return logits, targets
 
 
-def _units(groups: Sequence[Hashable] | None, rows: int) -> tuple[npt.NDArray[np.intp], int]:
+def units_of(groups: Sequence[Hashable] | None, rows: int) -> tuple[npt.NDArray[np.intp], int]:
     """The unit of each row, numbered by first appearance, and how many there are."""
     if groups is None:
         return np.arange(rows), rows
@@ -245,7 +245,8 @@ def _thresholds(calibration: Calibration) -> Array:
     return np.array(calibration.thresholds or 0.5)
 
 
-def _sum_by_unit(values: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Array:
+def sum_by_unit(values: np.ndarray, unit: npt.NDArray[np.intp], units: int) -> Array:
+    """Sums ``[U, …]`` of rows ``[N, …]`` over each unit."""
     sums = np.zeros((units, *values.shape[1:]))
     np.add.at(sums, unit, values)
     return sums
@@ -259,8 +260,8 @@ def _single(
     true = np.eye(logits.shape[1])[targets]
     tempered = log_softmax(logits / calibration.temperature, axis=1)
     losses = [-known[np.arange(len(targets)), targets] for known in (tempered, log_softmax(logits, axis=1))]
-    sums = [_sum_by_unit(part, unit, units) for part in (chosen * true, chosen, true)]
-    loss_sum, untempered_sum = (_sum_by_unit(loss, unit, units) for loss in losses)
+    sums = [sum_by_unit(part, unit, units) for part in (chosen * true, chosen, true)]
+    loss_sum, untempered_sum = (sum_by_unit(loss, unit, units) for loss in losses)
     auc = _auc(tempered, true.astype(bool), unit, units)
 
     def statistics(weights: Array) -> dict[str, Array]:
@@ -284,8 +285,8 @@ def _multi(
 ) -> Statistics:
     chosen, true = expit(logits) > _thresholds(calibration), targets.astype(bool)
     auc = _auc(logits, true, unit, units)
-    sums = [_sum_by_unit(part, unit, units) for part in (chosen & true, chosen, true)]
-    exact = _sum_by_unit((chosen == true).all(axis=1), unit, units)
+    sums = [sum_by_unit(part, unit, units) for part in (chosen & true, chosen, true)]
+    exact = sum_by_unit((chosen == true).all(axis=1), unit, units)
     rows_of_unit = np.bincount(unit, minlength=units).astype(np.float64)
     ranked = [_ranked(logits[:, c], true[:, c]) for c in np.flatnonzero(true.any(axis=0))]
 
@@ -318,7 +319,7 @@ def _auc(scores: Array, true: np.ndarray, unit: npt.NDArray[np.intp], units: int
         for c in range(scores.shape[1]):  # less the rank among its own side: what is left counts the other side below
             above[side[:, c], c] -= rankdata(scores[side[:, c], c])
     share = np.where(true, above / (~true).sum(axis=0), 1 - above / true.sum(axis=0))
-    sums = [_sum_by_unit(part, unit, units) for part in (share * true, share * ~true, true, ~true)]
+    sums = [sum_by_unit(part, unit, units) for part in (share * true, share * ~true, true, ~true)]
     area = ratio((share * true).sum(axis=0), true.sum(axis=0).astype(np.float64))
 
     def statistic(weights: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from loracle.data.examples import LabeledText, RankGroup, Task
-from loracle.judge.metrics import Array, Interval, bootstrap, headline_metric, target_array
+from loracle.judge.metrics import Array, Interval, bootstrap, headline_metric, sum_by_unit, target_array, units_of
 from loracle.judge.ranking import paired_difference
 
 
@@ -96,8 +96,4 @@ def _difference(a: Array, b: Array, groups: Sequence[Hashable]) -> Interval:
 
 def _by_unit(values: Array, groups: Sequence[Hashable] | None) -> Array:
     """Sums ``[U]`` over the rows of each distinct text, by first appearance."""
-    if groups is None:
-        return values
-    numbers: dict[Hashable, int] = {}
-    unit = [numbers.setdefault(group, len(numbers)) for group in groups]
-    return np.bincount(unit, weights=values, minlength=len(numbers)).astype(np.float64)
+    return sum_by_unit(values, *units_of(groups, len(values)))
