@@ -124,6 +124,12 @@ def train(data: str | None, recipe_file: Path | None, resume: Path | None, **giv
         recipe.train(config, say=click.echo)
 
 
+def _taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of one config, out of all that a command has; those that were given."""
+    named = {f.name: given.pop(f.name) for f in dataclasses.fields(kind)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
 def _settings(
     data: str | None, recipe_file: Path | None, given: dict[str, Any], command: str
 ) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
@@ -477,8 +483,7 @@ def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     Accuracy, paired test against --model, training time, memory, size and cost. Run again it goes on where it was
     stopped; what is finished is not trained again.
     """
-    given = {k: v for k, v in given.items() if v is not None}
-    own = {f.name: given.pop(f.name) for f in dataclasses.fields(CompareConfig) if f.name in given}
+    own = _taken(CompareConfig, given)
     config, extra = _settings(data, recipe_file, given, "compare")
     settings = CompareConfig(**{**extra.get("compare", {}), **own})
     _calm()
@@ -492,13 +497,13 @@ def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
 @options(ValidateConfig, DataConfig, ModelConfig, LoraConfig, TrainConfig)
 @options(RunConfig, only=("out",))
 @RECIPE
-def validate(data: str | None, recipe_file: Path | None, folds: int | None, seeds: int | None, **given: Any) -> None:
+def validate(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     """Train several times on DATA: --folds k, every example held out once; or --seeds n, how far luck goes.
 
     Run again it goes on where it was stopped; what is finished is not trained again.
     """
-    settings = ValidateConfig(folds=folds, seeds=seeds)
-    config, _ = _settings(data, recipe_file, {k: v for k, v in given.items() if v is not None}, "validate")
+    settings = ValidateConfig(**_taken(ValidateConfig, given))
+    config, _ = _settings(data, recipe_file, given, "validate")
     _calm()
     from loracle import validation
 
@@ -516,13 +521,12 @@ def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     The learning rate alone first, then with rank, targets and epochs. What is found is written as a recipe for train
     --recipe. Run again it goes on where it was stopped; more --trials search on.
     """
-    given = {k: v for k, v in given.items() if v is not None}
-    own = {f.name: given.pop(f.name) for f in dataclasses.fields(TuneConfig) if f.name in given}
+    settings = TuneConfig(**_taken(TuneConfig, given))
     config, _ = _settings(data, recipe_file, given, "tune")
     _calm()
     from loracle import tuning
 
-    tuning.run(config, TuneConfig(**own), say=click.echo)
+    tuning.run(config, settings, say=click.echo)
 
 
 @main.command()
@@ -544,7 +548,7 @@ def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any
 
     from loracle import planning
 
-    settings = {f.name: v for f in dataclasses.fields(PlanConfig) if (v := given.pop(f.name)) is not None}
+    settings = _taken(PlanConfig, given)
     plan, own, learnt = PlanConfig(**settings), None, []
     if data is not None:
         groups = _click_groups(data, given)
@@ -604,7 +608,7 @@ def serve(runs: tuple[Path, ...], base: str | None, device: str, **given: Any) -
 
     Routes, with examples: /openapi.json. A page to try them: /. SIGTERM finishes what is at work.
     """
-    settings = ServeConfig(**{k: v for k, v in given.items() if v is not None})
+    settings = ServeConfig(**_taken(ServeConfig, given))
     _calm()
     try:
         from loracle.serve import server

@@ -69,7 +69,7 @@ class PackedBatch:
         return seen
 
 
-def ancestors(parent: np.ndarray, segment: int) -> list[int]:
+def ancestors(parent: np.ndarray | Sequence[int], segment: int) -> list[int]:
     """The segments above one, root first."""
     path: list[int] = []
     while (segment := int(parent[segment])) != ROOT:
@@ -121,7 +121,8 @@ def micro_batches(
     """
     forest, nodes = _grown(_chunks([e for unit in units for e in unit]), share_from)
     each = iter(nodes)
-    paths = [{n for e in unit for _ in e.chunks for n in forest.path(next(each))} for unit in units]
+    ends = [[next(each) for e in unit for _ in e.chunks] for unit in units]
+    paths = [{n for end in of_unit for n in (end, *ancestors(forest.parent, end))} for of_unit in ends]
     chosen: list[int] = []
     held: set[int] = set()
     total = 0
@@ -181,13 +182,6 @@ class _Forest:
                 self.depth.append(begin)
             node, begin = self._known[key], end
         return node
-
-    def path(self, node: int) -> list[int]:
-        """A segment and those above it."""
-        found = [node]
-        while (node := self.parent[node]) != ROOT:
-            found.append(node)
-        return found
 
     def tokens(self, nodes: set[int]) -> int:
         """Of some segments."""
