@@ -1,0 +1,45 @@
+"""Four small runs of one base, and a client that asks all of them."""
+
+from __future__ import annotations
+
+import pytest
+from asking import RUNS, client_of
+from small import QUICK, clicked, labelled, pairs, several, write
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.serve.server import load
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """Four runs of one base in float32: one label, several labels behind an instruction, a ranker, one that saw clicks."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def learn(name, rows, **more):
+        data = write(root / f"{name}.jsonl", rows)
+        config = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "dtype": "float32", "max_length": 48}
+        config |= {"out": str(root / name), **more}
+        recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+
+    learn("moods", labelled())
+    learn("several", several(), template="Instruction: sort what follows by topic.\nTitle: {text}\nTopic:")
+    learn("pairs", pairs())
+    learn("clicks", clicked(), group="site,day", text="headline", clicks="clicks", impressions="impressions")
+    return root
+
+
+@pytest.fixture(scope="module")
+def predictors(folder):
+    return load([folder / name for name in RUNS], say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def client(predictors):
+    with client_of(predictors) as client:
+        yield client
+
+
+@pytest.fixture
+def one(predictors):
+    return {"moods": predictors["moods"]}
