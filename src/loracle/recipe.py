@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from loracle.config import SATURATING, DataConfig, ModelConfig, RunConfig, TrainConfig
+from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
@@ -312,13 +312,13 @@ def learn(
 
 def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) -> tuple[Scorer, Encoder]:
     """The base with a fresh head and fresh adapters, and what encodes texts for it."""
-    model = config.model
+    model, device = config.model, pick_device(config.model.device)
     scorer = assemble.new_scorer(
         base.folder,
         task,
         pad_token_id=tokenizer.pad_token_id,
-        dtype=pick_dtype(model.dtype, config.lora.full),
-        device=pick_device(model.device),
+        dtype=pick_dtype(model.dtype, config.lora.full, device),
+        device=device,
         pooling=model.pooling,
         head=model.head,
         depth=model.layers,
@@ -356,7 +356,7 @@ def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, 
     model = config.model
     base = resolve_base(model.model, model.revision)
     base_config = load_config(base.folder)
-    _check_weights_fit(base, model, pick_dtype(model.dtype, config.lora.full))
+    _check_weights_fit(base, config)
     room = min(model.max_length, _positions(base_config))
     if room < model.max_length:
         say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
@@ -380,13 +380,13 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
 
 def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
     """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
-    task, seed = data.task, config.train.seed
+    task, seed, device = data.task, config.train.seed, pick_device(config.model.device)
     scorer = assemble.new_scorer(
         base.folder,
         task,
         pad_token_id=tokenizer.pad_token_id,
-        dtype=pick_dtype(config.model.dtype, full=False),
-        device=pick_device(config.model.device),
+        dtype=pick_dtype(config.model.dtype, False, device),
+        device=device,
     )
     encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
     some, held = _some(data.train, seed), _some(data.validation, seed)
@@ -453,9 +453,10 @@ def _duration(seconds: float) -> str:
     return f"{max(1, round(seconds / size))} {unit}"
 
 
-def _check_weights_fit(base: BaseModel, model: ModelConfig, dtype: torch.dtype) -> None:
+def _check_weights_fit(base: BaseModel, config: RunConfig) -> None:
     """That the weights find room: whole ones in the CPU's memory, through which they pass, and then on the device."""
-    device = pick_device(model.device)
+    model, device = config.model, pick_device(config.model.device)
+    dtype = pick_dtype(model.dtype, config.lora.full, device)
     whole, small = (weight_bytes(base.folder, dtype, four_bit=four_bit) for four_bit in (False, True))
     for place in {torch.device("cpu"), device}:
         wanted = small if model.quantize and place.type != "cpu" else whole

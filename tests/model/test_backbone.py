@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import gguf
@@ -238,14 +239,25 @@ def test_pick_device(monkeypatch):
 
 
 def test_pick_dtype():
-    picked = [backbone.pick_dtype(*args) for args in (("auto", False), ("auto", True), ("bfloat16", True))]
-    assert picked == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert backbone.pick_dtype("float32", False) == torch.float32
-    assert refusal(backbone.pick_dtype, "float16", False) == (
+    cpu = torch.device("cpu")
+    assert backbone.pick_dtype("auto", True, cpu) == backbone.pick_dtype("float32", False, cpu) == torch.float32
+    assert backbone.pick_dtype("bfloat16", True, cpu) == torch.bfloat16
+    assert backbone.pick_dtype("auto", False, torch.device("mps")) == torch.bfloat16
+    assert refusal(backbone.pick_dtype, "float16", False, cpu) == (
         "expected bfloat16 or float32; found float16, in which Qwen2 and others overflow to inf and NaN. "
         "Pass --dtype bfloat16, which takes the same memory."
     )
-    assert "found 'int8'" in refusal(backbone.pick_dtype, "int8", False)
+    assert "found 'int8'" in refusal(backbone.pick_dtype, "int8", False, cpu)
+
+
+def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
+    def seconds(dtype):
+        x, w = (torch.ones(512, 512, dtype=dtype) for _ in range(2))
+        x @ w.t()
+        return min(timeit.repeat(lambda: x @ w.t(), number=1, repeat=20))
+
+    faster = min((torch.bfloat16, torch.float32), key=seconds)
+    assert backbone.pick_dtype("auto", False, torch.device("cpu")) == faster
 
 
 # --- which base -------------------------------------------------------------------------------------------------------

@@ -280,8 +280,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, full: bool) -> torch.dtype:
-    """The dtype of the base: ``auto`` is bfloat16 under adapters, float32 where every weight is trained.
+def pick_dtype(name: str, full: bool, device: torch.device) -> torch.dtype:
+    """The dtype of the base: ``auto`` is bfloat16 under adapters where the device multiplies it, else float32.
+
+    A CPU without such products (x86 before AVX-512 BF16) computes them number by number, seven times slower than float32
+    (dev/LOG.md, 2026-11-26), so a run is scored there in float32, whatever it was trained in.
 
     Raises:
         UserError: float16, whose largest number (65504) the activations of Qwen2 and others exceed: inf, then NaN
@@ -292,10 +295,20 @@ def pick_dtype(name: str, full: bool) -> torch.dtype:
     if name == "float16":
         found = "float16, in which Qwen2 and others overflow to inf and NaN"
         raise UserError("bfloat16 or float32", found, "pass --dtype bfloat16, which takes the same memory")
-    dtypes = {"auto": torch.float32 if full else torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name == "auto":
+        return torch.bfloat16 if not full and _multiplies_bfloat16(device) else torch.float32
     if name not in dtypes:
         raise UserError("a dtype: auto, bfloat16 or float32", repr(name), "pass --dtype auto")
     return dtypes[name]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 # --- into memory ------------------------------------------------------------------------------------------------------

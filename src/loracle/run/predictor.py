@@ -65,7 +65,7 @@ class Predictor:
         folder: what ``loracle train`` left.
         base: where the base model is now, if not where the run found it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        dtype: of a frozen decoder; by default the one that it was trained with.
+        dtype: of a frozen decoder; by default as the run says, where ``auto`` depends on the device (``pick_dtype``).
 
     Raises:
         UserError: the folder is damaged or unfinished, or the base model is not the one that was trained on.
@@ -84,13 +84,14 @@ class Predictor:
         if (self.folder / int8.MODEL).exists():
             self.scorer = Int8Scorer(self.folder, pad_token_id=tokenizer.pad_token_id)
         else:
+            where = pick_device(device)
             self.scorer = load_scorer(
                 find_base(self.info, self.folder, base).folder,
                 self.folder,
                 self.task,
                 pad_token_id=tokenizer.pad_token_id,
-                dtype=pick_dtype(dtype or model.dtype, self.info.config.lora.full),
-                device=pick_device(device),
+                dtype=pick_dtype(dtype or model.dtype, self.info.config.lora.full, where),
+                device=where,
                 pooling=model.pooling,
                 head=model.head,
                 depth=model.layers,
