@@ -94,7 +94,7 @@ def main(name: str) -> None:
     test, found = metrics["test"], ", ".join(f"{lr:g}: {100 * value:.1f}" for lr, value in looks.items())
     notes = [
         f"{PUBLISHED[name]} LoRA r 16 on every linear layer, last token, batch 32, {settings['epochs']:g} epochs, seed 0, "
-        f"{metrics['train']['steps']:,} steps, {metrics['train']['seconds']:,.0f} s beside other jobs. Model: {metrics['base']}.",
+        f"{metrics['train']['steps']:,} steps. Model: {metrics['base']}.",
         f"Validation {metric} after {SEARCH_STEPS} steps by learning rate: {found}; taken: {best:g}.",
     ]
     if "ece" in test:

@@ -3,9 +3,10 @@
     python benchmarks/rank_speed.py                 # a dated table in benchmarks/results/
     python benchmarks/rank_speed.py --ours          # one measurement of ours, as a JSON line
 
-Both train one epoch on the pairs of the same tests (``bench/peer_rank.py``), LoRA r 16 on every linear layer, bf16 base. The
-peer runs two forwards a pair; ours scores each title of a group once and forms the pairs from the scores. Ours has the
-peer's dropout (0) and its Bradley-Terry loss, and ends each title with the end-of-text token as the peer does.
+Both train one epoch on the pairs of the same tests (``bench/peer_rank.py``), LoRA r 16 on every linear layer, the base
+in what `--dtype auto` is on this machine. The peer runs two forwards a pair; ours scores each title of a group once and forms
+the pairs from the scores. Ours has the peer's dropout (0) and its Bradley-Terry loss, and ends each title with the
+end-of-text token as the peer does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
+from results import ROUNDS, SHARED, dtype_name, in_turn, last_json, medians, rate_rows, write_table
 
 TESTS, BATCHES, GROUPS = 40, (16, 32), 8
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
@@ -70,7 +71,7 @@ def ours() -> dict[str, float]:
     ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
     task = Task(kind="rank", evidence="clicks")
     scorer = new_scorer(
-        demo_model_folder(), task, pad_token_id=0, dtype=torch.bfloat16, device=torch.device("cpu"),
+        demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),
         lora={"r": 16, "alpha": 32, "dropout": 0.0},
     )  # fmt: skip
     pairs = sum(len(group_pairs(g)) for g in groups)
@@ -95,7 +96,7 @@ def peer(batch: int) -> dict[str, float]:
     from loracle.model.backbone import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--tests", TESTS, "--batch", batch]
-    return last_json(command)
+    return last_json([*command, "--dtype", dtype_name()])
 
 
 def main() -> None:
@@ -115,9 +116,9 @@ def main() -> None:
     median = medians(rates)
     best = max(value for name, value in median.items() if name != mine)
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {TESTS} Upworthy tests, {counts.pop():,} pairs, one "
-        f"epoch, {ROUNDS} rounds in turn; model load left out. No context: what is saved is scoring each title once, and "
-        "padding.",
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file) in {dtype_name()}, {TESTS} Upworthy tests, "
+        f"{counts.pop():,} pairs, one epoch, {ROUNDS} rounds in turn; model load left out. No context: what is saved is "
+        "scoring each title once, and padding.",
         f"Ours / best peer: **{median[mine] / best:.2f}×**.",
     ]
     write_table("rank_speed", rate_rows(rates, "pairs/s", best), notes)

@@ -22,6 +22,15 @@ SHARED = Path(os.environ.get("LORACLE_SHARED", HERE.parent.parent / "shared"))
 ROUNDS = 3
 
 
+def dtype_name() -> str:
+    """Of the models on both sides: what ``--dtype auto`` is on this machine."""
+    import torch
+
+    from loracle.model.backbone import pick_dtype
+
+    return str(pick_dtype("auto", False, torch.device("cpu"))).removeprefix("torch.")
+
+
 def last_json(command: list) -> dict[str, float]:
     """What a command prints last, so that every measurement has a process of its own."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -16,14 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
+from results import ROUNDS, SHARED, dtype_name, in_turn, last_json, medians, rate_rows, write_table
 
 LIMIT = 1024
 DATA = SHARED / "data" / "n24news" / "abstracts.json"
 PEER = SHARED / "bench" / "peer_score.py"
 
 
-def ours(eight: bool) -> dict[str, float]:
+def ours(eight: bool, limit: int) -> dict[str, float]:
     """Texts to scores, as ``predict`` does it."""
     import torch
 
@@ -36,7 +36,7 @@ def ours(eight: bool) -> dict[str, float]:
     from loracle.text.template import bake
 
     with DATA.open(encoding="utf-8") as f:
-        texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(LIMIT), strict=False)]
+        texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(limit), strict=False)]
     base, names = demo_model_folder(), tuple(str(i) for i in range(24))
     tokenizer = bake(load_tokenizer(base), None, 512, encoder=False)
     scorer: Scorer | int8.Int8Scorer
@@ -49,7 +49,7 @@ def ours(eight: bool) -> dict[str, float]:
             scorer = int8.Int8Scorer(Path(folder), pad_token_id=0)
     else:
         task, cpu = Task(kind="single", label_names=names), torch.device("cpu")
-        scorer = new_scorer(base, task, pad_token_id=0, dtype=torch.bfloat16, device=cpu, lora=None)
+        scorer = new_scorer(base, task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=cpu, lora=None)
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))
     started = time.perf_counter()
@@ -57,21 +57,33 @@ def ours(eight: bool) -> dict[str, float]:
     return {"texts_per_s": len(texts) / (time.perf_counter() - started)}
 
 
-def main() -> None:
+def main(limit: int) -> None:
     """All in turn, several rounds."""
     from loracle.model.backbone import demo_model_folder
 
-    command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", LIMIT]
+    command = [
+        sys.executable,
+        PEER,
+        "--model",
+        demo_model_folder(),
+        "--data",
+        DATA,
+        "--limit",
+        limit,
+        "--dtype",
+        dtype_name(),
+    ]
+    me = [sys.executable, __file__, "--texts", limit]
     ways = {
         "transformers pipeline, best batch of 8, 32, 64": lambda: last_json(command)["texts_per_s"],
-        "loracle, bf16": lambda: last_json([sys.executable, __file__, "--ours"])["texts_per_s"],
-        "loracle, int8": lambda: last_json([sys.executable, __file__, "--int8"])["texts_per_s"],
+        f"loracle, {dtype_name()}": lambda: last_json([*me, "--ours"])["texts_per_s"],
+        "loracle, int8": lambda: last_json([*me, "--int8"])["texts_per_s"],
     }
     rates = in_turn(ways, "texts/s")
     theirs, mine, eight = medians(rates).values()
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), bfloat16, {LIMIT:,} N24News abstracts, {ROUNDS} rounds "
-        f"in turn: **{mine / theirs:.2f}×** in the peer's own bfloat16, **{eight / theirs:.2f}×** in 8-bit integers."
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {limit:,} N24News abstracts, {ROUNDS} rounds in turn: "
+        f"**{mine / theirs:.2f}×** in the peer's own {dtype_name()}, **{eight / theirs:.2f}×** in 8-bit integers."
     ]
     write_table("score_speed", rate_rows(rates, "texts/s", theirs), notes)
 
@@ -80,8 +92,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", action="store_true")
     parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--texts", type=int, default=LIMIT, help="fewer of them on a slow machine")
     given = parser.parse_args()
     if given.ours or given.int8:
-        print(json.dumps(ours(given.int8)))
+        print(json.dumps(ours(given.int8, given.texts)))
     else:
-        main()
+        main(given.texts)

@@ -4,10 +4,10 @@
     python benchmarks/train_speed.py --prefix 200    # the same with an instruction of 200 words before every text
     python benchmarks/train_speed.py --ours 32       # one measurement of ours at batch 32, as a JSON line
 
-Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, bf16 base. The
-peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at its batch sizes, and the reference script's way, which
-pads every text to 512 tokens, runs the LM head and adapts q and v only: once with its dropout of 0.05 and once without any,
-each beside ours with the same. They need `datasets` beside what loracle needs.
+Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, the base in
+what `--dtype auto` is on this machine, on all sides. The peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at
+its batch sizes, and the reference script's way, which pads every text to 512 tokens, runs the LM head and adapts q and v only:
+once with its dropout of 0.05 and once without any, each beside ours with the same. They need `datasets` beside what loracle needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import ROUNDS, SHARED, in_turn, last_json, medians, rate_rows, write_table
+from results import ROUNDS, SHARED, dtype_name, in_turn, last_json, medians, rate_rows, write_table
 
 LIMIT, PREFIXED_LIMIT, REFERENCE_LIMIT, BATCHES = 320, 96, 24, (16, 32, 64)
 OURS = (32,)
@@ -47,7 +47,7 @@ def instruction(words: int) -> str:
     return " ".join(known[i % len(known)] for i in range(words)) + "\n" if words else ""
 
 
-def ours(batch: int, dropout: float, prefix: int) -> dict[str, float]:
+def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float]:
     """One epoch of ours over the peer's token ids."""
     import torch
     from transformers import AutoTokenizer
@@ -59,7 +59,6 @@ def ours(batch: int, dropout: float, prefix: int) -> dict[str, float]:
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 
-    limit = PREFIXED_LIMIT if prefix else LIMIT
     texts, labels = texts_and_labels(limit)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     before = instruction(prefix)
@@ -68,7 +67,7 @@ def ours(batch: int, dropout: float, prefix: int) -> dict[str, float]:
     task = Task(kind="single", label_names=tuple(str(i) for i in range(24)))
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
     scorer = new_scorer(
-        demo_model_folder(), task, pad_token_id=0, dtype=torch.bfloat16, device=torch.device("cpu"),
+        demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),
         lora={"r": 16, "alpha": 32, "dropout": dropout},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +92,7 @@ def ours(batch: int, dropout: float, prefix: int) -> dict[str, float]:
 
 def reference_way(dropout: float) -> dict[str, float]:
     """As github.com/xiaohaochen0308/LLM_seq_cls does it (lora_cls.py, data.py): batches of 8 padded to 512, LM head, hidden
-    states of all layers, mean over the padding too, q and v adapted with PEFT's dropout, of 0.05 there, and head in bf16."""
+    states of all layers, mean over the padding too, q and v adapted with PEFT's dropout, of 0.05 there."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,7 +101,7 @@ def reference_way(dropout: float) -> dict[str, float]:
 
     texts, labels = texts_and_labels(REFERENCE_LIMIT)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
-    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=getattr(torch, dtype_name()))
     model = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=32, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
     )
@@ -111,7 +110,7 @@ def reference_way(dropout: float) -> dict[str, float]:
     head = torch.nn.Sequential(
         torch.nn.Linear(hidden, 1024), torch.nn.ReLU(), torch.nn.Dropout(2 * dropout),
         torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Dropout(2 * dropout), torch.nn.Linear(512, 24),
-    ).bfloat16()  # fmt: skip
+    ).to(getattr(torch, dtype_name()))  # fmt: skip
     trained = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5)
     started = 0.0
@@ -126,22 +125,21 @@ def reference_way(dropout: float) -> dict[str, float]:
     return {"in_steps": (len(texts) - 8) / (time.perf_counter() - started)}
 
 
-def peer(batch: int, prefix: int) -> dict[str, float]:
+def peer(batch: int, prefix: int, limit: int) -> dict[str, float]:
     """One epoch of Trainer + PEFT."""
     from loracle.model.backbone import demo_model_folder
 
-    limit = PREFIXED_LIMIT if prefix else LIMIT
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", limit, "--batch", batch]
-    return last_json([*command, "--prefix-tokens", prefix])
+    return last_json([*command, "--prefix-tokens", prefix, "--dtype", dtype_name()])
 
 
-def main(prefix: int) -> None:
+def main(prefix: int, limit: int) -> None:
     """All ways in turn, several rounds; medians and ratios."""
-    me = [sys.executable, __file__, "--prefix", prefix]
+    me = [sys.executable, __file__, "--prefix", prefix, "--examples", limit]
     batches = (
         BATCHES[:1] if prefix else BATCHES
     )  # behind a long prefix its smallest was the best by a third (dev/LOG.md)
-    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix)["examples_per_s"] for b in batches}
+    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix, limit)["examples_per_s"] for b in batches}
     ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b])["examples_per_s"] for b in OURS}
     if not prefix:
         for p in (0.0, DROPOUT):
@@ -153,8 +151,8 @@ def main(prefix: int) -> None:
     best_peer = max(value for name, value in median.items() if name.startswith("Trainer"))
     mine = max(median[f"loracle, batch {b}"] for b in OURS)
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), N24News abstracts, "
-        f"{PREFIXED_LIMIT if prefix else LIMIT} examples, one epoch, {ROUNDS} rounds in turn; model load left out.",
+        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file) in {dtype_name()}, N24News abstracts, "
+        f"{limit} examples, one epoch, {ROUNDS} rounds in turn; model load left out.",
         f"Ours / best Trainer, both from the call of their loop to its end: **{mine / best_peer:.2f}×**.",
     ]
     if prefix:
@@ -180,10 +178,12 @@ if __name__ == "__main__":
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--prefix", type=int, default=0, metavar="WORDS")
     parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--examples", type=int, help="fewer of them on a slow machine")
     given = parser.parse_args()
+    limit = given.examples or (PREFIXED_LIMIT if given.prefix else LIMIT)
     if given.ours:
-        print(json.dumps(ours(given.ours, given.dropout, given.prefix)))
+        print(json.dumps(ours(given.ours, given.dropout, given.prefix, limit)))
     elif given.reference:
         print(json.dumps(reference_way(given.dropout)))
     else:
-        main(given.prefix)
+        main(given.prefix, limit)

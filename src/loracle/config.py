@@ -115,7 +115,7 @@ class ModelConfig:
     )
     dtype: str = dial(
         "auto",
-        "dtype of a frozen decoder; auto is bfloat16 where the device multiplies it; float32 elsewhere, with --full, for encoders",
+        "dtype of a frozen decoder; auto is bfloat16 where the device multiplies it; float32 else, with --full, for encoders",
         ("auto", "bfloat16", "float32"),
     )
     quantize: str | None = dial(

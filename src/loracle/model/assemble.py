@@ -200,7 +200,8 @@ def in_rounds(
     texts: Sequence[Encoded],
     micro_tokens: int = 4096,
 ) -> np.ndarray:
-    """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time, without gradients.
+    """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time (or as few as the
+    scorer likes better), without gradients.
 
     Where memory runs out, rounds are halved.
     """
@@ -226,7 +227,8 @@ def in_rounds(
         run(part[len(part) // 2 :])
 
     with torch.inference_mode():
-        for part in micro_batches([[texts[i]] for i in order], micro_tokens, share_from=scorer.share_from):
+        rounds = min(micro_tokens, scorer.round_tokens)
+        for part in micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from):
             run(part)
     scorer.train(was_training)
     joined = np.concatenate(results)

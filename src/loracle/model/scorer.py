@@ -39,6 +39,8 @@ class Scorer(nn.Module):
         pooling: ``last`` (decoders: the read token; encoders: their own first token) or ``mean`` over the text's own tokens.
     """
 
+    round_tokens = 4096  # of rows at most when nothing is learnt: larger rounds fall out of the caches
+
     def __init__(self, model: Any, *, pooling: str = "last"):
         super().__init__()
         self.model: Any = model
