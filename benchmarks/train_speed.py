@@ -7,7 +7,8 @@
 Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, the base in
 what `--dtype auto` is on this machine, on all sides. The peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at
 its batch sizes, and the reference script's way, which pads every text to 512 tokens, runs the LM head and adapts q and v only:
-once with its dropout of 0.05 and once without any, each beside ours with the same. They need `datasets` beside what loracle needs.
+once with its dropout of 0.05 and once without any, each beside ours with the same. The peers need
+`datasets` too.
 """
 
 from __future__ import annotations
