@@ -1,4 +1,4 @@
-"""A file, a folder or a hub id becomes tables: rows that stream from disk, in memory that does not grow with the file.
+"""Files, a folder or a hub id become tables: rows that stream from disk, in memory that does not grow with the files.
 
 Nothing here knows what a column means (that is ``columns.py``). Whatever is wrong with a file ends in a ``UserError``
 that names the file and the line; a row that leaves a table can always be encoded as UTF-8.
@@ -6,6 +6,7 @@ that names the file and the line; a row that leaves a table can always be encode
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import re
@@ -23,7 +24,7 @@ from loracle.errors import UserError, near
 
 
 def open_table(spec: str, revision: str | None = None) -> Table:
-    """The one table that a spec stands for: a file, or the 'train' split (or the only one) of a folder or hub id.
+    """The one table that a spec stands for: a file, a pattern's, or the 'train' split (or the only one) of a folder or hub id.
 
     Raises:
         UserError: for whatever ``open_splits`` raises it, and where there are several splits and none is called train.
@@ -37,7 +38,8 @@ def open_table(spec: str, revision: str | None = None) -> Table:
 
 
 def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
-    """``{"train": table}`` for a file; train, validation and test, as far as they are there, for a folder or hub id.
+    """``{"train": table}`` for a file or a pattern (``logs/*.csv``, ``**`` for any depth), whose files follow by name;
+    train, validation and test, as far as they are there, for a folder or hub id.
 
     A hub id is ``hf:owner/name`` or ``modelscope:owner/name``, with ``#config`` behind it where a data set has several.
     Splits are found as Hugging Face finds them: as ``configs`` in the README says, else by file and folder names.
@@ -51,21 +53,32 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
     path = Path(spec)
     if path.is_dir():
         return _open_folder(path, spec, "")
+    if paths := _matching(spec):
+        return {"train": _chained(spec, Path(), paths, {})}
     if not path.is_file():
         raise _missing(path, spec)
     return {"train": _open_file(File(path, spec))}
 
 
 def fingerprint(spec: str) -> str:
-    """SHA-256 of what a spec stands for: of the file, or of names and contents of all files of a folder or hub id."""
+    """SHA-256 of what a spec stands for: of the file, or of names and contents of all files of a pattern, folder or hub id."""
     from_hub = spec.startswith(("hf:", "modelscope:"))
     root = hub.download(spec.partition("#")[0], kind="dataset") if from_hub else Path(spec)
     if root.is_file():
         return hub.checksum(root)
-    names = sorted(
-        p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")
-    )
+    if paths := _matching(spec):
+        root, names = Path(), [path.as_posix() for path in paths]
+    else:
+        found = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+        names = sorted(p.relative_to(root).as_posix() for p in found)
     return hashlib.sha256("".join(f"{name} {hub.checksum(root / name)}\n" for name in names).encode()).hexdigest()
+
+
+def _matching(spec: str) -> list[Path]:
+    """Files of a pattern, by name; none where the spec is no pattern or a file is called so."""
+    if not glob.has_magic(spec) or Path(spec).exists():
+        return []
+    return sorted(path for path in map(Path, glob.glob(spec, recursive=True)) if path.is_file())
 
 
 def _missing(path: Path, spec: str) -> UserError:
