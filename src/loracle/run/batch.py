@@ -37,7 +37,7 @@ from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED
 from loracle.run.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
 from loracle.run.output import Write, check_output, open_output
-from loracle.run.predictor import Predictor, names_of
+from loracle.run.predictor import Predictor, names_of, score_window
 from loracle.text.template import check_contexts
 
 WINDOW = 2048  # rows held at once, and lost at most by a kill
@@ -60,11 +60,12 @@ class Job:
     base: str | None = None
     device: str = "auto"
     workers: int | None = None
+    window: int = WINDOW
 
     def windows(self) -> Iterator[list[Row]]:
-        """The table's rows, ``WINDOW`` at a time."""
+        """The table's rows, ``window`` at a time."""
         rows = iter_texts(self.table, self.columns)
-        while window := list(itertools.islice(rows, WINDOW)):
+        while window := list(itertools.islice(rows, self.window)):
             yield window
 
     def probabilities(self, first: int = 0) -> Iterator[np.ndarray]:
@@ -90,16 +91,8 @@ class Job:
             "data": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
             "columns": [self.columns.messages, self.columns.text, self.columns.context],
             "device": self.device,
-            "version": [loracle.__version__, WINDOW],
+            "version": [loracle.__version__, self.window],
         }
-
-
-def score_window(predictor: Predictor, texts: list[str | None], contexts: list[str | None]) -> np.ndarray:
-    """Probabilities of each label, ``float64 [N, C]``; a row of NaN for each text that is None."""
-    known = [i for i, text in enumerate(texts) if text is not None]
-    out = np.full((len(texts), len(predictor.task.label_names)), np.nan)
-    out[known] = predictor.predict_proba([texts[i] or "" for i in known], [contexts[i] for i in known])
-    return out
 
 
 def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
@@ -117,7 +110,9 @@ def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
         with open_output(None) as write:
             counts = _write(job, zip(job.windows(), job.probabilities(), strict=True), write, abstain_below)
     else:
-        counts = _predict_to_file(job, out, abstain_below, say)
+        check_output(out)
+        with _room_for(out):
+            counts = _predict_to_file(job, out, abstain_below, say)
     unread, unsure = counts
     if unread:
         say(f"note: {unread:,} rows without a text have no label")
@@ -125,8 +120,18 @@ def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
         say(f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label")
 
 
+@contextmanager
+def _room_for(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fix = "make room, and give the same command again: it goes on where it was"
+        raise UserError(f"room for {out}", str(error.strerror), fix) from error
+
+
 def _predict_to_file(job: Job, out: Path, abstain_below: float, say: Any) -> tuple[int, int]:
-    check_output(out)
     if any(out.resolve() == file.path.resolve() for file in job.table.files):
         raise UserError("an --out that is not itself read", str(out), "pick another name")
     pins = job.pins()
@@ -140,13 +145,8 @@ def _predict_to_file(job: Job, out: Path, abstain_below: float, say: Any) -> tup
             with open_output(out, scratch=kept.folder) as write:
                 counts = _write(job, zip(job.windows(), kept, strict=True), write, abstain_below)
         except KeyboardInterrupt:
-            done = min(len(kept) * WINDOW, rows)
+            done = min(len(kept) * job.window, rows)
             raise Interrupted(f"stopped; the same command goes on after {done:,} of {rows:,} rows") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            fix = "make room, and give the same command again: it goes on where it was"
-            raise UserError(f"room for {out}", str(error.strerror), fix) from error
     return counts
 
 
@@ -160,7 +160,7 @@ def _look_through(job: Job) -> int:
 
 
 def _score(job: Job, kept: Kept, rows: int, say: Any) -> None:
-    done = min(len(kept) * WINDOW, rows)
+    done = min(len(kept) * job.window, rows)
     if done:
         say(f"note: going on after {done:,} of {rows:,} rows, kept in {kept.folder}")
     if done == rows:

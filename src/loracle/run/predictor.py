@@ -177,3 +177,11 @@ class Predictor:
             )
             for i, s, wins, lift, low, high in zip(order, scores, compared, *lifts, strict=True)
         ]
+
+
+def score_window(predictor: Predictor, texts: list[str | None], contexts: list[str | None]) -> np.ndarray:
+    """Probabilities of each label, ``float64 [N, C]``; a row of NaN for each text that is None."""
+    known = [i for i, text in enumerate(texts) if text is not None]
+    out = np.full((len(texts), len(predictor.task.label_names)), np.nan)
+    out[known] = predictor.predict_proba([texts[i] or "" for i in known], [contexts[i] for i in known])
+    return out
