@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 from kills import KILLS
+from safetensors.torch import load_file, save_file
 from small import QUICK, labelled, pairs, write
 
 from loracle import recipe

@@ -7,10 +7,11 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import resource
 import signal
-import subprocess
 import sys
+import termios
 
 import kills
 import polars as pl
@@ -75,8 +76,8 @@ def test_every_format_says_the_same(run, tmp_path):
         assert "10 rows without a text" in done.stderr
         assert "rows/s" not in done.stderr  # no bar where nobody looks
     for name, delimiter in (("csv", ","), ("tsv", "\t")):
-        said[name] = list(csv.DictReader((tmp_path / f"out.{name}").open(), delimiter=delimiter))
-    said["jsonl"] = list(map(json.loads, (tmp_path / "out.jsonl").open()))
+        said[name] = list(csv.DictReader((tmp_path / f"out.{name}").read_text().splitlines(), delimiter=delimiter))
+    said["jsonl"] = list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()))
     said["parquet"] = pl.read_parquet(tmp_path / "out.parquet").to_dicts()
     plain = {
         name: [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] for name, rows in said.items()
@@ -115,7 +116,7 @@ def test_ctrl_c_keeps_what_is_done_and_another_suffix_may_go_on_with_it(run, tmp
         f"note: going on after {n} of 70 rows, kept in {tmp_path / 'out.scores'}" for n in (32, 70)
     ]
     assert sum("10 rows without a text" in line for line in said) == 1
-    ours = [row["p(pos)"] for row in map(json.loads, (tmp_path / "out.jsonl").open())]
+    ours = [row["p(pos)"] for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())]
     theirs = [row["p(pos)"] for row in csv.DictReader(unbroken.decode().splitlines())]
     assert ["" if p is None else str(p) for p in ours] == theirs
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.csv", "out.jsonl"]
@@ -193,18 +194,12 @@ def test_damaged_scores_are_seen(run, tmp_path, unbroken):
     assert out.read_bytes() == unbroken
 
 
-def test_a_terminal_shows_how_far_it_is(run, tmp_path):
+def test_a_terminal_shows_how_far_it_is(run, tmp_path, monkeypatch):
     terminal, inside = pty.openpty()
-    command = [sys.executable, "-m", "loracle.cli", "predict", run, write(tmp_path / "new.csv", ROWS), "-o"]
-    process = subprocess.Popen([*map(str, command), str(tmp_path / "out.csv")], stderr=inside)
-    os.close(inside)
-    shown = b""
-    try:
-        while piece := os.read(terminal, 4096):
-            shown += piece
-    except OSError:  # how Linux says that the other side of a terminal is gone
-        pass
-    os.close(terminal)
-    assert process.wait(120) == 0
-    assert b"70/70" in shown
-    assert b"rows/s" in shown
+    termios.tcsetwinsize(inside, (24, 100))
+    with open(inside, "w") as stderr, open(terminal, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        predict(kills.job_of(run, write(tmp_path / "new.csv", ROWS)), tmp_path / "out.csv", 0.0, say=lambda line: None)
+        stderr.flush()
+        shown = screen.read(4096).decode()
+    assert re.search(r"100%.*70/70 \[00:0\d<00:00, .* rows/s\]", shown), shown

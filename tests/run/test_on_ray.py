@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from small import QUICK, labelled, write
 
 from loracle import recipe
+from loracle.cli import main
 from loracle.config import RunConfig
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -48,13 +50,14 @@ def test_two_workers_write_the_same_bytes(run, tmp_path):
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_it_says_what_to_install(run, tmp_path):
-    done = loracle("predict", run, write(tmp_path / "new.csv", labelled(3)), "-o", tmp_path / "x.csv", "--on", "ray")
-    assert done.returncode == 2
+    words = [run, write(tmp_path / "new.csv", labelled(3)), "-o", tmp_path / "x.csv", "--on", "ray"]
+    done = CliRunner().invoke(main, ["predict", *map(str, words)])
+    assert done.exit_code == 2
     assert "Ray Data for --on ray; found no ray installed. Run: pip install 'loracle[ray]'" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["new.csv"]
 
 
 def test_workers_without_ray_are_refused(run, tmp_path):
-    done = loracle("predict", run, write(tmp_path / "new.csv", labelled(3)), "--workers", 2)
-    assert done.returncode == 2
-    assert "add --on ray" in done.stderr.lower()
+    done = CliRunner().invoke(main, ["predict", str(run), str(write(tmp_path / "new.csv", labelled(3))), "--workers=2"])
+    assert done.exit_code == 2
+    assert "Add --on ray" in done.stderr

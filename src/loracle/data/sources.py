@@ -54,7 +54,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
     if path.is_dir():
         return _open_folder(path, spec, "")
     if paths := _matching(spec):
-        return {"train": _chained(spec, Path(), paths, {})}
+        return {"train": _chained(spec, [File(path, str(path)) for path in paths], {})}
     if not path.is_file():
         raise _missing(path, spec)
     return {"train": _open_file(File(path, spec))}
@@ -104,17 +104,22 @@ def _open_file(file: File) -> Table:
 
 def _open_folder(folder: Path, spec: str, config: str) -> dict[str, Table]:
     splits, names = find_splits(folder, spec, config)
-    return {split: _chained(f"{spec} ({split})", folder, paths, names) for split, paths in splits.items()}
+    tables = {}
+    for split, paths in splits.items():
+        name = f"{spec} ({split})"
+        files = [File(path, f"{name}: {path.relative_to(folder)}") for path in paths]
+        tables[split] = _chained(name, files, names)
+    return tables
 
 
-def _chained(name: str, folder: Path, paths: list[Path], names: dict[str, tuple[str, ...]]) -> Table:
-    """One table from the shards of a split; rows are numbered through."""
-    shards = [_open_file(File(path, f"{name}: {path.relative_to(folder)}")) for path in paths]
+def _chained(name: str, files: list[File], names: dict[str, tuple[str, ...]]) -> Table:
+    """One table from the shards of a split, or from the files of a pattern; rows are numbered through."""
+    shards = [_open_file(file) for file in files]
     first = shards[0]
     for shard in shards[1:]:
-        if shard.columns != first.columns and File(paths[0], "").format != "json":  # JSON objects may leave out keys
+        if shard.columns != first.columns and files[0].format != "json":  # JSON objects may leave out keys
             raise UserError(
-                f"the columns {', '.join(first.columns)} in every file of a split",
+                f"the columns {', '.join(first.columns)} in every file of {name}",
                 f"{', '.join(shard.columns)} in {shard.name}", "name one file, or put the others elsewhere",
             )  # fmt: skip
     columns = tuple(dict.fromkeys(column for shard in shards for column in shard.columns))
@@ -124,5 +129,4 @@ def _chained(name: str, folder: Path, paths: list[Path], names: dict[str, tuple[
         rows = itertools.chain.from_iterable(shard.rows() for shard in shards)
         return ((number, row) for number, (_, row) in enumerate(rows, 1))
 
-    files = tuple(file for shard in shards for file in shard.files)
-    return Table(name, columns, labels, first.read if len(shards) == 1 else read, files)
+    return Table(name, columns, labels, first.read if len(shards) == 1 else read, tuple(files))
