@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check
 FIND_PYTHON = for p in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: $(VENV)/.base
 	$(BIN)/loracle demo
@@ -33,6 +33,11 @@ PART ?= train_speed rank_speed score_speed depth_cache memory
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]' -c constraints.txt
 	for part in $(PART); do $(BIN)/python benchmarks/$$part.py || exit 1; done
+
+# Kills, 50 each instead of the 5 of `make test`, and what is too large for it (Ray); writes a dated table.
+soak: $(VENV)/.dev
+	$(PIP) -e '.[ray]' -c constraints.txt
+	LORACLE_KILLS=50 $(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

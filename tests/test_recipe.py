@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from kills import KILLS
 from safetensors.torch import load_file, save_file
 from small import QUICK, labelled, pairs, write
 
@@ -92,7 +93,7 @@ def wait_for_step(run, step, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(KILLS))
 def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tiny_model, tmp_path, unbroken, seed):
     rng = np.random.default_rng(seed)
     config = config_of(tmp_path, tiny_model("qwen2"))

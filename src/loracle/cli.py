@@ -33,7 +33,6 @@ from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
 FEW_DRAWS = 2048  # behind each lift of many groups: stable to a few points, and a millisecond each
-WINDOW = 2048  # rows that predict holds at once
 
 
 def options(*configs: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -148,7 +147,10 @@ def _settings(
 @click.argument("data")
 @options(DataConfig, only=("text", "context"))
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: CSV to the terminal"
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="CSV, TSV, JSON lines or Parquet file, begun or gone on with; default: CSV to the terminal",
 )
 @click.option(
     "--abstain-below",
@@ -158,16 +160,29 @@ def _settings(
 )
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+@click.option("--on", type=click.Choice(["ray"]), help="have a Ray cluster score: that of $RAY_ADDRESS, or a local one")
+@click.option("--workers", type=click.IntRange(1), help="with --on ray: how many; default: one a GPU, else one a node")
 def predict(
-    run: Path, data: str, out: Path | None, abstain_below: float, base: str | None, device: str, **columns: Any
+    run: Path,
+    data: str,
+    out: Path | None,
+    abstain_below: float,
+    base: str | None,
+    device: str,
+    on: str | None,
+    workers: int | None,
+    **columns: Any,
 ) -> None:
-    """Label every row of DATA with the classifier in RUN: the columns as they were, then predicted and p(…)."""
+    """Label every row of DATA with the classifier in RUN: the columns as they were, then predicted and p(…).
+
+    DATA is a file, a folder, hf:owner/name, or several files by a pattern in quotes: 'logs/*.csv'.
+    """
     from loracle.data.columns import infer_text_column
-    from loracle.data.schema import iter_texts
     from loracle.data.sources import open_table
     from loracle.run.folder import read_info
-    from loracle.run.output import open_output
 
+    if workers and not on:
+        raise UserError("--on ray beside --workers", "--workers alone", "add --on ray, or leave out --workers")
     info, table = read_info(run), open_table(data)
     if info.task.kind == "rank":
         raise UserError("a classifier", f"a ranker in {run}", f"use loracle rank {run} {data}")
@@ -175,49 +190,19 @@ def predict(
     for line in found.said:
         click.echo(line, err=True)
     _calm()
-    from loracle.run.predictor import Predictor
+    from loracle.run import batch
 
-    predictor = Predictor(run, base=base, device=device)
-    names = [_free(name, table.columns) for name in ("predicted", *(f"p({n})" for n in info.task.label_names))]
-    with open_output(out) as write:
-        unread = unsure = 0
-        for rows in _windows(iter_texts(table, found), WINDOW):
-            counts = _predict_window(predictor, rows, table.columns, names, write, abstain_below)
-            unread, unsure = unread + counts[0], unsure + counts[1]
-    if unread:
-        click.echo(f"note: {unread:,} rows without a text have no label", err=True)
-    if abstain_below:
-        click.echo(
-            f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label", err=True
-        )
-
-
-def _predict_window(
-    predictor: Any,
-    rows: list[tuple],
-    columns: tuple[str, ...],
-    names: list[str],
-    write: Callable[[dict[str, Any]], None],
-    abstain_below: float,
-) -> tuple[int, int]:
-    """Label some rows; returns how many had no text, and of how many the highest probability was too low."""
-    readable = [(text, context) for _, _, text, context in rows if text is not None]
-    known = predictor.predict_proba([t for t, _ in readable], [c for _, c in readable])
-    unsure = known.max(1) < abstain_below
-    proba = iter(zip(known, predictor.names(known), unsure, strict=True))
-    for _, row, text, _ in rows:
-        cells: list[Any] = [None] * len(names)
-        if text is not None:
-            p, label, silent = next(proba)
-            shown = "" if silent else "|".join(label) if isinstance(label, list) else label
-            cells = [shown, *(round(float(v), 6) for v in p)]
-        write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
-    return len(rows) - len(readable), int(unsure.sum())
-
-
-def _free(name: str, taken: tuple[str, ...]) -> str:
-    """The name, or one with a number behind it where the user's own column is called so."""
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in taken)
+    job = batch.Job(
+        run=run,
+        info=info,
+        data=data,
+        table=table,
+        columns=found,
+        base=base,
+        device=device,
+        workers=None if on is None else workers or 0,
+    )
+    batch.predict(job, out, abstain_below, say=lambda line: click.echo(line, err=True))
 
 
 @main.command()
@@ -225,7 +210,9 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 @click.argument("titles", nargs=-1, required=True)
 @options(DataConfig, only=("text", "group"))
 @click.option("--context", help="what the titles are for; with a file: the column that says it")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file; default: the terminal")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV, JSON lines or Parquet file; default: the terminal"
+)
 @click.option("--explain", is_flag=True, help="also say what each word adds to the score: what is lost without it")
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
@@ -645,17 +632,6 @@ def demo(out: Path, max_steps: int | None) -> None:
 
 def _data_config(**given: Any) -> DataConfig:
     return DataConfig(**{k: v for k, v in given.items() if v is not None})
-
-
-def _windows(rows: Any, size: int) -> Any:
-    window: list[Any] = []
-    for row in rows:
-        window.append(row)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
 
 
 def _calm() -> None:

@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Training was stopped from outside (Ctrl-C); the last checkpoint is whole and the message says how to go on."""
+    """Work was stopped from outside (Ctrl-C); what was done is kept whole and the message says how to go on."""
 
 
 def near(name: str, names: Iterable[str]) -> str:

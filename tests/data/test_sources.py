@@ -16,7 +16,7 @@ from loracle.data import delimited as delimited_format
 from loracle.data import json_rows
 from loracle.data import parquet as parquet_format
 from loracle.data.issues import Issue, IssueLog
-from loracle.data.sources import open_splits, open_table
+from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.errors import UserError
 
 ROWS = [
@@ -293,9 +293,23 @@ def test_shards_are_chained_in_order_and_numbered_through(tmp_path):
     assert list(table.rows()) == [(i + 1, {"n": str(i // 2)}) for i in range(6)]
     write(tmp_path, "data/train-00003.csv", "m\n1\n")
     with pytest.raises(
-        UserError, match=r"expected the columns n in every file of a split; found m in .*train-00003.csv"
+        UserError, match=r"expected the columns n in every file of .* \(train\); found m in .*train-00003.csv"
     ):
         open_table(str(tmp_path))
+
+
+def test_a_pattern_is_one_table_of_its_files_by_name_unless_a_file_is_called_so(tmp_path):
+    for name in ("b.csv", "a.csv", "x/c.csv", "d.tsv", "[ab].csv"):
+        write(tmp_path, name, f"n\n{name}\n")
+    names = {spec: [row["n"] for _, row in open_table(f"{tmp_path}/{spec}").rows()] for spec in ("?.csv", "**/?.csv")}
+    assert names == {"?.csv": ["a.csv", "b.csv"], "**/?.csv": ["a.csv", "b.csv", "x/c.csv"]}
+    assert list(open_table(f"{tmp_path}/[ab].csv").rows()) == [(2, {"n": "[ab].csv"})]
+    before = fingerprint(f"{tmp_path}/?.csv")
+    write(tmp_path, "b.csv", "n\nother\n")
+    assert before != fingerprint(f"{tmp_path}/?.csv") != fingerprint(f"{tmp_path}/a.csv")
+    write(tmp_path, "b.csv", "m\n1\n")
+    with pytest.raises(UserError, match=r"expected the columns n in every file of .*/\?\.csv; found m in .*/b\.csv"):
+        open_table(f"{tmp_path}/?.csv")
 
 
 def test_an_open_folder_with_several_splits_means_train(tmp_path):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from datetime import date
 
+import polars as pl
 import pytest
 
 from loracle.errors import UserError
+from loracle.run import output
 from loracle.run.output import open_output
 
 ROWS = [{"a": 'x, "y"', "b": None, "c": [1, "ö"]}, {"a": "line\nbreak", "b": 2, "c": {"k": "标"}}]
@@ -37,6 +40,33 @@ def test_json_lines_come_back(tmp_path, suffix):
     assert list(map(json.loads, lines)) == ROWS
 
 
+def test_a_parquet_file_keeps_types_and_finds_the_one_that_holds_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "BATCH", 2)
+    rows = [{"n": 1, "d": date(2026, 1, 2), "l": []}, {"n": 2, "d": None, "l": ["x"]}, {"n": 2.5, "d": None, "l": None}]
+    put(tmp_path / "out.parquet", rows)
+    table = pl.read_parquet(tmp_path / "out.parquet")
+    assert table.schema == {"n": pl.Float64, "d": pl.Date, "l": pl.List(pl.String)}
+    assert table.to_dicts() == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_values_that_no_column_holds_are_refused_and_not_made_words_of(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(output, "BATCH", batch)
+    with pytest.raises(
+        UserError, match=r"values that go into one column; found some that do not .*Write a \.jsonl file"
+    ):
+        put(tmp_path / "out.parquet", [{"a": {"k": 1}}, {"a": "x"}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_dates_are_written_as_words_where_there_is_no_type_for_them(tmp_path):
+    for name in ("out.jsonl", "out.csv"):
+        put(tmp_path / name, [{"d": date(2026, 1, 2), "l": [date(2026, 1, 3)]}])
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"d": "2026-01-02", "l": ["2026-01-03"]}
+    assert (tmp_path / "out.csv").read_text() == 'd,l\n2026-01-02,"[""2026-01-03""]"\n'
+
+
 def test_without_a_path_csv_goes_to_the_terminal(capsys):
     put(None, [{"a": 1}])
     assert capsys.readouterr().out == "a\n1\n"
@@ -52,7 +82,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("out.xlsx", "a .csv, .tsv or .jsonl file"), ("no/out.csv", "no such folder")]
+    ("name", "words"), [("out.xlsx", "a .csv, .tsv, .jsonl or .parquet file"), ("no/out.csv", "no such folder")]
 )
 def test_where_it_cannot_write_it_says_so(tmp_path, name, words):
     with pytest.raises(UserError, match=words), open_output(tmp_path / name):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loracle.data.examples import Task
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
@@ -56,6 +57,13 @@ def find_base(info: RunInfo, folder: Path, base: str | None = None) -> BaseModel
             "point --base to the right one",
         )
     return found
+
+
+def names_of(proba: np.ndarray, task: Task, calibration: Calibration) -> list[str] | list[list[str]]:
+    """The likeliest label of each row of probabilities; where labels can stand together, all above their thresholds."""
+    if task.kind == "multi":
+        return [[task.label_names[i] for i in np.flatnonzero(row)] for row in given_labels(proba, task, calibration)]
+    return [task.label_names[i] for i in proba.argmax(1)]
 
 
 class Predictor:
@@ -133,11 +141,7 @@ class Predictor:
 
     def names(self, proba: np.ndarray) -> list[str] | list[list[str]]:
         """Label names for rows of probabilities."""
-        labels = self.task.label_names
-        if self.task.kind == "multi":
-            given = given_labels(proba, self.task, self.calibration)
-            return [[labels[i] for i in np.flatnonzero(row)] for row in given]
-        return [labels[i] for i in proba.argmax(1)]
+        return names_of(proba, self.task, self.calibration)
 
     def rank(self, titles: Sequence[str], context: str | None = None, *, draws: int | None = None) -> list[RankedTitle]:
         """Titles best first, each with what can be said about it; equal scores keep their order.
@@ -174,3 +178,11 @@ class Predictor:
             )
             for i, s, wins, lift, low, high in zip(order, scores, compared, *lifts, strict=True)
         ]
+
+
+def score_window(predictor: Predictor, texts: list[str | None], contexts: list[str | None]) -> np.ndarray:
+    """Probabilities of each label, ``float64 [N, C]``; a row of NaN for each text that is None."""
+    known = [i for i, text in enumerate(texts) if text is not None]
+    out = np.full((len(texts), len(predictor.task.label_names)), np.nan)
+    out[known] = predictor.predict_proba([texts[i] or "" for i in known], [contexts[i] for i in known])
+    return out

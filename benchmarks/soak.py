@@ -1,0 +1,47 @@
+"""The tests of kills, as often as ``LORACLE_KILLS`` says, and those on Ray; a dated table of what was hit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from results import HERE, write_table
+
+TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py"]
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *TESTS,
+            "-k",
+            "kill or sigkill or ray or workers",
+            "--timeout",
+            "7200",
+        ]
+        failed = subprocess.run([*command, "--junitxml", str(report)], cwd=HERE.parent).returncode
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        found: dict[str, list[ElementTree.Element]] = {}
+        for case in cases:
+            found.setdefault(f"{case.get('classname')}.{case.get('name')}".partition("[")[0], []).append(case)
+    rows = [["test", "runs", "failed", "skipped", "seconds", "where the kills fell"]]
+    for name, of_test in found.items():
+        bad, skipped = ([c for c in of_test if c.find(tag) is not None] for tag in ("failure", "skipped"))
+        met = "; ".join(p.get("value", "") for c in of_test for p in c.iter("property") if p.get("name") == "kills")
+        seconds = sum(float(c.get("time", 0)) for c in of_test)
+        rows.append([name, str(len(of_test)), str(len(bad)), str(len(skipped)), f"{seconds:.0f}", met])
+    kills = os.environ.get("LORACLE_KILLS", "5")
+    write_table("soak", rows, [f"SIGKILL at random moments, {kills} a test (a run each where there are {kills} runs)."])
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

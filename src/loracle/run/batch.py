@@ -1,0 +1,269 @@
+"""Labels for tables of any size, window by window; what is scored is kept, and an interrupted job goes on from there.
+
+    scored.scores/                     while a job with ``-o scored.csv`` is under way
+      job.json                         what must not change: run, data, columns, device, version
+      0000000.safetensors, ...         probabilities of a window each, float64 [rows, C], NaN where there is no text
+      lock                             one process at a time
+
+A window is ``WINDOW`` rows of the table, the last one fewer. Each file is whole or absent, so their number is how far the job
+is. When all are there the table is read once more and written with them, and the folder goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from tqdm import tqdm
+
+import loracle
+from loracle.data.columns import Columns
+from loracle.data.schema import iter_texts
+from loracle.data.table import Table
+from loracle.errors import Interrupted, UserError
+from loracle.hub import checksum
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED
+from loracle.run.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
+from loracle.run.output import Write, check_output, open_output
+from loracle.run.predictor import Predictor, names_of, score_window
+from loracle.text.template import check_contexts
+
+WINDOW = 2048  # rows held at once, and lost at most by a kill
+
+Row = tuple[int, dict[str, Any], str | None, str | None]  # number, cells, text, context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A table to be labelled with a classifier.
+
+    ``workers`` of a Ray cluster score it where that is not None (0: as many as the cluster can take), else this process does.
+    """
+
+    run: Path
+    info: RunInfo
+    data: str
+    table: Table
+    columns: Columns
+    base: str | None = None
+    device: str = "auto"
+    workers: int | None = None
+    window: int = WINDOW
+
+    def windows(self) -> Iterator[list[Row]]:
+        """The table's rows, ``window`` at a time."""
+        rows = iter_texts(self.table, self.columns)
+        while window := list(itertools.islice(rows, self.window)):
+            yield window
+
+    def probabilities(self, first: int = 0) -> Iterator[np.ndarray]:
+        """Of each window from the ``first`` on, ``float64 [rows, C]``, NaN where there is no text.
+
+        Raises:
+            UserError: the run is damaged, or the base model is not the one that was trained on.
+        """
+        if self.workers is not None:
+            from loracle.run.on_ray import probabilities
+
+            yield from probabilities(self, first)
+            return
+        predictor = Predictor(self.run, base=self.base, device=self.device)
+        for window in itertools.islice(self.windows(), first, None):
+            yield score_window(predictor, [text for *_, text, _ in window], [context for *_, context in window])
+
+    def pins(self) -> dict[str, Any]:
+        """What one output must be made of from the first row to the last, in the words of an error."""
+        files = [(str(file.path.resolve()), file.path.stat()) for file in self.table.files]
+        return {
+            "run": checksum(self.run / MANIFEST),
+            "data": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
+            "columns": [self.columns.messages, self.columns.text, self.columns.context],
+            "device": self.device,
+            "version": [loracle.__version__, self.window],
+        }
+
+
+def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
+    """Every row of a table with its label and probabilities, into a file or, without ``out``, to the terminal.
+
+    A file appears when it is whole. A job that is stopped in whatever way, and started again, goes on where it was and ends in
+    the same bytes.
+
+    Raises:
+        UserError: what cannot be read or written, or what was begun with another run, data or columns.
+        Interrupted: by Ctrl-C.
+    """
+    verify(job.run)
+    if out is None:
+        with open_output(None) as write:
+            counts = _write(job, zip(job.windows(), job.probabilities(), strict=True), write, abstain_below)
+    else:
+        check_output(out)
+        with _room_for(out):
+            counts = _predict_to_file(job, out, abstain_below, say)
+    unread, unsure = counts
+    if unread:
+        say(f"note: {unread:,} rows without a text have no label")
+    if abstain_below:
+        say(f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label")
+
+
+@contextmanager
+def _room_for(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fix = "make room, and give the same command again: it goes on where it was"
+        raise UserError(f"room for {out}", str(error.strerror), fix) from error
+
+
+def _predict_to_file(job: Job, out: Path, abstain_below: float, say: Any) -> tuple[int, int]:
+    if any(out.resolve() == file.path.resolve() for file in job.table.files):
+        raise UserError("an --out that is not itself read", str(out), "pick another name")
+    pins = job.pins()
+    with _kept(out.with_suffix(".scores"), pins) as kept:
+        rows = _look_through(job)  # what is broken in a file shows now and not after hours
+        try:
+            _score(job, kept, rows, say)
+            if job.pins() != pins:
+                fix = f"remove {kept.folder} and give the command again"
+                raise UserError("data that stay as they are", f"other bytes in {job.table.name} by now", fix)
+            with open_output(out, scratch=kept.folder) as write:
+                counts = _write(job, zip(job.windows(), kept, strict=True), write, abstain_below)
+        except KeyboardInterrupt:
+            done = min(len(kept) * job.window, rows)
+            raise Interrupted(f"stopped; the same command goes on after {done:,} of {rows:,} rows") from None
+    return counts
+
+
+def _look_through(job: Job) -> int:
+    """Number of rows, all of which can be read and have the context that the template wants."""
+    rows = 0
+    for window in job.windows():
+        rows += len(window)
+        check_contexts(job.info.config.model.template, [context for *_, text, context in window if text is not None])
+    return rows
+
+
+def _score(job: Job, kept: Kept, rows: int, say: Any) -> None:
+    done = min(len(kept) * job.window, rows)
+    if done:
+        say(f"note: going on after {done:,} of {rows:,} rows, kept in {kept.folder}")
+    if done == rows:
+        return
+    with tqdm(total=rows, initial=done, unit=" rows", disable=None) as bar:  # to stderr, and only if that is a terminal
+        for proba in job.probabilities(len(kept)):
+            kept.append(proba)
+            bar.update(len(proba))
+
+
+def _write(
+    job: Job, scored: Iterable[tuple[list[Row], np.ndarray]], write: Write, abstain_below: float
+) -> tuple[int, int]:
+    """Rows with their labels; returns how many had no text, and of how many the highest probability was too low."""
+    columns, task, meaning = job.table.columns, job.info.task, read_calibration(job.run)
+    calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+    names = [_free(name, columns) for name in ("predicted", *(f"p({n})" for n in task.label_names))]
+    unread = unsure = 0
+    for window, proba in scored:
+        labels = names_of(proba, task, calibration)
+        for (_, row, text, _), p, label in zip(window, proba, labels, strict=True):
+            cells: list[Any] = [None] * len(names)
+            if text is None:
+                unread += 1
+            else:
+                silent = p.max() < abstain_below
+                unsure += bool(silent)
+                shown = "" if silent else "|".join(label) if isinstance(label, list) else label
+                cells = [shown, *(round(float(v), 6) for v in p)]
+            write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
+    return unread, unsure
+
+
+def _free(name: str, taken: tuple[str, ...]) -> str:
+    """The name, or one with a number behind it where the user's own column is called so."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept until the output is whole
+
+
+class Kept:
+    """Probabilities of the first windows of a job, a file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._count = next(i for i in itertools.count() if not self._file(i).exists())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Probabilities of each window, in order.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for path in map(self._file, range(self._count)):
+            try:
+                yield load(path.read_bytes())["probabilities"]
+            except (SafetensorError, KeyError) as error:
+                raise UserError(f"scores in {path}", str(error), "remove it and give the command again") from None
+
+    def append(self, proba: np.ndarray) -> None:
+        """Keep those of the next window."""
+        write_bytes(self._file(self._count), save({"probabilities": proba}))
+        self._count += 1
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:07d}.safetensors"
+
+
+@contextmanager
+def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
+    """What an earlier start of the job left, for one process at a time; gone once the job is done.
+
+    Raises:
+        UserError: it is another job's, or another process is at it.
+    """
+    folder.mkdir(exist_ok=True)
+    done = False
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            kept, about = Kept(folder), folder / "job.json"
+            try:
+                if len(kept):
+                    _check_same(folder, json.loads(about.read_text(encoding="utf-8")), pins)
+                else:
+                    write_text(about, json.dumps(pins))
+                yield kept
+                done = True
+            finally:
+                if done or not len(kept):
+                    shutil.rmtree(folder, ignore_errors=True)
+    except Timeout:
+        raise UserError("one process for an output", f"another at work in {folder}", "wait for it") from None
+
+
+def _check_same(folder: Path, known: dict[str, Any], pins: dict[str, Any]) -> None:
+    if changed := [name for name in pins if known.get(name) != pins[name]]:
+        raise UserError(
+            f"what the scores in {folder} were begun with",
+            f"another {' and '.join(changed)}",
+            "give the same again or another --out; or remove that folder, to start anew",
+        )

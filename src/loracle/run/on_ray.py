@@ -1,0 +1,122 @@
+"""Windows of a job scored by a pool of Ray actors, with Ray Data; the only importer of ray.
+
+One task on this node reads the table, a window a block; each actor holds a ``Predictor``; what comes back is in order. So the
+data have to be here alone, and the run folder and the base model on every node. Windows are those of a run without Ray, and so
+are the scores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loracle.errors import UserError
+from loracle.run.predictor import Predictor, score_window
+
+if TYPE_CHECKING:
+    from loracle.run.batch import Job
+
+
+def probabilities(job: Job, first: int) -> Iterator[np.ndarray]:
+    """Of each window of the job from the ``first`` on, ``float64 [rows, C]``, as ``Job.probabilities`` has it.
+
+    Raises:
+        UserError: no Ray, not enough of it, or a worker that cannot score.
+    """
+    ray = _ray()
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1  # bytes: a block a window, since a block is what an actor takes
+    try:
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        windows = ray.data.read_datasource(
+            _windows_source(job, first), override_num_blocks=1, num_cpus=0, label_selector=here
+        )
+        scored = windows.map_batches(
+            _Worker,
+            fn_constructor_args=(str(job.run.resolve()), job.base, job.device),
+            batch_size=1,
+            **_pool(ray, job.workers or 0, job.device),
+        )
+        for index, row in enumerate(scored.iter_rows(), first):
+            if row["window"] != index:
+                raise RuntimeError(f"window {row['window']} came back in place of {index}")
+            yield np.frombuffer(row["probabilities"]).reshape(-1, len(job.info.task.label_names))
+    except ray.exceptions.RayError as error:
+        reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+        raise UserError("workers that can score", reason, "see that run and base model are on every node") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Worker:
+    """A predictor in an actor."""
+
+    def __init__(self, run: str, base: str | None, device: str):
+        self.predictor = Predictor(run, base=base, device=device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (window,) = batch["texts"]
+        proba = score_window(self.predictor, *json.loads(window))
+        return {"window": batch["window"], "probabilities": np.array([proba.tobytes()], dtype=object)}
+
+
+def _windows_source(job: Job, first: int) -> Any:
+    """A source of Ray Data with one task, which yields a window after the other as it is asked for them."""
+    import pyarrow
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    def read() -> Iterator[Any]:
+        for index, window in enumerate(itertools.islice(job.windows(), first, None), first):
+            texts = json.dumps([[text for *_, text, _ in window], [context for *_, context in window]])
+            yield pyarrow.table({"window": [index], "texts": [texts]})
+
+    class Windows(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+            return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None))]
+
+    return Windows()
+
+
+def _pool(ray: Any, workers: int, device: str) -> dict[str, Any]:
+    """Size of the pool, and what each worker takes: a GPU where there are some, else its share of the processors."""
+    has = ray.cluster_resources()
+    gpus = int(has.get("GPU", 0)) if device in ("auto", "cuda") else 0
+    cpus = int(has.get("CPU", 1))
+    workers = workers or gpus or len(ray.nodes())
+    if workers > (gpus or cpus):
+        kind = "GPUs" if gpus else "processors"
+        raise UserError(f"{workers} {kind} for --workers {workers}", f"{gpus or cpus} in the cluster", "ask for fewer")
+    share = {"num_gpus": 1} if gpus else {"num_cpus": cpus // workers}
+    return {"compute": ray.data.ActorPoolStrategy(size=workers), **share}
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will have it, and warns until it is said
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notices, meant for developers
+    warnings.filterwarnings("ignore", module=r"ray\.")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(
+            "Ray Data for --on ray", f"no {error.name} installed", "run: pip install 'loracle[ray]'"
+        ) from None
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray

@@ -1,0 +1,67 @@
+"""Processes to be killed: forked from one that has imported everything, so that each starts in a tenth of a second.
+
+``LORACLE_KILLS`` is how often the tests of kills do it; ``make soak`` sets 50.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+KILLS = int(os.environ.get("LORACLE_KILLS", 5))
+WINDOW = 16
+_forked = multiprocessing.get_context("forkserver")
+_forked.set_forkserver_preload(["loracle.run.batch", "loracle.train.checkpoint"])
+
+
+def start(target, *args):
+    """A process at work on ``target(*args)``."""
+    process = _forked.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def pipe() -> tuple[Connection, Connection]:
+    return _forked.Pipe(duplex=False)
+
+
+def job_of(run: Path, data: Path | str, table=None):
+    """The job of ``loracle predict run data``, in windows of 16 rows."""
+    from loracle.config import DataConfig
+    from loracle.data.columns import infer_text_column
+    from loracle.data.sources import open_table
+    from loracle.run.batch import Job
+    from loracle.run.folder import read_info
+
+    table = table or open_table(str(data))
+    columns = infer_text_column(table, DataConfig(text="text"))
+    return Job(run=run, info=read_info(run), data=str(data), table=table, columns=columns, window=WINDOW)
+
+
+def label(run: Path, data: Path, out: Path) -> None:
+    from loracle.run.batch import predict
+
+    predict(job_of(run, data), out, 0.0, say=lambda line: None)
+
+
+def checkpoint_at(step: int):
+    """A checkpoint whose every number tells its step."""
+    from loracle.train.checkpoint import Checkpoint
+
+    def tensors():
+        return {"w": torch.full((128, 256), float(step))}
+
+    return Checkpoint(progress={"step": step}, weights=tensors(), optimizer=tensors(), best=tensors())
+
+
+def save_without_end(folder: Path, first: int, saved: Connection) -> None:
+    from loracle.train.checkpoint import save_checkpoint
+
+    for step in itertools.count(first):
+        save_checkpoint(folder, checkpoint_at(step))
+        saved.send(step)
