@@ -652,6 +652,34 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("to")
+@click.option("--private", is_flag=True, help="let only its owner see the repository, which must be new or private")
+@click.option("--revision", help="the branch to push to; on Hugging Face it is made if there is none  [the main one]")
+def push(run: Path, to: str, private: bool, revision: str | None) -> None:
+    """Upload RUN, with a model card, to hf:owner/name or modelscope:owner/name.
+
+    No text of the data leaves this machine: report, predictions and logs are left out. Label names, settings and metrics go.
+    """
+    from loracle.run import share
+
+    click.echo(f"page: {share.push(run, to, private=private, revision=revision, say=click.echo)}")
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder  [runs/NAME]")
+def pull(source: str, out: Path | None) -> None:
+    """Fetch a run that was pushed: hf:owner/name or modelscope:owner/name, and perhaps @revision.
+
+    Every file is checked against the run's own checksums. What was fetched once serves without a network.
+    """
+    from loracle.run import share
+
+    click.echo(f"run folder: {share.pull(source, out, say=click.echo)}")
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(ServeConfig)
 @click.option("--base", help="where the base model is now, if it moved")
