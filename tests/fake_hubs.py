@@ -129,7 +129,8 @@ class FakeHubs(http.server.BaseHTTPRequestHandler):
         files = kept["commits"][kept["branches"][branch]] | files
         commit = hashlib.sha1(b"".join(name.encode() + content for name, content in sorted(files.items()))).hexdigest()
         kept["commits"][commit], kept["branches"][branch] = files, commit
-        self._json({"commitUrl": f"/{commit}", "commitOid": commit, "success": True, "Code": 200, "Success": True})
+        address = f"http://{self.headers['Host']}/{repo.partition('/')[2]}/commit/{commit}"
+        self._json({"commitUrl": address, "commitOid": commit, "success": True, "Code": 200, "Success": True})
 
     def _files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes] | None]:
         """The commit of a revision, and its files."""

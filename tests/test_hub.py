@@ -24,7 +24,8 @@ def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_comm
     assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert revision == SHA["main"]
-    assert "broke off" in hubs.log  # and still the weights came whole
+    assert "broke off" in hubs.log  # and still the weights came whole, the first half only once
+    assert f"went on at {len(WEIGHTS) // 2}" in hubs.log
 
 
 def test_hugging_face_revision_and_offline_copy(hubs):
@@ -117,6 +118,17 @@ def test_modelscope(hubs):
     )
     data, _ = hubs.download("modelscope:tiny/news", "dataset")
     assert (data / "data" / "train.csv").is_file()
+
+
+def test_modelscope_goes_on_with_half_a_file_and_sends_its_token_and_pins_a_revision(hubs):
+    pytest.importorskip("modelscope")
+    token = {"MODELSCOPE_API_TOKEN": "secret"}
+    folder, _ = hubs.download("modelscope:tiny/private", **token)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert {"broke off", f"went on at {len(WEIGHTS) // 2}"} <= set(hubs.log)
+    assert "found none of that name, or a private one" in hubs.refusal("modelscope:tiny/private", revision="main")
+    folder, revision = hubs.download("modelscope:tiny/qwen", revision="v1")
+    assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", "v1")
 
 
 def test_modelscope_without_a_network(hubs):

@@ -390,8 +390,8 @@ def licence_of(spec: str, revision: str | None = None) -> str | None:
     """What the card of a base model, as far as it is on this disk, says of its licence; the network is not asked."""
     from huggingface_hub import metadata_load, snapshot_download
 
-    source = parse(spec)
     try:
+        source = parse(spec)
         if source.kind == "hf":
             folder = Path(snapshot_download(source.id, revision=revision, local_files_only=True))
         elif source.kind == "modelscope":
@@ -401,7 +401,7 @@ def licence_of(spec: str, revision: str | None = None) -> str | None:
         else:
             folder = Path(source.id)
         known = metadata_load(folder / "README.md") or {}
-    except Exception:  # no copy, no card, or none that can be read: then it is not known
+    except Exception:  # no such folder here, no copy, no card, or none that can be read: then it is not known
         return None
     return str(known["license"]) if known.get("license") else None
 
