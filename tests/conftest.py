@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hubs import hubs  # noqa: F401, a fixture
 
 # Tiny models gain nothing from a second thread, and lose much where something else runs; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

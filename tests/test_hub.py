@@ -1,163 +1,22 @@
-"""hub.py against two hubs on this machine: the clients are the real ones, in a process of their own."""
+"""hub.py against two hubs on this machine (fake_hubs.py): the clients are the real ones, in a process of their own."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import json
 import os
-import subprocess
 import sys
-import threading
 import tomllib
-import urllib.parse
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fake_hubs import REPOS, SHA, WEIGHTS
 
 from loracle import hub
 from loracle.errors import UserError
-
-SHA = {"main": "a" * 40, "v1": "b" * 40}  # branch or tag -> commit
-WEIGHTS = bytes(range(256)) * 1024
-
-
-def _model(word: str) -> dict[str, bytes]:
-    config = json.dumps({"model_type": "qwen2", "word": word}).encode()
-    unwanted = {"pytorch_model.bin": b"pickle", "modeling_own.py": b"1/0", "onnx/config.json": b"{}"}
-    return {"config.json": config, "model.safetensors": WEIGHTS, "tokenizer.json": b"{}", **unwanted}
-
-
-REPOS = {
-    "models/tiny/qwen": {SHA["main"]: _model("new"), SHA["v1"]: _model("old")},
-    "models/tiny/private": {SHA["main"]: _model("private")},
-    "models/tiny/gated": {SHA["main"]: _model("gated")},
-    "models/tiny/pickled": {SHA["main"]: {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
-    "datasets/tiny/news": {SHA["main"]: {"data/train.csv": b"text,label\na,1\n", "load.py": b"1/0", "a.pkl": b""}},
-    "datasets/tiny/code": {SHA["main"]: {"load.py": b"1/0", "README.md": b"hello"}},
-}
-
-
-class FakeHubs(http.server.BaseHTTPRequestHandler):
-    """What the Hugging Face client and the ModelScope client ask for when they fetch a snapshot, and nothing else."""
-
-    log: list[str]  # one for the server, in the subclass that the fixture makes
-
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        fields = dict(urllib.parse.parse_qsl(query))
-        self.log.append(f"{self.command} {urllib.parse.unquote(self.path)}")
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "v1"]:
-            self._modelscope("/".join(parts[2:5]), parts[5:], fields)
-        elif parts[0] == "api" and parts[-2] in ("revision", "tree"):
-            self._hugging_face("/".join(parts[1:4]), parts[-2], parts[-1])
-        elif "resolve" in parts:
-            at = parts.index("resolve")
-            repo = "/".join(parts[:at] if parts[0] == "datasets" else ["models", *parts[:at]])
-            self._hugging_face(repo, "/".join(parts[at + 2 :]), parts[at + 1])
-        else:
-            self._send(404, b"{}")
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def _hugging_face(self, repo: str, what: str, revision: str) -> None:
-        commit = SHA.get(revision, revision)
-        if repo not in REPOS or (repo.endswith("private") and self.headers.get("Authorization") != "Bearer secret"):
-            self._send(401 if repo.endswith("private") else 404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        elif repo.endswith("gated"):
-            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif commit not in REPOS[repo]:
-            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif what == "revision":
-            self._send(200, json.dumps({"id": repo.partition("/")[2], "sha": commit, "siblings": []}).encode())
-        elif what == "tree":
-            files = REPOS[repo][commit].items()
-            tree = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files]
-            self._send(200, json.dumps(tree).encode())
-        else:
-            content = REPOS[repo][commit][what]
-            self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit})
-
-    def _modelscope(self, repo: str, what: list[str], fields: dict[str, str]) -> None:
-        files = REPOS.get(repo, {}).get(SHA.get(fields["Revision"].replace("master", "main"), ""))
-        if files is None:
-            self._send(404, json.dumps({"Code": 404, "Message": "not found"}).encode())
-        elif what == ["repo"]:
-            self._send(200, files[fields["FilePath"]])
-        else:
-            listed = [
-                {"Path": p, "Type": "blob", "Size": len(c), "Sha256": hashlib.sha256(c).hexdigest()}
-                for p, c in files.items()
-            ]
-            self._send(200, json.dumps({"Code": 200, "Data": {"Files": listed}}).encode())
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET" and content is WEIGHTS and "ETag" in (headers or {}) and "broke off" not in self.log:
-            self.log.append("broke off")
-            content = content[: len(content) // 2]
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Hubs:
-    """The hubs' address, what was asked of them, and a way to ask them through hub.py."""
-
-    def __init__(self, home: Path, port: int, log: list[str]):
-        self.home, self.url, self.log = home, f"http://127.0.0.1:{port}", log
-
-    def download(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> tuple[Path, str]:
-        """``hub.download`` and the revision it found, in a new process: the clients read their variables at import."""
-        script = (
-            "import json, sys\nfrom loracle import hub\nfrom loracle.errors import UserError\n"
-            "spec, kind, revision = json.loads(sys.argv[1])\n"
-            "try:\n    folder = hub.download(spec, kind=kind, revision=revision)\n"
-            "    print(json.dumps([str(folder), hub.revision_of(folder)]))\n"
-            "except UserError as error:\n    print(json.dumps(str(error)))\n"
-        )
-        done = self.run("-c", script, json.dumps([spec, kind, revision]), **env)
-        assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout.splitlines()[-1])
-        if isinstance(answer, str):
-            raise AssertionError(answer)
-        return Path(answer[0]), answer[1]
-
-    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Python in a process of its own that knows no hubs but these."""
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "HUGGING"))}
-        own = {"HF_HOME": str(self.home / "hf"), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        own |= {"MODELSCOPE_CACHE": str(self.home / "ms"), "MODELSCOPE_HOME": str(self.home / "ms")}
-        own |= {"MODELSCOPE_ENDPOINT": self.url, "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1"}
-        command = [sys.executable, *args]
-        return subprocess.run(command, env=keep | own | env, capture_output=True, text=True, timeout=120)
-
-    def refusal(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> str:
-        with pytest.raises(AssertionError) as refused:
-            self.download(spec, kind, revision, **env)
-        return str(refused.value)
-
-
-@pytest.fixture
-def hubs(tmp_path):
-    log: list[str] = []
-    handler = type("Handler", (FakeHubs,), {"log": log})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield Hubs(tmp_path, server.server_port, log)
-        server.shutdown()
-        thread.join()
 
 
 def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_commit(hubs):
@@ -165,7 +24,8 @@ def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_comm
     assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert revision == SHA["main"]
-    assert "broke off" in hubs.log  # and still the weights came whole
+    assert "broke off" in hubs.log  # and still the weights came whole, the first half only once
+    assert f"went on at {len(WEIGHTS) // 2}" in hubs.log
 
 
 def test_hugging_face_revision_and_offline_copy(hubs):
@@ -258,6 +118,17 @@ def test_modelscope(hubs):
     )
     data, _ = hubs.download("modelscope:tiny/news", "dataset")
     assert (data / "data" / "train.csv").is_file()
+
+
+def test_modelscope_goes_on_with_half_a_file_and_sends_its_token_and_pins_a_revision(hubs):
+    pytest.importorskip("modelscope")
+    token = {"MODELSCOPE_API_TOKEN": "secret"}
+    folder, _ = hubs.download("modelscope:tiny/private", **token)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert {"broke off", f"went on at {len(WEIGHTS) // 2}"} <= set(hubs.log)
+    assert "found none of that name, or a private one" in hubs.refusal("modelscope:tiny/private", revision="main")
+    folder, revision = hubs.download("modelscope:tiny/qwen", revision="v1")
+    assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", "v1")
 
 
 def test_modelscope_without_a_network(hubs):

@@ -27,6 +27,7 @@ ORDER = [
     "recipe",
     "series",
     "comparison",
+    "diff",
     "validation",
     "tuning",
     "planning",

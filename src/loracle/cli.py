@@ -370,6 +370,59 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     click.echo(summary({"test": metrics}, info.task.kind, info.base.get("note")))
 
 
+@main.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.argument("data")
+@options(DataConfig)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="CSV, TSV or JSON lines file of every row that changed"
+)
+@click.option("--base-a", help="where the base model of RUN_A is now, if it moved")
+@click.option("--base-b", help="where the base model of RUN_B is now, if it moved")
+@click.option("--device", default="auto", help="cpu, cuda, mps, or auto")
+@click.option("--json", "as_json", is_flag=True, help="print every figure as JSON")
+def diff(
+    run_a: Path,
+    run_b: Path,
+    data: str,
+    out: Path | None,
+    base_a: str | None,
+    base_b: str | None,
+    device: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say what RUN_B does otherwise than RUN_A on DATA: metrics with a test in pairs, and who gained and lost.
+
+    Both score the same rows, read as RUN_A reads them. Without labels only what changed is shown.
+    """
+    import json
+
+    from loracle.data.sources import open_table
+    from loracle.run.output import open_output
+
+    _calm()
+    from loracle import diff as versions
+
+    info, _ = versions.same_task(run_a, run_b)
+    table = open_table(data)
+    rows = versions.read_rows(table, _remembered(info, table, given), info.task)
+    for note in rows.notes:
+        click.echo(f"note: {note}", err=True)
+    found = versions.compare(run_a, run_b, rows, bases=(base_a, base_b), device=device)
+    if out is not None:
+        with open_output(out) as write:
+            for row in found.rows:
+                write(row)
+    if as_json:
+        click.echo(json.dumps(found.summary, indent=1, ensure_ascii=False))
+        return
+    click.echo("\n".join(versions.lines(found, run_a, run_b)))
+    if out is not None:
+        click.echo(f"\nall {len(found.rows):,} that changed: {out}")
+
+
 REMEMBERED = (
     "text", "label", "group", "compare", "context", "clicks", "impressions", "clicked", "grade", "label_delimiter",
     "min_impressions",
@@ -583,6 +636,34 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
 
     folder = exporting.export(run, out or run.with_name(f"{run.name}-{to}"), to, base=base, say=click.echo)
     click.echo(f"export: {folder}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("to")
+@click.option("--private", is_flag=True, help="let only its owner see the repository, which must be new or private")
+@click.option("--revision", help="the branch to push to; on Hugging Face it is made if there is none  [the main one]")
+def push(run: Path, to: str, private: bool, revision: str | None) -> None:
+    """Upload RUN, with a model card, to hf:owner/name or modelscope:owner/name.
+
+    No text of the data leaves this machine: report, predictions and logs are left out. Label names, settings and metrics go.
+    """
+    from loracle.run import share
+
+    click.echo(f"page: {share.push(run, to, private=private, revision=revision, say=click.echo)}")
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder  [runs/NAME]")
+def pull(source: str, out: Path | None) -> None:
+    """Fetch a run that was pushed: hf:owner/name or modelscope:owner/name, and perhaps @revision.
+
+    Every file is checked against the run's own checksums. What was fetched once serves without a network.
+    """
+    from loracle.run import share
+
+    click.echo(f"run folder: {share.pull(source, out, say=click.echo)}")
 
 
 @main.command()

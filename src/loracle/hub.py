@@ -26,17 +26,25 @@ from typing import Any, Literal
 
 from loracle.errors import UserError
 
-Kind = Literal["model", "dataset"]
+Kind = Literal["model", "dataset", "run"]
 Place = Literal["hf", "modelscope", "folder", "gguf", "demo"]
 
+# All that is ever pushed of a run folder, or pulled: what predict needs, and what says where it comes from. No texts.
+RUN_FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*",
+    "openvino_model.xml", "openvino_model.bin", "run.toml", "metrics.json", "calibration.json", "README.md",
+    "manifest.json",
+)  # fmt: skip
 _ALLOWED = {
+    "run": list(RUN_FILES),
     "model": ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"],
     "dataset": [
         "*.csv", "*.tsv", "*.tab", "*.json", "*.jsonl", "*.ndjson", "*.parquet", "*.pq", "*.txt", "*.gz", "README.md",
     ],
 }  # fmt: skip
 # A model is what stands at the top of its repository; copies of it for other programs stand beside or below it.
-_IGNORED = {"model": ["*/*", "consolidated*.safetensors"], "dataset": []}
+_IGNORED = {"model": ["*/*", "consolidated*.safetensors"], "dataset": [], "run": ["*/*"]}
 
 
 def cache_dir() -> Path:
@@ -152,7 +160,7 @@ def _repo_id(repo: str, spec: str) -> str:
 
 
 def download(spec: str, *, kind: Kind, revision: str | None = None) -> Path:
-    """The local folder of a hub's repository: only tables, or only safetensors, configuration and tokenizer.
+    """The local folder of a hub's repository: only tables, only safetensors, configuration and tokenizer, or ``RUN_FILES``.
 
     What is there already is not fetched again, an interrupted download goes on where it stopped, and without a network
     a complete copy in the hub's own cache serves. ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HOME``, ``HF_HUB_OFFLINE``,
@@ -160,7 +168,7 @@ def download(spec: str, *, kind: Kind, revision: str | None = None) -> Path:
 
     Args:
         spec: ``owner/name``, ``hf:owner/name`` or ``modelscope:owner/name``.
-        kind: a model or a dataset.
+        kind: a model, a dataset, or a run that was pushed.
         revision: branch, tag or commit; by default the main branch.
 
     Raises:
@@ -173,7 +181,7 @@ def download(spec: str, *, kind: Kind, revision: str | None = None) -> Path:
     folder = _FETCH[source.kind](source.id, kind, revision)
     if kind == "model":
         check_model_folder(folder, str(source))
-    elif not any(path.suffix and path.name != "README.md" for path in folder.rglob("*")):
+    elif kind == "dataset" and not any(path.suffix and path.name != "README.md" for path in folder.rglob("*")):
         raise UserError(f"CSV, TSV, JSON or Parquet files in {source}", "none", "convert it, or name another data set")
     return folder
 
@@ -232,7 +240,7 @@ def _from_hugging_face(repo: str, kind: Kind, revision: str | None) -> Path:
     try:
         files = {"allow_patterns": _ALLOWED[kind], "ignore_patterns": _IGNORED[kind]}
         fetch: Any = huggingface_hub.snapshot_download  # its overloads cannot be told apart from **files
-        return Path(fetch(repo, repo_type=kind, revision=revision, **files))
+        return Path(fetch(repo, repo_type=_repo_type(kind), revision=revision, **files))
     except Exception as error:  # the client lets errors of whatever transport it uses through; each is told apart below
         raise _explain_hugging_face(error, repo, kind, revision) from error
 
@@ -264,7 +272,7 @@ def _from_modelscope(repo: str, kind: Kind, revision: str | None) -> Path:
     except ImportError as error:
         fix = "install it with: pip install 'loracle[modelscope]'"
         raise UserError(f"the modelscope package, to fetch modelscope:{repo}", "none installed", fix) from error
-    options: dict[str, Any] = {"revision": revision, "repo_type": kind}
+    options: dict[str, Any] = {"revision": revision, "repo_type": _repo_type(kind)}
     options |= {"allow_patterns": _ALLOWED[kind], "ignore_patterns": _IGNORED[kind] or None}
     try:
         return Path(snapshot_download(repo, **options))
@@ -289,6 +297,113 @@ def _explain_modelscope(error: Exception, repo: str, kind: Kind, revision: str |
 
 
 _FETCH = {"hf": _from_hugging_face, "modelscope": _from_modelscope}
+
+
+def _repo_type(kind: Kind) -> str:
+    """A run lies where models do."""
+    return "dataset" if kind == "dataset" else "model"
+
+
+def upload(
+    folder: Path, spec: str, *, private: bool = False, revision: str | None = None, licence: str | None = None
+) -> str:
+    """Put every file of a folder into a hub's model repository, which is made if there is none; returns its page.
+
+    On Hugging Face it is one commit, whole or absent. What is there already stays, unless it has the same name.
+
+    Args:
+        spec: ``hf:owner/name`` or ``modelscope:owner/name``.
+        private: only its owner may see the repository; of one that others may see, nothing is uploaded.
+        revision: a branch; on Hugging Face it is made if there is none.
+        licence: of what is uploaded, for ModelScope, which would write Apache-2.0 otherwise.
+
+    Raises:
+        UserError: no leave to write there, no network, or ``private`` and a repository that is not.
+    """
+    source = parse(spec)
+    if source.kind not in _SEND or "/" not in source.id:
+        raise UserError(
+            "hf:owner/name or modelscope:owner/name to push to", repr(spec), "write for example hf:me/topics"
+        )
+    return _SEND[source.kind](folder, source.id, private, revision, licence)
+
+
+def _to_hugging_face(folder: Path, repo: str, private: bool, revision: str | None, licence: str | None) -> str:
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise _not_private(f"hf:{repo}")
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        files = [huggingface_hub.CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        api.create_commit(repo, files, commit_message="Push a run of loracle", revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # as in _from_hugging_face
+        raise _explain_upload(error, f"hf:{repo}", "set HF_TOKEN to one that may write, or: hf auth login") from error
+    return str(url)
+
+
+def _to_modelscope(folder: Path, repo: str, private: bool, revision: str | None, licence: str | None) -> str:
+    try:
+        from modelscope.hub.api import HubApi
+    except ImportError as error:
+        fix = "install it with: pip install 'loracle[modelscope]'"
+        raise UserError(f"the modelscope package, to push to modelscope:{repo}", "none installed", fix) from error
+    api = HubApi()
+    try:
+        wanted = {"visibility": "private" if private else "public", "license": licence or "other"}
+        made = api.create_repo(repo, repo_type="model", exist_ok=True, **wanted)
+        if private and made is None:  # it was there, and its client does not say who sees it
+            raise _not_private(f"modelscope:{repo}")
+        message = {"commit_message": "Push a run of loracle"}
+        api.upload_folder(repo, folder, revision=revision, use_cache=False, disable_tqdm=True, **message)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        fix = "set MODELSCOPE_API_TOKEN to one that may write, or: modelscope login"
+        raise _explain_upload(error, f"modelscope:{repo}", fix) from error
+    return f"{api.endpoint}/models/{repo}"
+
+
+def _not_private(spec: str) -> UserError:
+    fix = "make it private on the hub's page and push without --private, or push to a new name"
+    return UserError(f"a new or a private repository {spec} for --private", "one that is there and may be public", fix)
+
+
+def _explain_upload(error: Exception, spec: str, token: str) -> UserError:
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
+    if status in (401, 403, 404):
+        return UserError(f"leave to write to {spec}", f"the hub saying {status}", token)
+    return UserError(
+        f"{spec} to take the files", first_line(error.__cause__ or error), "check the network and push again"
+    )
+
+
+_SEND = {"hf": _to_hugging_face, "modelscope": _to_modelscope}
+
+
+def licence_of(spec: str, revision: str | None = None) -> str | None:
+    """What the card of a base model, as far as it is on this disk, says of its licence; the network is not asked."""
+    from huggingface_hub import metadata_load, snapshot_download
+
+    try:
+        source = parse(spec)
+        if source.kind == "hf":
+            folder = Path(snapshot_download(source.id, revision=revision, local_files_only=True))
+        elif source.kind == "modelscope":
+            from modelscope.hub.snapshot_download import snapshot_download as from_modelscope
+
+            folder = Path(from_modelscope(source.id, revision=revision, local_files_only=True))
+        else:
+            folder = Path(source.id)
+        known = metadata_load(folder / "README.md") or {}
+    except Exception:  # no such folder here, no copy, no card, or none that can be read: then it is not known
+        return None
+    return str(known["license"]) if known.get("license") else None
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -40,7 +40,7 @@ from loracle.judge.metrics import (
 from loracle.judge.page import render
 from loracle.judge.probe import Depth, by_depth, choose, ridge, verdict
 from loracle.judge.ranking import rank_metrics
-from loracle.judge.report import ceiling_line, markdown_table, result_rows, summary
+from loracle.judge.report import summary
 from loracle.judge.spread import Spread, fit_spread
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
@@ -51,6 +51,7 @@ from loracle.model.likelihood import NoLikelihoodError, log_likelihood
 from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
+from loracle.run.card import model_card
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
@@ -665,7 +666,7 @@ def save(
         save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
     _write_predictions(folder / "predictions.csv", data, scores, calibration)
-    run_folder.write_text(folder / run_folder.CARD, model_card(folder, data.task, base, metrics, config))
+    run_folder.write_text(folder / run_folder.CARD, model_card(folder.name, run_folder.read_info(folder), metrics))
     run_folder.write_manifest(folder)
 
 
@@ -683,58 +684,7 @@ def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Sc
         )
 
 
-def model_card(folder: Path, task: Task, base: BaseModel, metrics: dict, config: RunConfig) -> str:
-    """README.md of a run folder."""
-    what = "Ranker" if task.kind == "rank" else f"Classifier of {len(task.label_names)} labels"
-    kept = config.model
-    plain = not config.lora.full and (kept.head, kept.pooling, kept.depth) == ("linear", "last", None)
-    opened = (
-        ["Plain PEFT opens it too:", "", "```python", *_peft_lines(task), "```"]
-        if plain
-        else ["It loads through loracle; plain PEFT does not know this head."]
-    )
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft" if not config.lora.full else "library_name: transformers",
-            "tags: [loracle]",
-            "---",
-            f"# {folder.name}",
-            "",
-            f"{what}, trained by loracle on top of {base.source}"
-            + (f" ({base.note}: so are all figures below)" if base.note else "")
-            + ".",
-            "",
-            markdown_table(result_rows(metrics, task.kind)),
-            "",
-            *([ceiling, ""] if (ceiling := ceiling_line(metrics["test"])) else []),
-            "Intervals are 95 % bootstrap intervals on the test side.",
-            "",
-            "```",
-            f"loracle {'rank' if task.kind == 'rank' else 'predict'} {folder} …",
-            "```",
-            "",
-            *opened,
-            "",
-        ]
-    )
-
-
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-def _peft_lines(task: Task) -> list[str]:
-    return [
-        "import pathlib, tomllib",
-        "from peft import AutoPeftModelForSequenceClassification",
-        "from transformers import AutoTokenizer",
-        "",
-        "folder = '.'  # this one",
-        "load_kwargs = tomllib.loads(pathlib.Path(folder, 'run.toml').read_text())['load_kwargs']",
-        "model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **load_kwargs).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "scores = model(**tokenizer(['a text', 'another'], truncation=True, padding=True, return_tensors='pt')).logits",
-    ]
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

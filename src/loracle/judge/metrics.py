@@ -172,11 +172,35 @@ def lead(
     seed: int = 0,
 ) -> Interval:
     """By how much the headline metric of logits a is above that of logits b, resampled in pairs."""
+    return differences(scores_a, scores_b, targets, task, groups=groups, seed=seed)[headline_metric(task)]
+
+
+def differences(
+    scores_a: np.ndarray,
+    scores_b: np.ndarray,
+    targets: np.ndarray,
+    task: Task,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    calibrations: tuple[Calibration, Calibration] = (UNCALIBRATED, UNCALIBRATED),
+) -> dict[str, Interval]:
+    """By how much each metric of logits a, at its calibration, is above that of logits b: the same draws for both.
+
+    Names and arguments as in ``classification_metrics``, without the calibration errors, which are no means over texts.
+    """
     unit, units = units_of(groups, len(targets))
     of = _single if task.kind == "single" else _multi
-    a, b = (of(_checked(s, targets, task)[0], targets, unit, units, UNCALIBRATED) for s in (scores_a, scores_b))
-    name = headline_metric(task)
-    return bootstrap(lambda weights: {name: a(weights)[name] - b(weights)[name]}, units, seed=seed)[name]
+    a, b = (
+        of(_checked(scores, targets, task)[0], targets, unit, units, calibration)
+        for scores, calibration in zip((scores_a, scores_b), calibrations, strict=True)
+    )
+
+    def statistics(weights: Array) -> dict[str, Array]:
+        of_a, of_b = a(weights), b(weights)
+        return {name: of_a[name] - of_b[name] for name in of_a}
+
+    return bootstrap(statistics, units, seed=seed)
 
 
 def bootstrap(

@@ -64,6 +64,16 @@ def figure(metric: Any, name: str) -> str:
     return shown if low is None or high is None else f"{shown} [{_written(low, name)}, {_written(high, name)}]"
 
 
+def difference(metric: Mapping[str, float | None], name: str) -> str:
+    """A difference ``{"value", "low", "high"}`` with its sign: in points where the metric itself is written in per cent."""
+    points = name in PERCENT or name == "ctr_lift"
+    value, low, high = (
+        v if v is None else f"{100 * v:+.1f}" if points else f"{v:+.3f}"
+        for v in (metric[k] for k in ("value", "low", "high"))
+    )
+    return "–" if value is None else value if low is None or high is None else f"{value} [{low}, {high}]"
+
+
 def _written(value: float, name: str) -> str:
     if name == "ctr_lift":
         return f"{100 * value:+.1f} %"

@@ -161,7 +161,16 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
 
 
 def _test_rows(run: Path, most: int) -> list[dict[str, str]]:
-    """Rows of the run's test side."""
+    """Rows of the run's test side.
+
+    Raises:
+        UserError: it has none, as a run that was pulled: no text is ever pushed.
+    """
+    if not (run / "predictions.csv").exists():
+        raise UserError(
+            f"test texts in {run} to try the export on", "no predictions.csv, as in every run that was pulled",
+            "export where it was trained",
+        )  # fmt: skip
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
         return [row for row, _ in zip(csv.DictReader(f), range(most), strict=False)]
 

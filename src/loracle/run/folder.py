@@ -39,6 +39,7 @@ RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "REA
 CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"
 MEANINGS: dict[str, Any] = {"classifier": Calibration, "clicks": Spread}
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
+LOCAL = "./"  # before the name of a base model that only the machine of the training had, in a run that was pushed
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 
@@ -64,13 +65,13 @@ def free(folder: Path, fix: str) -> Path:
     return folder
 
 
-def write_info(folder: Path, info: RunInfo) -> None:
-    """Write ``run.toml``; TOML has no null, so what is None is left out."""
+def write_info(folder: Path, info: RunInfo, *, out: str | None = None) -> None:
+    """Write ``run.toml``; TOML has no null, so what is None is left out. ``out``: the folder as it is to be named in it."""
     document = {
         "task": dataclasses.asdict(info.task),
         "base": info.base,
         "load_kwargs": info.load_kwargs,
-        "config": {"out": str(folder.resolve()), "baselines": info.config.baselines}
+        "config": {"out": out or str(folder.resolve()), "baselines": info.config.baselines}
         | {name: dataclasses.asdict(getattr(info.config, name)) for name in RunConfig.SECTIONS},
         "provenance": info.provenance,
     }

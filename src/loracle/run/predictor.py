@@ -18,7 +18,7 @@ from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.int8 import Int8Scorer
 from loracle.model.scorer import Scorer
-from loracle.run.folder import RunInfo, read_calibration, read_info, verify
+from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, verify
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import check_contexts
 
@@ -49,6 +49,12 @@ def find_base(info: RunInfo, folder: Path, base: str | None = None) -> BaseModel
     Raises:
         UserError: it is not the one that was trained on.
     """
+    source = info.base["source"]
+    if base is None and source.startswith(LOCAL) and not Path(source).exists():
+        raise UserError(
+            f"the base model of {folder}", f"{source.removeprefix(LOCAL)}, which was a folder where it was trained",
+            f"pass --base with the weights of SHA-256 {info.base['sha256'][:12]}…",
+        )  # fmt: skip
     found = resolve_base(base or info.base["source"], None if base else info.base.get("revision"))
     if found.checksum() != info.base["sha256"]:
         raise UserError(

@@ -1,0 +1,152 @@
+"""A run to a hub, and from one. What goes out is a copy that holds no text of the data and no path of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from loracle import hub
+from loracle.errors import UserError
+from loracle.run import folder as run_folder
+from loracle.run.card import model_card
+
+Say = Callable[[str], None]
+DEMO_LICENCE = "apache-2.0"  # of SmolLM2, the embedded model
+
+
+def push(run: Path, to: str, *, private: bool = False, revision: str | None = None, say: Say = print) -> str:
+    """Upload what a run needs to predict, with a model card; returns the address of its page.
+
+    Left out, and named: report and predictions, which hold texts, logs, scores and checkpoints.
+
+    Raises:
+        UserError: no run, one that is unfinished or damaged, or a hub that does not take it.
+    """
+    info = run_folder.read_info(run)
+    run_folder.verify(run)
+    place = str(hub.parse(to))
+    with tempfile.TemporaryDirectory(prefix="loracle-push-") as scratch:
+        staged = Path(scratch) / run.resolve().name
+        left = stage(run, staged, info, place)
+        if info.base["source"] not in ("demo",) and _is_local(info.base["source"]):
+            say("note: the base model is a folder of this machine; whoever pulls needs its weights, and --base")
+        say(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
+        say(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
+        licence = _licence(info)
+        return hub.upload(staged, place, private=private, revision=revision, licence=licence)
+
+
+def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str]:
+    """Copy what is to be pushed, its paths shortened to names, with a card and a manifest of its own; returns what is not."""
+    to.mkdir()
+    names = [p.name + "/" * p.is_dir() for p in sorted(run.iterdir()) if not p.name.startswith(".")]
+    kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in hub.RUN_FILES)]
+    for name in kept:
+        shutil.copyfile(run / name, to / name)
+    shared = without_paths(info)
+    run_folder.write_info(to, shared, out=to.name)
+    source = shared.base["source"]
+    local = None if source.startswith("hf:") else source.removeprefix("modelscope:")
+    if local and (adapter := _json(to / "adapter_config.json")):
+        run_folder.write_text(
+            to / "adapter_config.json", json.dumps(adapter | {"base_model_name_or_path": local}, indent=2)
+        )
+    if metrics := _json(to / run_folder.METRICS):
+        metrics["base"] = shared.base.get("note") or source
+        run_folder.write_text(to / run_folder.METRICS, json.dumps(metrics, indent=1))
+        card = model_card(to.name, shared, metrics, place=place, licence=_licence(info))
+        run_folder.write_text(to / run_folder.CARD, card)
+    run_folder.write_manifest(to)
+    return [name for name in names if name not in kept]
+
+
+def without_paths(info: run_folder.RunInfo) -> run_folder.RunInfo:
+    """The same with files and folders of this machine by their names alone."""
+    data, base = info.config.data, info.base
+    data = dataclasses.replace(data, data=_name(data.data), test=_name(data.test) if data.test else None)
+    model = info.config.model
+    if _is_local(base["source"]):
+        base = base | {"source": run_folder.LOCAL + Path(base["source"]).name}
+    if _is_local(model.model):
+        model = dataclasses.replace(model, model=run_folder.LOCAL + Path(model.model).name)
+    config = dataclasses.replace(info.config, data=data, model=model, out=None)
+    return dataclasses.replace(info, config=config, base=base)
+
+
+def pull(spec: str, out: Path | None = None, *, say: Say = print) -> Path:
+    """Fetch a run that was pushed, whole or not at all; returns its folder.
+
+    What the hub's client has in its cache is not fetched again, and serves without a network.
+
+    Args:
+        spec: ``hf:owner/name`` or ``modelscope:owner/name``, and perhaps ``@revision``.
+        out: where it goes; by default ``runs/name``.
+
+    Raises:
+        UserError: nothing there, no run, or files that are not what was pushed; ``out`` is then not there.
+    """
+    place, _, revision = spec.partition("@")
+    if not place.startswith(("hf:", "modelscope:")):
+        raise UserError("hf:owner/name or modelscope:owner/name to pull", repr(spec), "write for example hf:me/topics")
+    out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "pick another one")
+    found = hub.download(place, kind="run", revision=revision or None)
+    if not (found / run_folder.MANIFEST).is_file() or not (found / run_folder.RUN).is_file():
+        raise UserError(
+            f"a run of loracle at {spec}", "no run.toml and manifest.json there", "push one with loracle push"
+        )
+    scratch = out.with_name(f".{out.name}.pulling")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        for name in _names(found / run_folder.MANIFEST, spec):
+            if (found / name).is_file():
+                shutil.copyfile(found / name, scratch / name)
+        shutil.copyfile(found / run_folder.MANIFEST, scratch / run_folder.MANIFEST)
+        try:
+            run_folder.verify(scratch)
+        except UserError as error:
+            expected = error.expected.replace(str(scratch), spec)
+            raise UserError(expected, error.found, "pull again, or push it anew where it was trained") from error
+        info = run_folder.read_info(scratch)
+        if out.exists():
+            out.rmdir()  # empty, or free() had said no
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if info.base["source"].startswith(run_folder.LOCAL):
+        say(
+            f"note: its base model was a folder of another machine; pass --base, weights of SHA-256 {info.base['sha256']}"
+        )
+    return out
+
+
+def _names(manifest: Path, spec: str) -> list[str]:
+    """The files that a manifest lists: all of them beside it, and of the kinds that are pushed."""
+    listed = hub.read_json(manifest, spec)
+    names = list(listed) if isinstance(listed, dict) else []
+    if odd := [n for n in names if not any(fnmatchcase(n, p) for p in hub.RUN_FILES) or Path(n).name != n]:
+        raise UserError(f"files of a run in manifest.json of {spec}", repr(odd[0]), "do not use it")
+    return names
+
+
+def _licence(info: run_folder.RunInfo) -> str | None:
+    source = info.base["source"]
+    return DEMO_LICENCE if source == "demo" else hub.licence_of(source, info.base.get("revision"))
+
+
+def _is_local(spec: str) -> bool:
+    return Path(spec).is_absolute()
+
+
+def _name(spec: str) -> str:
+    return Path(spec).name if _is_local(spec) else spec
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
