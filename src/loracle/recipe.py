@@ -563,9 +563,7 @@ def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
     return float(np.clip(titles / (spread.spread**2 * (1 - rate)), *SATURATION))
 
 
-def fit_meaning(
-    scores: list[np.ndarray], data: Data, precision: float | None = None
-) -> Calibration | Spread | None:
+def fit_meaning(scores: list[np.ndarray], data: Data, precision: float | None = None) -> Calibration | Spread | None:
     """What scores of the validation examples mean. A classifier's: temperature or thresholds. Of clicks: how much a point of
     score moves the log-odds of one, and how far titles differ beyond it. Of pairs and grades: nothing that could be told.
     """
