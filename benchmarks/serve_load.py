@@ -214,7 +214,8 @@ def main(seconds: float, rounds: int) -> None:
             times, statuses = accepted(answers), [status for status, _ in answers]
             notes.append(
                 f"{name}, {CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {2 * seconds:g} s: "
-                f"{len(answers):,} answers, {statuses.count(200) / len(answers):.1%} accepted with p99 {np.percentile(times, 99):,.0f} ms, "
+                f"{len(answers):,} answers, {statuses.count(200) / len(answers):.1%} accepted with p99 "
+                f"{np.percentile(times, 99):,.0f} ms, "
                 f"{statuses.count(429) / len(answers):.1%} 429, {statuses.count(503) / len(answers):.1%} 503, "
                 f"{statuses.count(0)} broken; memory {held[0]:,.0f} MB before, {max(held):,.0f} at most."
             )
