@@ -1,4 +1,4 @@
-"""docs/production.md, as a reader types it: every command in a shell of its own, against a server that one of them started."""
+"""docs/production.md, as a reader types it: every command, against a server that one of them started."""
 
 from __future__ import annotations
 
@@ -9,20 +9,36 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvicorn
 from click.testing import CliRunner
 from small import labelled, write
 from test_docs import commands
 
 from loracle.cli import main
+from loracle.config import ServeConfig
+from loracle.serve.api import create_app
+from loracle.serve.guard import is_loopback
+from loracle.serve.server import load, read_token
 
 
 @contextmanager
 def served(args, environment):
-    """The server that a line of the page starts."""
+    """The first server that the page starts, as it is started; and what a second line adds, in this process."""
+    if "--token-file" in args:
+        given = main.commands["serve"].make_context("serve", args[1:]).params
+        app = create_app(
+            load(given["runs"], say=lambda line: None), ServeConfig(), token=read_token(given["token_file"])
+        )
+        assert not is_loopback(given["host"])
+        with running(app, given["port"]):
+            yield
+        return
     command = [sys.executable, "-m", "loracle.cli", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -35,6 +51,22 @@ def served(args, environment):
             process.terminate()
             out, err = process.communicate(timeout=30)
             assert (process.returncode, out, err) == (0, "stopped\n", "")
+
+
+@contextmanager
+def running(app, port):
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    give_up = time.monotonic() + 60
+    while not server.started:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def answer(line, port, environment):

@@ -25,13 +25,6 @@ def classified():
     ]
 
 
-def several():
-    return [
-        {"text": row["text"], "labels": [row["label"]] * (i % 4 > 0) + ["odd"] * (i % 2)}
-        for i, row in enumerate(classified())
-    ]
-
-
 def clicked():
     return [
         {"test": f"quokka {i}", "brief": f"Zyzzyva brief {i}", "title": f"{word} 水獭 {i}", "clicks": 30 * c + i,
@@ -41,7 +34,7 @@ def clicked():
     ]  # fmt: skip
 
 
-ROWS = {"single": classified, "multi": several, "rank": clicked}
+ROWS = {"single": classified, "rank": clicked}
 COLUMNS = {"rank": {"group": "test", "context": "brief", "text": "title"}}
 
 
@@ -89,6 +82,5 @@ def test_eight_bits_of_such_a_run_promise_no_agreement(train, tmp_path):
     np.testing.assert_allclose(a, b, atol=0.1 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("kind", ["single", "rank"])
-def test_texts_stand_where_the_guide_says_otherwise(train, kind):
-    assert spoken(train(kind, True)) == {"predictions.csv", "report.html", "report.json"}
+def test_texts_stand_where_the_guide_says_otherwise(train):
+    assert spoken(train("single", True)) == {"predictions.csv", "report.html", "report.json"}

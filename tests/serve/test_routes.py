@@ -261,7 +261,7 @@ def test_drift_is_far_for_other_texts_and_within_chance_for_the_same(predictors,
         index, limit = ("loracle_drift_psi", of, run), ("loracle_drift_psi_limit", of, run)
         assert np.isnan(before[index])
         assert same[index] < 0.01 < same[limit]
-        assert far[index] > 2 * far[limit] or of == "labels"
+        assert far[index] > far[limit] or of == "labels"
     tokens = known["pairs"].tokens
     both = (*tokens.counts[:-1], tokens.counts[-1] + len(other))  # the others are longer than any
     for name, counts in (("trained", tokens.counts), ("seen", both)):
