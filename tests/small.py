@@ -10,6 +10,15 @@ from typing import Any
 WORDS = {"pos": "good", "neg": "bad", "mid": "so"}
 QUICK = {"epochs": 1.0, "batch": 8, "lr": 1e-2, "baselines": False, "test_share": 0.2, "validation_share": 0.2}
 
+ENGLISH = (
+    "Markets fall as banks report losses", "Striker signs for rivals after record bid", "Star wins film award in Berlin",
+    "Minister quits over tax plan", "Chip maker unveils faster phone processor", "Heavy rain closes the coast road",
+)  # fmt: skip
+CHINESE = (
+    "受银行亏损影响,股市全线下跌", "前锋以创纪录转会费加盟死敌", "影星在柏林电影节获奖",
+    "部长因税收方案辞职", "芯片制造商发布更快的手机处理器", "暴雨导致沿海公路封闭",
+)  # fmt: skip
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Rows as the file's suffix says: .csv, .tsv, .jsonl or .json."""

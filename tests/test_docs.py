@@ -117,7 +117,9 @@ def test_the_examples_work(tiny_model, capsys, path):
     assert any(word in "".join(last) for word in ("good (", "bad (", "7 facts about ships"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/clicks.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/clicks.md", "docs/production.md", "CONTRIBUTING.md"]
+)
 def test_flags_and_files_named_in_the_pages_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     known = {opt for command in main.commands.values() for p in command.params for opt in p.opts + p.secondary_opts}

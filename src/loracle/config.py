@@ -234,6 +234,9 @@ class TrainConfig:
     micro_tokens: int = dial(
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
     )
+    texts: bool = dial(
+        True, "keep texts of the data in the run folder (predictions, report); --no-texts: rows instead of texts"
+    )
     track: str | None = dial(
         None, "also log to this service, whose package is installed and logged in", ("wandb", "mlflow", "swanlab")
     )

@@ -33,8 +33,8 @@ Place = Literal["hf", "modelscope", "folder", "gguf", "demo"]
 RUN_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*",
-    "openvino_model.xml", "openvino_model.bin", "run.toml", "metrics.json", "calibration.json", "README.md",
-    "manifest.json",
+    "openvino_model.xml", "openvino_model.bin", "run.toml", "metrics.json", "calibration.json", "reference.json",
+    "README.md", "manifest.json",
 )  # fmt: skip
 _ALLOWED = {
     "run": list(RUN_FILES),

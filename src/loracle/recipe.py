@@ -27,7 +27,8 @@ from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge import baselines
 from loracle.judge.calibrate import Calibration, fit_calibration
-from loracle.judge.findings import curves, findings, training_suspects
+from loracle.judge.drift import reference
+from loracle.judge.findings import curves, findings, training_suspects, without_texts
 from loracle.judge.metrics import (
     UNCALIBRATED,
     as_json,
@@ -229,7 +230,7 @@ def learn(
     if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
     lr = learning_rate(config, base_config)
-    lengths = _lengths(encoder, data)
+    lengths, tokens = _lengths(encoder, data)
     say(
         f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {scorer.device}; learning rate {lr:g}"
     )
@@ -273,7 +274,8 @@ def learn(
     scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
 
     # What the scores mean is settled on the validation examples too.
-    meaning = fit_meaning(scorer, encoder, data, config.train.wanted_precision)
+    watched = score_examples(scorer, encoder, data.validation)
+    meaning = fit_meaning(watched, data, config.train.wanted_precision)
     calibration = meaning if isinstance(meaning, Calibration) else None
     if calibration:
         say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
@@ -296,6 +298,7 @@ def learn(
     }
     if meaning:
         run_folder.write_calibration(folder, meaning)
+    run_folder.write_reference(folder, reference(tokens, np.concatenate(watched), task, calibration))
     if keep_scores:
         write_scores(folder, scores)
     told = write_report(folder, data, scores, rivals, metrics, calibration)
@@ -562,15 +565,12 @@ def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
     return float(np.clip(titles / (spread.spread**2 * (1 - rate)), *SATURATION))
 
 
-def fit_meaning(
-    scorer: Scorer, encoder: Encoder, data: Data, precision: float | None = None
-) -> Calibration | Spread | None:
-    """What scores mean. A classifier's: temperature or thresholds. Of clicks: how much a point of score moves the log-odds
-    of one, and how far titles differ beyond it. Of pairs and grades: nothing that could be told.
+def fit_meaning(scores: list[np.ndarray], data: Data, precision: float | None = None) -> Calibration | Spread | None:
+    """What scores of the validation examples mean. A classifier's: temperature or thresholds. Of clicks: how much a point of
+    score moves the log-odds of one, and how far titles differ beyond it. Of pairs and grades: nothing that could be told.
     """
     if data.task.kind == "rank" and data.task.evidence != "clicks":
         return None
-    scores = score_examples(scorer, encoder, data.validation)
     if data.task.kind != "rank":
         targets = target_array(data.validation, data.task)
         return fit_calibration(np.concatenate(scores), targets, data.task, precision=precision)
@@ -642,6 +642,8 @@ def write_report(
     report = findings(scores, data.test, task, metrics, rivals, calibration)
     if "suspects" in report and rivals:
         report["suspects"]["train"] = training_suspects(data.train, task, seed=info.config.train.seed)
+    if not info.config.train.texts:
+        report = without_texts(report)
     report |= {"run": run_folder.facts(folder, info, data.issues), "curves": curves(folder / "log.jsonl")}
     run_folder.write_text(folder / run_folder.REPORT, json.dumps(report, indent=1, ensure_ascii=False))
     run_folder.write_text(folder / run_folder.PAGE, render(report))
@@ -665,7 +667,7 @@ def save(
         kind, _, name = base.source.partition(":")
         save_adapter(scorer.model, folder, base=name if kind == "hf" else str(base.folder), revision=base.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(metrics, indent=1))
-    _write_predictions(folder / "predictions.csv", data, scores, calibration)
+    write_predictions(folder, data, scores, calibration, texts=config.train.texts)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder.name, run_folder.read_info(folder), metrics))
     run_folder.write_manifest(folder)
 
@@ -741,35 +743,42 @@ def _speed(outcome: Fit, wall: float) -> dict[str, Any]:
     }
 
 
-def _lengths(encoder: Encoder, data: Data) -> dict[str, float]:
-    """Tokens and over-long texts of all three sides, counted in windows so that memory stays flat."""
-    total = most = over = texts = 0
+def _lengths(encoder: Encoder, data: Data) -> tuple[dict[str, float], list[int]]:
+    """Tokens and over-long texts of all three sides, and the tokens of each training text; counted in windows, so that no more
+    than their numbers is held.
+    """
+    tokens: list[int] = []
+    over = 0
     sides = [e for side in (data.train, data.validation, data.test) for e in side]
     for i in range(0, len(sides), 1024):
         encoded = [e for unit in encode_examples(encoder, sides[i : i + 1024]) for e in unit]
-        texts += len(encoded)
-        total += sum(e.tokens for e in encoded)
-        most = max(most, *(e.tokens for e in encoded))
+        tokens += [e.tokens for e in encoded]
         over += sum(e.cut for e in encoded)
-    return {"count": texts, "tokens": total, "mean": total / texts, "max": most, "over_length": over}
+    found = {"count": len(tokens), "tokens": sum(tokens), "mean": sum(tokens) / len(tokens), "max": max(tokens)}
+    return found | {"over_length": over}, tokens[: sum(len(_texts(e)) for e in data.train)]
 
 
-def _write_predictions(path: Path, data: Data, scores: Sequence[np.ndarray], calibration: Calibration | None) -> None:
-    with path.open("w", newline="", encoding="utf-8") as f:
+def write_predictions(
+    folder: Path, data: Data, scores: Sequence[np.ndarray], calibration: Calibration | None, *, texts: bool
+) -> None:
+    """Every test text with what the model makes of it; without ``texts`` rows of the data alone, and groups by number."""
+    with (folder / run_folder.PREDICTIONS).open("w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         if data.task.kind == "rank":
-            out.writerow(["row", "group", "text", "score"])
-            for e, s in zip(data.test, scores, strict=True):
+            out.writerow(["row", "group", *(["text"] if texts else []), "score"])
+            for number, (e, s) in enumerate(zip(data.test, scores, strict=True), 1):
                 assert isinstance(e, RankGroup)
-                out.writerows((row, e.group, t, f"{v:.6g}") for row, t, v in zip(e.rows, e.texts, s[:, 0], strict=True))
+                group = e.group if texts else number
+                for row, text, score in zip(e.rows, e.texts, s[:, 0], strict=True):
+                    out.writerow([row, group, *([text] if texts else []), f"{score:.6g}"])
             return
         names, calibration = data.task.label_names, calibration or UNCALIBRATED
         proba = probabilities(np.concatenate(scores), data.task, calibration)
-        out.writerow(["row", "text", "label", "predicted", "probability"])
+        out.writerow(["row", *(["text"] if texts else []), "label", "predicted", "probability"])
         for e, p, given in zip(data.test, proba, given_labels(proba, data.task, calibration), strict=True):
             assert isinstance(e, LabeledText)
             shown = ["|".join(names[i] for i in some) for some in (e.labels, np.flatnonzero(given))]
-            out.writerow([e.row, e.text, *shown, f"{p.max():.6g}"])
+            out.writerow([e.row, *([e.text] if texts else []), *shown, f"{p.max():.6g}"])
 
 
 def _texts(example: Example) -> tuple[str, ...]:

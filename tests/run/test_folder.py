@@ -18,7 +18,7 @@ from loracle.run.folder import RunInfo, read_info, verify, write_info, write_man
 
 FILES = (
     "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "log.jsonl", "metrics.json",
-    "predictions.csv", "report.html", "report.json", "run.toml", "tokenizer.json", "tokenizer_config.json",
+    "predictions.csv", "reference.json", "report.html", "report.json", "run.toml", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.config import RunConfig, ServeConfig
+from loracle.judge import drift
 from loracle.model.assemble import share_weights
 from loracle.run.predictor import Predictor
 from loracle.serve import api
@@ -230,6 +231,61 @@ def test_metrics_count_what_was_asked_and_answered(predictors):
     assert seen["loracle_queue_texts"] == seen["loracle_queue_tokens"] == seen["loracle_rounds_failed"] == 0
     assert "secret" not in page
     assert "good day" not in page
+
+
+def test_drift_is_far_for_other_texts_and_within_chance_for_the_same(predictors, monkeypatch):
+    """Against a reference of some texts, as training keeps one: the same texts again, then others."""
+    usual = [f"{word} number {i}" + " and more" * (i % 4) for i in range(40) for word in ("good", "bad", "so")]
+    other = ["so " * 40 + str(i) for i in range(60)]
+    known = {}
+    for run in ("several", "pairs"):
+        predictor = predictors[run]
+        lengths = [e.tokens for e in predictor.encode(usual)]
+        known[run] = drift.reference(lengths, predictor.scores(usual), predictor.task, predictor.calibration)
+        monkeypatch.setattr(predictor, "reference", known[run])
+    with client_of(predictors) as client:
+        before = figures(client)
+        post(client, "/v1/classify", run="several", texts=usual)
+        post(client, "/v1/rank", run="pairs", titles=usual)
+        same = figures(client)
+        post(client, "/classify", model="several", input=other)
+        post(client, "/rerank", model="pairs", query="", documents=other)
+        far = figures(client)
+    for run, of in (
+        ("several", "tokens"),
+        ("several", "score"),
+        ("several", "labels"),
+        ("pairs", "tokens"),
+        ("pairs", "score"),
+    ):
+        index, limit = ("loracle_drift_psi", of, run), ("loracle_drift_psi_limit", of, run)
+        assert np.isnan(before[index])
+        assert same[index] < 0.01 < same[limit]
+        assert far[index] > far[limit] or of == "labels"
+    tokens = known["pairs"].tokens
+    both = (*tokens.counts[:-1], tokens.counts[-1] + len(other))  # the others are longer than any
+    for name, counts in (("trained", tokens.counts), ("seen", both)):
+        shown = [far[f"loracle_drift_{name}_bucket", f"{edge:.1f}", "tokens", "pairs"] for edge in tokens.edges]
+        assert shown == np.cumsum(counts)[:-1].tolist()
+        assert far[f"loracle_drift_{name}_count", "tokens", "pairs"] == sum(counts)
+    given = [far["loracle_drift_trained_labels", label, "several"] for label in predictors["several"].task.label_names]
+    assert given == list(known["several"].labels)
+
+
+def test_a_run_from_before_there_was_a_reference_is_served_without(predictors, monkeypatch):
+    monkeypatch.setattr(predictors["moods"], "reference", None)
+    with client_of({"moods": predictors["moods"]}) as client:
+        post(client, "/v1/classify", texts=["good"])
+        assert not [name for name in figures(client) if "drift" in str(name)]
+
+
+def test_an_old_change_is_forgotten(monkeypatch):
+    from loracle.serve import metrics
+
+    monkeypatch.setattr(metrics, "RECENT", 4)
+    seen = metrics.Seen(3)
+    seen.add([0, 0, 1, 2, 2, 2], total=7.0)
+    assert (seen.all, seen.recent, seen.total) == ([2, 1, 3], [0, 1, 3], 7.0)
 
 
 def test_every_route_of_the_document_has_an_example_and_its_problems(client):

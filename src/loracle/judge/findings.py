@@ -297,7 +297,7 @@ def _worth(group: RankGroup) -> Array | None:
 
 def _group(scores: Array, group: RankGroup) -> dict[str, Any]:
     def title(i: int) -> dict[str, Any]:
-        known: dict[str, Any] = {"text": _short(group.texts[i]), "score": float(scores[i])}
+        known: dict[str, Any] = {"text": _short(group.texts[i]), "row": group.rows[i], "score": float(scores[i])}
         if group.clicks is not None and group.impressions is not None:
             shown = group.impressions[i]
             known |= {"impressions": shown, "clicks": group.clicks[i], "rate": group.clicks[i] / max(shown, 1)}
@@ -310,6 +310,21 @@ def _group(scores: Array, group: RankGroup) -> dict[str, Any]:
     best_first = np.argsort(-scores, kind="stable")[:LISTED]
     return {"group": str(group.group), "context": group.context and _short(group.context),
             "titles": [title(int(i)) for i in best_first], "of": len(scores)}  # fmt: skip
+
+
+# --- without texts ----------------------------------------------------------------------------------------------------
+
+
+def without_texts(found: dict[str, Any]) -> dict[str, Any]:
+    """The same findings with the rows of the data where its texts, contexts and names of groups stood."""
+    suspected = [side["rows"] for side in found.get("suspects", {}).values()]
+    for row in [row for rows in (found.get("errors", []), *suspected) for row in rows]:
+        row["text"] = f"row {row['row']}"
+    for number, group in enumerate(found.get("groups", []), 1):
+        group |= {"group": str(number), "context": None}
+        for title in group["titles"]:
+            title["text"] = f"row {title['row']}"
+    return found
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

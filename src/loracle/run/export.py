@@ -74,7 +74,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
         else:
             int8.convert(model, out, pooling=kept.pooling)
             del model
-            for name in (run_folder.RUN, run_folder.CALIBRATION):
+            for name in (run_folder.RUN, run_folder.CALIBRATION, run_folder.REFERENCE):
                 if (run / name).exists():
                     shutil.copy2(run / name, out)
             run_folder.write_manifest(out)
@@ -111,11 +111,11 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     info = run_folder.read_info(run)
-    texts = [row["text"] for row in _test_rows(run, TRIED)]
+    predictor = Predictor(run, base=base, device="cpu", dtype="float32")
+    texts = [row["text"] for row in _test_rows(run, TRIED)] or _made_up(predictor, TRIED)
     words = " ".join(texts)
     texts.append(words * (1 + info.config.model.max_length // max(1, len(words.split()))))
     contexts = _contexts(info, texts)
-    predictor = Predictor(run, base=base, device="cpu", dtype="float32")
     ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
     theirs = []
@@ -131,11 +131,13 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
 
 def _compare_int8(run: Path, out: Path, base: str | None) -> str:
     """How often 8-bit scores say the same as the run's, and what that costs where labels are known."""
-    rows = _test_rows(run, COMPARED)
-    texts = [row["text"] for row in rows]
-    contexts = _contexts(run_folder.read_info(run), texts)
-    exact, rounded = Predictor(run, base=base, device="cpu"), Predictor(out)
+    rows, exact, rounded = _test_rows(run, COMPARED), Predictor(run, base=base, device="cpu"), Predictor(out)
+    texts = [row["text"] for row in rows] or _made_up(exact, TRIED)
+    contexts = _contexts(exact.info, texts)
     a, b = (p.scores(texts, contexts) for p in (exact, rounded))
+    if not rows:
+        moved = np.abs(a - b).mean() / max(float(np.abs(a).mean()), 1e-12)
+        return f"int8 moves scores by {moved:.1%} on made-up texts, as the run keeps none: let evaluate say what that costs"
     if exact.task.kind == "rank":
         same = _pairs_in_order(a[:, 0], b[:, 0], [row["group"] for row in rows])
         return f"int8 orders {same:.1%} of the pairs of titles as the run does"
@@ -161,18 +163,18 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
 
 
 def _test_rows(run: Path, most: int) -> list[dict[str, str]]:
-    """Rows of the run's test side.
-
-    Raises:
-        UserError: it has none, as a run that was pulled: no text is ever pushed.
-    """
-    if not (run / "predictions.csv").exists():
-        raise UserError(
-            f"test texts in {run} to try the export on", "no predictions.csv, as in every run that was pulled",
-            "export where it was trained",
-        )  # fmt: skip
-    with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
+    """Rows of the run's test side; none of a run that keeps no texts (``--no-texts``), or that was pulled from a hub."""
+    if not run_folder.read_info(run).config.train.texts or not (run / run_folder.PREDICTIONS).exists():
+        return []
+    with (run / run_folder.PREDICTIONS).open(encoding="utf-8", newline="") as f:
         return [row for row, _ in zip(csv.DictReader(f), range(most), strict=False)]
+
+
+def _made_up(predictor: Predictor, count: int) -> list[str]:
+    """Texts to try an export on where the run keeps none: tokens of the model drawn at random, from none to dozens a text."""
+    rng, tokenizer = np.random.default_rng(0), predictor.encoder.tokenizer
+    drawn = (rng.integers(len(tokenizer), size=rng.integers(0, 48)) for _ in range(count))
+    return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in drawn]
 
 
 def _contexts(info: run_folder.RunInfo, texts: list[str]) -> list[str] | None:

@@ -6,6 +6,7 @@ run.toml                                         configuration, task, base model
 metrics.json, predictions.csv, log.jsonl         what it is worth
 report.html, report.json                         the same as a page, and every figure on it
 calibration.json                                 what scores mean: temperature or thresholds; slope and spread (clicks)
+reference.json                                   lengths, scores and labels in training, for drift to be seen
 scores.safetensors                               test scores in full, of runs that compare and validate set against others
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
@@ -33,10 +34,12 @@ from loracle.data.issues import Issue
 from loracle.errors import UserError
 from loracle.hub import checksum
 from loracle.judge.calibrate import Calibration
+from loracle.judge.drift import Reference
 from loracle.judge.spread import Spread
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
 CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"
+REFERENCE, PREDICTIONS = "reference.json", "predictions.csv"
 MEANINGS: dict[str, Any] = {"classifier": Calibration, "clicks": Spread}
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
 LOCAL = "./"  # before the name of a base model that only the machine of the training had, in a run that was pushed
@@ -95,6 +98,17 @@ def read_calibration(folder: Path) -> Calibration | Spread | None:
     made = MEANINGS[known.pop("kind", "clicks")]  # the first runs knew no other kind
     plain = {k: math.nan if v is None else tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     return made(**plain)
+
+
+def write_reference(folder: Path, reference: Reference) -> None:
+    """What texts looked like in training."""
+    write_text(folder / REFERENCE, json.dumps(dataclasses.asdict(reference), indent=1))
+
+
+def read_reference(folder: Path) -> Reference | None:
+    """What ``write_reference`` kept; None of runs from before there was any."""
+    path = folder / REFERENCE
+    return Reference.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def facts(folder: Path, info: RunInfo, issues: Iterable[Issue]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from loracle.model.assemble import load_scorer, score
 from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.int8 import Int8Scorer
 from loracle.model.scorer import Scorer
-from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, verify
+from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import check_contexts
 
@@ -93,6 +93,7 @@ class Predictor:
         meaning = read_calibration(self.folder)
         self.spread = meaning if isinstance(meaning, Spread) else None
         self.calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        self.reference = read_reference(self.folder)
         tokenizer = load_tokenizer(self.folder)
         self.scorer: Scorer | Int8Scorer
         if (self.folder / int8.MODEL).exists():

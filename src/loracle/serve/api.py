@@ -66,7 +66,11 @@ class Desk:
             queue_tokens=settings.queue_tokens,
             patience=settings.deadline,
         )
-        self.metrics = Metrics(self.batcher)
+        self.metrics = Metrics(
+            self.batcher,
+            {name: p.reference for name, p in predictors.items() if p.reference},
+            {name: p.task.label_names for name, p in predictors.items()},
+        )
         self.encoding, self.drawing = ThreadPoolExecutor(1, "loracle-encoder"), ThreadPoolExecutor(1, "loracle-lift")
 
     @asynccontextmanager

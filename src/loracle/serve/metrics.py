@@ -5,11 +5,16 @@ Of texts only counts, lengths and scores are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from loracle.judge import drift
 from loracle.serve.batcher import Batcher
 from loracle.text.encode import Encoded
 
@@ -17,13 +22,94 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PROBABILITIES = tuple(i / 20 for i in range(1, 21))
 SCORES = (-8, -4, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 4, 8)
+RECENT = 10_000  # values of which a stability index is taken, so that a change shows however long the server has run
+
+
+class Seen:
+    """Bins of what was served: counts of all, and of the last ``RECENT``."""
+
+    def __init__(self, bins: int):
+        self.all, self.recent, self._last = [0] * bins, [0] * bins, deque[int](maxlen=RECENT)
+        self.total = 0.0
+
+    def add(self, bins: Sequence[int], total: float = 0.0) -> None:
+        """More of them, in the order in which they came; ``total`` is the sum of their values."""
+        self.total += total
+        for place in bins:
+            if len(self._last) == RECENT:
+                self.recent[self._last[0]] -= 1
+            self._last.append(place)
+            self.all[place] += 1
+            self.recent[place] += 1
+
+
+class Drift:
+    """A collector of what runs saw in training and see now, in the same bins, and of how far they are apart."""
+
+    def __init__(self, references: Mapping[str, drift.Reference], labels: Mapping[str, Sequence[str]]):
+        self._labels = {run: {name: i for i, name in enumerate(labels[run])} for run in references}
+        self._known = {
+            run: {"tokens": r.tokens, "score": r.scores} for run, r in references.items()
+        }  # what has an order, and so a histogram
+        self._counts = {
+            run: {"tokens": r.tokens.counts, "score": r.scores.counts} | ({"labels": r.labels} if r.labels else {})
+            for run, r in references.items()
+        }
+        self._seen = {run: {of: Seen(len(known)) for of, known in each.items()} for run, each in self._counts.items()}
+
+    def add(self, run: str, of: str, values: Any) -> None:
+        """Lengths or scores of texts."""
+        if run in self._seen:
+            self._seen[run][of].add(self._known[run][of].bins(values).tolist(), float(np.sum(values)))
+
+    def add_labels(self, run: str, given: Sequence[Sequence[str]]) -> None:
+        if run in self._seen:
+            self._seen[run]["labels"].add([self._labels[run][name] for names in given for name in names])
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        trained = HistogramMetricFamily(
+            "loracle_drift_trained", "Lengths of training texts, scores of validation texts", labels=("run", "of")
+        )
+        seen = HistogramMetricFamily("loracle_drift_seen", "The same of what was served", labels=("run", "of"))
+        given = GaugeMetricFamily(
+            "loracle_drift_trained_labels", "Labels given to validation texts", labels=("run", "label")
+        )
+        index = GaugeMetricFamily(
+            "loracle_drift_psi",
+            f"Population stability index of the last {RECENT} texts against training",
+            labels=("run", "of"),
+        )
+        limit = GaugeMetricFamily(
+            "loracle_drift_psi_limit", "What chance alone exceeds once in 1000", labels=("run", "of")
+        )
+        for run, each in self._counts.items():
+            for of, known in self._known[run].items():
+                ends = [f"{edge:.6g}" for edge in known.edges] + ["+Inf"]
+                now = self._seen[run][of]
+                trained.add_metric([run, of], list(zip(ends, accumulate(known.counts), strict=True)), known.total)
+                seen.add_metric([run, of], list(zip(ends, accumulate(now.all), strict=True)), now.total)
+            for label, place in self._labels[run].items():
+                given.add_metric([run, label], each["labels"][place])
+            for of, counts in each.items():
+                index.add_metric([run, of], drift.psi(self._seen[run][of].recent, counts))
+                limit.add_metric([run, of], drift.limit(self._seen[run][of].recent, counts))
+        yield from (trained, seen, given, index, limit)
 
 
 class Metrics:
-    """The figures of one server, in a registry of its own."""
+    """The figures of one server, in a registry of its own.
 
-    def __init__(self, batcher: Batcher):
+    Args:
+        references: what runs saw in training, of those that kept it. labels: names of a run's labels.
+    """
+
+    def __init__(
+        self, batcher: Batcher, references: Mapping[str, drift.Reference], labels: Mapping[str, Sequence[str]]
+    ):
         self.registry = registry = CollectorRegistry()
+        self.drift = Drift(references, labels)
+        registry.register(self.drift)
         self.requests = Counter("loracle_requests", "Requests answered", ("route", "status"), registry=registry)
         self.latency = Histogram(
             "loracle_request_seconds",
@@ -64,6 +150,7 @@ class Metrics:
         self.cut.labels(run).inc(sum(e.cut for e in texts))
         for e in texts:
             self.lengths.labels(run).observe(e.tokens)
+        self.drift.add(run, "tokens", [e.tokens for e in texts])
 
     def classified(self, run: str, proba: np.ndarray, labels: Sequence[Sequence[str]]) -> None:
         for top in proba.max(axis=1):
@@ -71,10 +158,13 @@ class Metrics:
         for names in labels:
             for name in names:
                 self.labels.labels(run, name).inc()
+        self.drift.add(run, "score", proba.max(axis=1))
+        self.drift.add_labels(run, labels)
 
     def ranked(self, run: str, scores: np.ndarray) -> None:
         for score in scores:
             self.scores.labels(run).observe(score)
+        self.drift.add(run, "score", scores)
 
     def page(self) -> bytes:
         """In Prometheus' text format."""

@@ -1,0 +1,237 @@
+"""``loracle serve`` beside a transformers pipeline behind FastAPI under the same load, and both under ten times what they bear.
+
+    python benchmarks/serve_load.py                              # a dated table in benchmarks/results/, about 12 minutes
+    python benchmarks/serve_load.py --seconds 3 --rounds 1       # does it work?
+    python benchmarks/serve_load.py --peer queue --folder FOLDER --port 8001   # a peer alone
+
+Same weights (a run of the demo's topics, and its export to transformers), dtype, headlines, machine, and locust on it. The peer
+is written as transformers' page "Web server inference" says: a queue, one worker that takes what waits and scores it as one
+batch; its forward is put in a thread besides, so that the loop goes on. ``threads`` is what is written without that page.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from results import write_table
+
+HERE = Path(__file__).parent
+LORACLE = [sys.executable, "-m", "loracle.cli"]
+USERS = (1, 8, 32)
+OVERLOAD = 10  # times the best throughput that a server showed
+CROWD = 800  # users of the overload
+PORT = 8765
+
+
+# --- the peer ---------------------------------------------------------------------------------------------------------
+
+
+def peer(folder: str, how: str, port: int) -> None:
+    """A pipeline behind FastAPI; ``how`` is queue or threads."""
+    import asyncio
+    from contextlib import asynccontextmanager
+
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+    from transformers import pipeline
+
+    pipe = pipeline("text-classification", model=folder, device="cpu", dtype=torch.bfloat16)
+    waiting: asyncio.Queue = asyncio.Queue()
+
+    class Texts(BaseModel):
+        texts: list[str]
+
+    async def work() -> None:
+        while True:
+            some = [await waiting.get()]
+            while True:
+                try:
+                    some.append(await asyncio.wait_for(waiting.get(), timeout=0.001))
+                except TimeoutError:
+                    break
+            texts = [text for text, _ in some]
+            found = await asyncio.to_thread(pipe, texts, truncation=True, top_k=None, batch_size=len(texts))
+            for (_, answer), one in zip(some, found, strict=True):
+                await answer.put(one)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(work())
+        yield
+        worker.cancel()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/readyz")
+    def ready() -> str:
+        return "ok"
+
+    if how == "queue":
+
+        @app.post("/v1/classify")
+        async def classify(asked: Texts) -> Any:
+            answers: list[asyncio.Queue] = [asyncio.Queue() for _ in asked.texts]
+            for pair in zip(asked.texts, answers, strict=True):
+                await waiting.put(pair)
+            return [await answer.get() for answer in answers]
+
+    else:
+
+        @app.post("/v1/classify")
+        def classify_in_a_thread(asked: Texts) -> Any:
+            return pipe(asked.texts, truncation=True, top_k=None)
+
+    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+
+
+# --- one measurement --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(command: list[str]) -> Iterator[psutil.Process]:
+    """A server that is ready."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=5)
+                break
+            except OSError:
+                if process.poll() is not None:
+                    raise SystemExit(f"failed: {command}") from None
+                time.sleep(0.2)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def load(seconds: float, users: int, rate: float = 0.0) -> list[tuple[int, float]]:
+    """Status and milliseconds of every answer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = Path(scratch) / "answers.json"
+        environment = {**os.environ, "LOAD_ANSWERS": str(answers), "LOAD_RATE": str(rate), "LOAD_USERS": str(users)}
+        command = [sys.executable, "-m", "locust", "-f", HERE / "serve_load_user.py", "--headless", "--only-summary",
+                   "--host", f"http://127.0.0.1:{PORT}", "-u", users, "-r", users, "-t", f"{seconds:g}s",
+                   "--exit-code-on-error", 0]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+        if not answers.exists():
+            raise SystemExit(done.stderr[-2000:])
+        return json.loads(answers.read_text())
+
+
+@contextmanager
+def watched(process: psutil.Process) -> Iterator[list[float]]:
+    """Megabytes that a process holds, twice a second."""
+    held, over = [process.memory_info().rss / 1e6], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            held.append(process.memory_info().rss / 1e6)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield held
+    finally:
+        over.set()
+        thread.join()
+
+
+def accepted(answers: list[tuple[int, float]]) -> list[float]:
+    return [ms for status, ms in answers if status == 200] or [float("nan")]
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def prepare(root: Path) -> tuple[Path, Path]:
+    """A run of the demo's topics, and its export."""
+    from loracle.data.demo import write_demo
+
+    files, run, plain = write_demo(root / "data"), root / "topics", root / "plain"
+    for command in (
+        ["train", files.topics_train, "--test", files.topics_test, "-o", run, "--max-steps", 20, "--no-baselines"],
+        ["export", run, "--to", "transformers", "-o", plain],
+    ):
+        subprocess.run([*LORACLE, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return run, plain
+
+
+def main(seconds: float, rounds: int) -> None:
+    """Each server in turn at each number of users, several rounds; then each in overload."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run, plain = prepare(Path(scratch))
+        mine = [sys.executable, __file__, "--folder", str(plain), "--port", str(PORT), "--peer"]
+        ways = {
+            "loracle serve": [*LORACLE, "serve", str(run), "--port", str(PORT)],
+            "pipeline, queue in batches": [*mine, "queue"],
+            "pipeline, FastAPI's threads": [*mine, "threads"],
+        }
+        seen: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+        for _ in range(rounds):
+            for name, command in ways.items():
+                with server(command):
+                    load(min(3.0, seconds), 8)  # whatever is done once is done now
+                    for users in USERS:
+                        times = accepted(load(seconds, users))
+                        figures = len(times) / seconds, *np.percentile(times, [50, 99])
+                        seen.setdefault((name, users), []).append(figures)
+                        print(f"{name}, {users} users: {figures[0]:.1f} texts/s, p99 {figures[2]:.0f} ms", flush=True)
+        rows = [["server", "users", "texts/s, median", "all rounds", "p50, ms", "p99, ms"]]
+        for (name, users), figures in seen.items():
+            rate, half, most = (statistics.median(values) for values in zip(*figures, strict=True))
+            all_rounds = ", ".join(f"{f[0]:.1f}" for f in figures)
+            rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
+        notes = [
+            "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), bfloat16, one BBC headline a request, locust on the "
+            f"same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
+        ]
+        for name, command in ways.items():
+            best = max(statistics.median(f[0] for f in seen[name, users]) for users in USERS)
+            with server(command) as process:
+                load(min(3.0, seconds), 8)
+                with watched(process) as held:
+                    answers = load(2 * seconds, CROWD, OVERLOAD * best)
+            times, statuses = accepted(answers), [status for status, _ in answers]
+            notes.append(
+                f"{name}, {CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {2 * seconds:g} s: "
+                f"{len(answers):,} answers, {statuses.count(200) / len(answers):.1%} accepted with p99 "
+                f"{np.percentile(times, 99):,.0f} ms, "
+                f"{statuses.count(429) / len(answers):.1%} 429, {statuses.count(503) / len(answers):.1%} 503, "
+                f"{statuses.count(0)} broken; memory {held[0]:,.0f} MB before, {max(held):,.0f} at most."
+            )
+            print(notes[-1], flush=True)
+    write_table("serve_load", rows, notes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", choices=("queue", "threads"))
+    parser.add_argument("--folder")
+    parser.add_argument("--port", type=int, default=PORT)
+    given = parser.parse_args()
+    if given.peer:
+        peer(given.folder, given.peer, given.port)
+    else:
+        main(given.seconds, given.rounds)

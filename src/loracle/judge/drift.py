@@ -1,0 +1,98 @@
+"""Whether what is served looks like what was trained on: the population stability index of scores, lengths and labels.
+
+PSI is the symmetric divergence of two histograms, Σ (p - q) ln(p / q). Of n texts beside m drawn alike it is about
+(1/n + 1/m) times a chi-square of (bins - 1) degrees (Yurdakul and Naranjo 2020), so few texts show a high one by chance;
+``limit`` says how high. Only counts are kept, no texts.
+
+Legend of shapes: B bins, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import chi2
+
+from loracle.data.examples import Task
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
+
+BINS = 10  # equally filled by what was trained on
+IN_A_BIN = 10  # values that each is to hold at least
+CHANCE = 1e-3  # that texts as in training exceed the limit
+SMOOTHED = 0.5  # added to each count, so that an empty bin is no infinity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """How values were distributed: bin i holds those above ``edges[i - 1]`` and up to ``edges[i]``; the last has no end."""
+
+    edges: tuple[float, ...]  # [B - 1], rising
+    counts: tuple[int, ...]  # [B]
+    total: float  # sum of the values
+
+    def bins(self, values: Any) -> npt.NDArray[np.intp]:
+        """The bin of each value, ``[N]``."""
+        return np.searchsorted(self.edges, values, side="left")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a run looked like: lengths of its training texts; scores and labels of its validation texts."""
+
+    tokens: Histogram  # a text, template included
+    scores: Histogram  # the highest probability of a text, calibrated; a ranker's score
+    labels: tuple[int, ...] = ()  # [C] how often each was given; empty for rankers
+
+    @classmethod
+    def from_json(cls, known: dict[str, Any]) -> Reference:
+        """What ``dataclasses.asdict`` made of it."""
+        tokens, scores = (
+            Histogram(**{k: tuple(v) if isinstance(v, list) else v for k, v in known[name].items()})
+            for name in ("tokens", "scores")
+        )
+        return cls(tokens=tokens, scores=scores, labels=tuple(known["labels"]))
+
+
+def histogram(values: Iterable[float]) -> Histogram:
+    """Bins that hold equally many of the values, as far as ties allow: at most ``BINS``, fewer of few values."""
+    found = np.sort(np.fromiter(values, dtype=np.float64))
+    count = int(np.clip(len(found) // IN_A_BIN, 1, BINS))
+    edges = np.unique(np.quantile(found, np.arange(1, count) / count, method="lower")) if len(found) else np.zeros(0)
+    edges = edges[edges < found[-1]] if len(found) else edges  # the last bin holds something
+    counts = np.bincount(np.searchsorted(edges, found, side="left"), minlength=len(edges) + 1)
+    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()), total=float(found.sum()))
+
+
+def reference(
+    tokens: Iterable[int], scores: np.ndarray, task: Task, calibration: Calibration | None = None
+) -> Reference:
+    """Of the lengths of training texts and the scores ``[N, C]`` of validation texts."""
+    if task.kind == "rank":
+        return Reference(tokens=histogram(tokens), scores=histogram(scores[:, 0]))
+    proba = probabilities(scores, task, calibration or UNCALIBRATED)
+    given = given_labels(proba, task, calibration or UNCALIBRATED)
+    return Reference(
+        tokens=histogram(tokens), scores=histogram(proba.max(axis=1)), labels=tuple(given.sum(axis=0).tolist())
+    )
+
+
+def psi(seen: Sequence[int], known: Sequence[int]) -> float:
+    """Population stability index of two histograms over the same bins ``[B]``; NaN where one of them is empty."""
+    if not sum(seen) or not sum(known):
+        return float("nan")
+    p, q = (np.asarray(counts, dtype=np.float64) + SMOOTHED for counts in (seen, known))
+    p, q = p / p.sum(), q / q.sum()
+    return float(((p - q) * np.log(p / q)).sum())
+
+
+def limit(seen: Sequence[int], known: Sequence[int]) -> float:
+    """What the index of as many texts, drawn as in training, exceeds once in ``1 / CHANCE``; NaN where nothing can be told."""
+    n, m = sum(seen), sum(known)
+    if not n or not m or len(known) < 2:
+        return float("nan")
+    return float((1 / n + 1 / m) * chi2.isf(CHANCE, len(known) - 1))
