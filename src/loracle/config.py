@@ -71,6 +71,11 @@ class DataConfig:
     clicked: str | None = dial(None, "column that says of one impression, a row each, whether it was clicked (0 or 1)")
     grade: str | None = dial(None, "column with a graded relevance, for ranking")
     weight: str | None = dial(None, "column with the weight of an example (one a group, when ranking)")
+    slice: str | None = dial(
+        None,
+        "column, or several joined by commas, by whose values the report of a classifier is sliced; "
+        "by default one that is called source, where there is one",
+    )
     date: str | None = dial(
         None, "column with the date (2014-11-03, 201446) of a group; held out are then the latest, not random ones"
     )

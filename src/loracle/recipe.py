@@ -610,8 +610,8 @@ def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
     if task.kind == "rank":
         ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
         return [s[:, None] for s in ranked]
-    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
-    return list(baselines.tfidf_classifier(words[0], target_array(data.train, task), words[1], task)[:, None])
+    seen, unseen = map(baselines.words_of, (data.train, data.test))
+    return list(baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)[:, None])
 
 
 def frozen_scores(
@@ -861,11 +861,12 @@ def _meaning(meaning: Calibration | Spread | None) -> dict[str, Any] | None:
 
 def _calibrated(calibration: Calibration, task: Task) -> str:
     """What was fitted, in a line; labels that can never be given are named."""
+    temperature = f"temperature {calibration.temperature:.3g}"
     if task.kind == "single":
-        return f"temperature {calibration.temperature:.3g}"
+        return temperature
     thresholds = calibration.thresholds
     never = [name for name, t in zip(task.label_names, thresholds, strict=True) if t >= 1]
-    line = f"labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
+    line = f"{temperature}; labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
     return line + (f"; {', '.join(never)} never, as no threshold is precise enough" if never else "")
 
 
