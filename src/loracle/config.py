@@ -275,7 +275,8 @@ class CompareConfig:
 
     against: str = dial(
         "tfidf,frozen",
-        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models",
+        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models, each "
+        "perhaps with a depth of its own: NAME@depth=12, NAME@depth=auto, NAME@depth=full",
     )
     price_per_hour: float | None = dial(
         None, "what an hour of this machine costs; without it the table has hours per million texts", above=0

@@ -719,7 +719,7 @@ def test_a_report_is_sliced_by_the_columns_named_or_by_the_source():
 
 def test_a_slice_is_never_guessed_to_be_the_label():
     rows = [{"text": f"{LONG} {i}", "kind": "ab"[i % 2], "site": "xy"[i // 2 % 2]} for i in range(8)]
-    assert "name it with --label" in error_of(rows)
+    assert "Name it with --label" in error_of(rows)
     found = read(rows, slice="site")
     assert (found.columns.label, found.columns.slice) == ("kind", ("site",))
 

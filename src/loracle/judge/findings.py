@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.judge.budget import SEARCHED
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import (
     UNCALIBRATED,
@@ -44,7 +45,6 @@ NAMED = 60  # of the value of a column
 CONFUSED = 12  # classes up to which the confusion matrix is whole; of more, those confused most
 GROUPS = 6  # example groups of a ranker, half of them where it did worst
 POINTS = 40  # of the coverage curve
-SEARCHED = 10_000  # training texts among which wrong labels are looked for
 GAPS = {"under_10": "under 10 %", "10_to_25": "10 to 25 %", "25_to_50": "25 to 50 %", "over_50": "over 50 %"}
 SLICE_TEXTS = 5  # a script or a value of a column with fewer texts is no slice of its own
 SLICES = 20  # values of a column that are slices of their own

@@ -104,7 +104,9 @@ def claims(proba: Array, targets: np.ndarray, task: Task) -> tuple[Array, Array]
     return proba.max(axis=1, keepdims=True), (proba.argmax(axis=1) == targets)[:, None].astype(np.float64)
 
 
-def calibration_band(confidence: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+def calibration_band(
+    confidence: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0, replicates: int = REPLICATES
+) -> Interval:
     """The error that so many claims ``[N, K]`` show though every probability is true: mean and 95 % band over simulated truths.
 
     Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977). Rows of equal
@@ -113,7 +115,7 @@ def calibration_band(confidence: Array, *, groups: Sequence[Hashable] | None = N
     unit, units = units_of(groups, len(confidence))
     rng, bins = np.random.default_rng(seed), calibration_bins(confidence.ravel())
     drawn = []
-    for _ in range(int(np.clip(DRAWS // confidence.size, REPLICATES // 10, REPLICATES))):
+    for _ in range(min(replicates, max(DRAWS // confidence.size, replicates // 10))):
         right = rng.random((units, confidence.shape[1]))[unit] < confidence
         drawn.append(_error_of(bins, (confidence - right).ravel()))
     return _interval(float(np.mean(drawn)), np.array(drawn))
@@ -130,6 +132,7 @@ def classification_metrics(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    replicates: int = REPLICATES,
     calibration: Calibration | None = None,
 ) -> dict[str, Interval | float]:
     """Metrics of logits ``[N, C]`` against targets, each with a bootstrap interval.
@@ -152,7 +155,7 @@ def classification_metrics(
         targets: int ``[N]`` for ``single``, bool ``[N, C]`` for ``multi``: see ``target_array``.
         groups: N hashables, usually the texts. Equal ones are resampled together, as copies are no further evidence;
             values stay means over rows.
-        seed: of the resampling.
+        seed: of the resampling; ``replicates``: how often.
 
     Raises:
         UserError: there is no text to measure on.
@@ -162,12 +165,14 @@ def classification_metrics(
     unit, units = units_of(groups, len(logits))
     meaning = calibration or UNCALIBRATED
     of = _single if task.kind == "single" else _multi
-    found: dict[str, Interval] = bootstrap(of(logits, targets, unit, units, meaning), units, seed=seed)
+    found: dict[str, Interval] = bootstrap(
+        of(logits, targets, unit, units, meaning), units, seed=seed, replicates=replicates
+    )
     after, before = (claims(probabilities(logits, task, c), targets, task) for c in (meaning, UNCALIBRATED))
     error, error_before = (calibration_error(sure.ravel(), right.ravel()) for sure, right in (after, before))
     found |= {
         "ece": Interval(error, np.nan, np.nan),
-        "ece_if_calibrated": calibration_band(after[0], groups=groups, seed=seed),
+        "ece_if_calibrated": calibration_band(after[0], groups=groups, seed=seed, replicates=replicates),
     }
     if calibration is None:
         del found["log_loss_uncalibrated"]
@@ -184,13 +189,17 @@ def lead(
     metric: str | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    replicates: int = REPLICATES,
 ) -> Interval:
     """By how much a metric (by default the headline) of logits a is above that of logits b, resampled in pairs."""
     unit, units = units_of(groups, len(targets))
     of = _single if task.kind == "single" else _multi
     a, b = (of(_checked(s, targets, task)[0], targets, unit, units, UNCALIBRATED) for s in (scores_a, scores_b))
     name = metric or headline_metric(task)
-    return bootstrap(lambda weights: {name: a(weights)[name] - b(weights)[name]}, units, seed=seed)[name]
+    found = bootstrap(
+        lambda weights: {name: a(weights)[name] - b(weights)[name]}, units, seed=seed, replicates=replicates
+    )
+    return found[name]
 
 
 def bootstrap(
