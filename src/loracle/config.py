@@ -359,7 +359,9 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     out: str | None = dial(None, "folder of the run; by default runs/<name of the data>")
-    baselines: bool = dial(True, "fit majority, TF-IDF and frozen-feature baselines beside the model")
+    baselines: bool = dial(
+        True, "fit majority, TF-IDF and frozen-feature baselines beside the model, and ask it untuned"
+    )
 
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
 
