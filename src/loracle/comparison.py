@@ -87,8 +87,9 @@ def line_up(config: RunConfig, settings: CompareConfig, say: Say) -> list[Conten
         raise UserError("each name once, --model among them", f"{twice[0]} twice", "leave it out of --against")
     found = []
     for name in names:
-        method, _, other = name.partition(":") if name.partition(":")[0] in ("tfidf", "frozen") else ("train", "", name)
-        base, depth = _depth_of(other)
+        given, depth = _depth_of(name)
+        kind, _, other = given.partition(":")
+        method, base = (kind, other) if kind in ("tfidf", "frozen") else ("train", given)
         base = base or config.model.model
         own = config if base == config.model.model else _with_model(config, base)
         if depth is not None:

@@ -25,8 +25,8 @@ from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import split
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.judge import baselines
-from loracle.judge.budget import WATCHED, Plan, Work, plan
+from loracle.judge import baselines, budget
+from loracle.judge.budget import Plan, Work
 from loracle.judge.calibrate import Calibration, fit_calibration
 from loracle.judge.findings import curves, findings, training_suspects
 from loracle.judge.metrics import (
@@ -615,7 +615,11 @@ def ask_untuned(
     """Of titles, how likely it finds each; of labels with names, which of them it would name. Where it cannot be asked, why;
     None where there is nothing to ask for.
     """
-    texts = [_asked_of(e) for e in data.test]
+    names = label_words(data.task)
+    if data.task.kind != "rank" and not names:
+        return None
+    if scorer.encoder or not scorer.packed:
+        return f"{scorer.inner.config.model_type} has no likelihood of a next token"
     if data.task.kind == "rank":
 
         def ask() -> list[np.ndarray]:
@@ -624,12 +628,8 @@ def ask_untuned(
 
         name, tokens = "untuned", float(sum(e.tokens for e in _flat(encoder, data.test)))
     else:
-        name, names = "zero-shot", label_words(data.task)
-        if not names:
-            return None
-        room = _positions(load_config(base.folder))
-        tokenizer = load_tokenizer(base.folder)
-        template = names_template(names)
+        name, texts = "zero-shot", ["\n".join(filter(None, (e.context, e.text))) for e in data.test]
+        tokenizer, template, room = load_tokenizer(base.folder), names_template(names), _positions(scorer.inner.config)
         longest = min(room, config.model.max_length + len(tokenizer(template).input_ids) + NAME_TOKENS)
         try:
             plain = Encoder(bake(tokenizer, template, longest))
@@ -641,19 +641,13 @@ def ask_untuned(
 
         sample = name_pairs(plain, texts[:: -(-len(texts) // SAMPLED)], names)
         tokens = scorer.pack(sample).tokens * len(texts) * len(names) / len(sample)
-    if scorer.encoder or not scorer.packed:
-        return f"{scorer.inner.config.model_type} has no likelihood of a next token"
     return Untuned(name=name, tokens=tokens, ask=ask)
-
-
-def _asked_of(example: Example) -> str:
-    return "\n".join(filter(None, (example.context, *_texts(example))))
 
 
 def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | str | None) -> Plan:
     """What the baselines learn from within their share of the training."""
     train, validation, test = (sum(len(_texts(e)) for e in side) for side in (data.train, data.validation, data.test))
-    return plan(
+    return budget.plan(
         work,
         train=train,
         validation=validation,
@@ -726,7 +720,7 @@ def best_layer(
 
 def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
     """``best_layer`` by as many examples as a run looks at."""
-    held = _some(data.validation, seed, WATCHED)
+    held = _some(data.validation, seed, budget.WATCHED)
     return best_layer(data, _some(data.train, seed), held, scorer, encoder, loss, seed)[0]
 
 
