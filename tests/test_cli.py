@@ -46,7 +46,8 @@ def test_a_classifier_from_train_to_evaluate(tiny_model, tmp_path):
     run, said, metrics = trained(tmp_path, tiny_model("qwen2"), labelled())
     assert "text column: 'text'" in said
     assert "label column: 'label'" in said
-    assert set(metrics["baselines"]) == {"majority", "tf-idf", "frozen"}
+    assert set(metrics["baselines"]) == {"majority", "tf-idf", "frozen", "zero-shot"}
+    assert re.search(r"note: frozen features are those after layer [123], chosen on validation texts", said)
     assert metrics["test"]["accuracy"]["value"] > 0.9
     assert metrics["train"]["examples_per_s"] > 0
     assert metrics["train"]["tokens_per_s"] > metrics["train"]["examples_per_s"]

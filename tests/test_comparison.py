@@ -15,7 +15,7 @@ from loracle import comparison, recipe
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.examples import LabeledText, Task
-from loracle.errors import Interrupted
+from loracle.errors import Interrupted, UserError
 from loracle.judge.paired import mcnemar
 from loracle.run.folder import read_info
 
@@ -139,6 +139,37 @@ def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_pa
     assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
     assert (frozen.method, frozen.config.model.model) == ("frozen", str(tiny_model("bert")))
     assert frozen.name.startswith("frozen:bert")
+
+
+def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
+    """The same model whole, cut, and cut where a probe says: three rows of one table."""
+    model, data, out = tiny_model("qwen2"), write(tmp_path / "data.jsonl", labelled(60)), tmp_path / "table"
+    against = f"{model}@depth=1,@depth=auto"
+    compare(data, "--model", model, "--against", against, *FAST, "-o", out)
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [r["name"].partition("@")[2] for r in rows] == ["", "depth=1", "depth=auto"]
+    depths = [read_info(out / r["folder"]).config.model.depth for r in rows]
+    assert depths[:2] == [None, 1]
+    assert depths[2] in (1, 2, 3)
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+    assert f"@depth=auto ({depths[2]} layers)" in (out / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("@depth=deep", "expected a number of layers for --depth, or auto; found 'deep'"),
+    ("frozen@depth=2", "expected a depth for a model that is trained; found frozen@depth=2"),
+    ("tfidf@depth=2", "expected a depth for a model that is trained"),
+])  # fmt: skip
+def test_depths_that_make_no_sense(tiny_model, name, words):
+    config = RunConfig.from_flat({"model": str(tiny_model("qwen2"))})
+    with pytest.raises(UserError, match=words):
+        comparison.line_up(config, CompareConfig(against=name), lambda line: None)
+
+
+def test_a_contender_is_whole_beside_a_cut_model(tiny_model):
+    config = RunConfig.from_flat({"model": str(tiny_model("qwen2")), "depth": 2})
+    cut, whole = comparison.line_up(config, CompareConfig(against="@depth=full"), lambda line: None)
+    assert (cut.config.model.depth, whole.config.model.depth) == (2, None)
 
 
 def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model, tmp_path):

@@ -334,3 +334,34 @@ def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
     _, chosen = recipe.choose_loss(RunConfig(), data)
     assert chosen["name"] == "binomial"
     assert chosen["saturation"] == pytest.approx(4 / (0.09 * 0.5), rel=0.2)
+
+
+def test_frozen_features_are_those_of_the_layer_that_does_best_on_validation_texts(tiny_model, tmp_path):
+    """The probe's own choice; the states are those of a pass for that layer alone, and the test side has no say."""
+    config = config_of(tmp_path, tiny_model("qwen2"))
+    data = recipe.read_data(config, lambda line: None)
+    loss, _ = recipe.choose_loss(config, data)
+    base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
+    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
+    layer, seen = recipe.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
+    depths = recipe.probe_depths(config, data, loss, base, tokenizer)
+    assert depths[layer].value == max(d.value for d in depths)
+    for one, again in zip(seen, recipe.mean_features(scorer, encoder, data.train, layer), strict=True):
+        np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other rounds
+    assert recipe.best_layer(data, data.train, [], scorer, encoder, loss, 0)[0] is None
+
+
+def test_what_baselines_do_without_is_in_the_report(tiny_model, tmp_path, monkeypatch):
+    """A share of nothing: no model is run for them, TF-IDF stays, and the page says what is missing."""
+    for name in ("SHARE", "FREE"):
+        monkeypatch.setattr(recipe.budget, name, 1.0 if name == "FREE" else 1e-9)
+    said = []
+    run = recipe.train(
+        config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), say=said.append, quiet=True
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["baselines"]) == {"majority", "tf-idf"}
+    assert [line for line in said if "no frozen features" in line] == [f"note: {metrics['notes'][0]}"]
+    assert "The untuned model is not asked: that would take" in (run / "report.html").read_text()
+    assert "suspects" in json.loads((run / "report.json").read_text())
+    assert "train" not in json.loads((run / "report.json").read_text())["suspects"]

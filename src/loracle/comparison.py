@@ -35,6 +35,7 @@ from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
+DEPTH = "@depth="
 SAMPLED_EVERY = 0.05  # seconds between looks at the memory in use
 
 
@@ -86,14 +87,27 @@ def line_up(config: RunConfig, settings: CompareConfig, say: Say) -> list[Conten
         raise UserError("each name once, --model among them", f"{twice[0]} twice", "leave it out of --against")
     found = []
     for name in names:
-        method, _, other = name.partition(":") if name.partition(":")[0] in ("tfidf", "frozen") else ("train", "", name)
-        base = other or config.model.model
+        given, depth = _depth_of(name)
+        kind, _, other = given.partition(":")
+        method, base = (kind, other) if kind in ("tfidf", "frozen") else ("train", given)
+        base = base or config.model.model
         own = config if base == config.model.model else _with_model(config, base)
+        if depth is not None:
+            if method != "train":
+                raise UserError("a depth for a model that is trained", name, f"name {method} without it")
+            kept = None if depth == "full" else int(depth) if depth.isdecimal() else depth
+            own = dataclasses.replace(own, model=dataclasses.replace(own.model, depth=kept))
         if method != "tfidf":
             own = _fitted(own, settings, say) if method == "train" else own
             resolve_base(own.model.model, own.model.revision)
         found.append(Contender(name=_short(name), method=method, config=own))
     return found
+
+
+def _depth_of(name: str) -> tuple[str, str | None]:
+    """``NAME@depth=…`` taken apart."""
+    base, marked, depth = name.partition(DEPTH)
+    return base, depth if marked else None
 
 
 def _with_model(config: RunConfig, name: str) -> RunConfig:
@@ -152,6 +166,7 @@ def _train(one: Contender, data: Data, folder: Path, say: Say, quiet: bool) -> d
         "parameters": metrics["scoring"]["parameters"],
         "texts_per_s": metrics["scoring"]["texts_per_s"],
         "note": info.base.get("note"),
+        "depth": info.config.model.depth,  # auto is settled by now
     }
 
 
@@ -185,11 +200,12 @@ def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dic
     config = dataclasses.replace(one.config, model=plain, lora=whole)
     base, _, tokenizer, _ = recipe.open_base(config, data, say)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    seen = recipe.mean_features(scorer, encoder, data.train)
-    asked = time.perf_counter()
-    unseen = recipe.mean_features(scorer, encoder, data.test)
-    asked = time.perf_counter() - asked
     loss, _ = recipe.choose_loss(config, data)
+    layer = recipe.layer_of(data, scorer, encoder, loss, config.train.seed)
+    seen = recipe.mean_features(scorer, encoder, data.train, layer)
+    asked = time.perf_counter()
+    unseen = recipe.mean_features(scorer, encoder, data.test, layer)
+    asked = time.perf_counter() - asked
     return recipe.frozen_scores(data, data.train, seen, unseen, loss, config.train.seed), {
         "asked": asked,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
@@ -247,7 +263,7 @@ def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> lis
     for row in rows:
         pair, speed = row.get("paired"), row.get("texts_per_s")
         table.append([
-            row["name"],
+            row["name"] + (f" ({row['depth']} layers)" if row.get("depth") else ""),
             *(figure(row["test"][name], name) for name in shown),
             "" if pair is None else _points(pair),
             "" if pair is None else f"{pair['p_holm']:.2g}",
@@ -269,8 +285,10 @@ def _points(pair: dict[str, Any]) -> str:
 
 def _short(name: str) -> str:
     """A folder by its last part; other names as they are."""
-    method, _, path = name.rpartition(":")
-    return name if not Path(path).exists() else f"{method}:{Path(path).name}".lstrip(":")
+    whole, depth = _depth_of(name)
+    method, _, path = whole.rpartition(":")
+    short = whole if not Path(path).exists() else f"{method}:{Path(path).name}".lstrip(":")
+    return short if depth is None else f"{short}{DEPTH}{depth}"
 
 
 def _file_name(one: Contender) -> str:

@@ -71,6 +71,11 @@ class DataConfig:
     clicked: str | None = dial(None, "column that says of one impression, a row each, whether it was clicked (0 or 1)")
     grade: str | None = dial(None, "column with a graded relevance, for ranking")
     weight: str | None = dial(None, "column with the weight of an example (one a group, when ranking)")
+    slice: str | None = dial(
+        None,
+        "column, or several joined by commas, by whose values the report of a classifier is sliced; "
+        "by default one that is called source, where there is one",
+    )
     date: str | None = dial(
         None, "column with the date (2014-11-03, 201446) of a group; held out are then the latest, not random ones"
     )
@@ -273,7 +278,8 @@ class CompareConfig:
 
     against: str = dial(
         "tfidf,frozen",
-        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models",
+        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models, each "
+        "perhaps with a depth of its own: NAME@depth=12, NAME@depth=auto, NAME@depth=full",
     )
     price_per_hour: float | None = dial(
         None, "what an hour of this machine costs; without it the table has hours per million texts", above=0
@@ -356,7 +362,9 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     out: str | None = dial(None, "folder of the run; by default runs/<name of the data>")
-    baselines: bool = dial(True, "fit majority, TF-IDF and frozen-feature baselines beside the model")
+    baselines: bool = dial(
+        True, "fit majority, TF-IDF and frozen-feature baselines beside the model, and ask it untuned"
+    )
 
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
 

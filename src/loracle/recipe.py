@@ -25,7 +25,8 @@ from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import split
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.judge import baselines
+from loracle.judge import baselines, budget
+from loracle.judge.budget import Plan, Work
 from loracle.judge.calibrate import Calibration, fit_calibration
 from loracle.judge.drift import reference
 from loracle.judge.findings import curves, findings, training_suspects, without_texts
@@ -39,7 +40,7 @@ from loracle.judge.metrics import (
     target_array,
 )
 from loracle.judge.page import render
-from loracle.judge.probe import Depth, by_depth, choose, ridge, verdict
+from loracle.judge.probe import Depth, best_of, by_depth, choose, ridge, verdict
 from loracle.judge.ranking import rank_metrics
 from loracle.judge.report import summary
 from loracle.judge.spread import Spread, fit_spread
@@ -48,7 +49,7 @@ from loracle.model.adapters import save_adapter
 from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.model.depth import LowerLayers, keep_lower
 from loracle.model.int8 import Int8Scorer
-from loracle.model.likelihood import NoLikelihoodError, log_likelihood
+from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.run import folder as run_folder
@@ -71,7 +72,10 @@ from loracle.train.losses import (
 from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
-FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline
+FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline, at most
+LAYERS = 12  # among which the frozen features choose
+SAMPLED = 32  # test texts from which the cost of asking the untuned model for names is estimated
+NAME_TOKENS = 32  # room for a label's name
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
@@ -240,7 +244,8 @@ def learn(
     )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
-    config = dataclasses.replace(config, train=preflight(config, scorer, encoder, data, say))
+    schedule, work = preflight(config, scorer, encoder, data, say)
+    config = dataclasses.replace(config, train=schedule)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -250,10 +255,15 @@ def learn(
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
     rivals: dict[str, list[np.ndarray]] = {}
+    notes: list[str] = []
+    planned: Plan | None = None
     if config.baselines:
-        count = sum(len(_texts(e)) for e in _some(data.train, seed))
-        say(f"baselines (frozen features of {count:,} training texts; the others learn from all) …")
-        rivals = score_baselines(data, scorer, encoder, loss, base.folder, seed=seed, say=say)
+        say("baselines …")
+        untuned = ask_untuned(config, data, scorer, encoder, base)
+        planned = plan_baselines(data, scorer, work, untuned)
+        rivals, notes = score_baselines(data, scorer, encoder, loss, planned, untuned, seed=seed)
+        for line in notes:
+            say(f"note: {line}")
 
     # Training; the best look at the validation examples wins.
     if accelerator:
@@ -293,6 +303,7 @@ def learn(
         "test": measure(scores, data.test, task, calibration),
         "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
         "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
+        "notes": notes,
         "texts": lengths,
         "noticed": {issue.kind: issue.count for issue in data.issues},
     }
@@ -301,7 +312,7 @@ def learn(
     run_folder.write_reference(folder, reference(tokens, np.concatenate(watched), task, calibration))
     if keep_scores:
         write_scores(folder, scores)
-    told = write_report(folder, data, scores, rivals, metrics, calibration)
+    told = write_report(folder, data, scores, rivals, metrics, calibration, planned.searched if planned else 0)
     save(folder, config, scorer, base, data, scores, metrics, calibration)
     reproduce(folder, base, data.test, scorer, encoder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -341,12 +352,18 @@ def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) 
     """
     if config.model.head_init != "names":
         return
-    names = data.task.label_names
-    if not names or all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
-        found = "numbers" if names else "a ranker, which has none"
+    if not (words := label_words(data.task)):
+        found = "numbers" if data.task.label_names else "a ranker, which has none"
         raise UserError("labels with names for --head-init names", found, "leave out --head-init")
-    words = [name.replace("_", " ").replace("-", " ") for name in names]
     assemble.head_from_names(scorer, encoder(words), _flat(encoder, _some(data.train, config.train.seed)[:HEAD_TEXTS]))
+
+
+def label_words(task: Task) -> list[str]:
+    """The labels' names in words; none where they are numbers, or there are no labels."""
+    names = task.label_names
+    if all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
+        return []
+    return [name.replace("_", " ").replace("-", " ") for name in names]
 
 
 def learning_rate(config: RunConfig, base_config: Any) -> float:
@@ -384,10 +401,10 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
 
 def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
     """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
-    task, seed, device = data.task, config.train.seed, pick_device(config.model.device)
+    seed, device = config.train.seed, pick_device(config.model.device)
     scorer = assemble.new_scorer(
         base.folder,
-        task,
+        data.task,
         pad_token_id=tokenizer.pad_token_id,
         dtype=pick_dtype(config.model.dtype, False, device),
         device=device,
@@ -395,7 +412,13 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
     encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
     some, held = _some(data.train, seed), _some(data.validation, seed)
     seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side)) for side in (some, held))
+    return probe_layers(seen, some, unseen, held, data.task, loss, seed)
 
+
+def probe_layers(
+    seen: np.ndarray, some: list[Any], unseen: np.ndarray, held: list[Any], task: Task, loss: Loss, seed: int
+) -> list[Depth]:
+    """Probe each of the layers of ``seen [N, L, H]``, of some training texts, on ``unseen [M, L, H]``, of held-out ones."""
     if task.kind == "rank":
         objective = numpy_objective(loss)
 
@@ -412,8 +435,8 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
     return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
 
 
-def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> TrainConfig:
-    """Say what the training will take before it begins; rounds that would not fit the memory are made smaller.
+def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> tuple[TrainConfig, Work]:
+    """Say what the training will take before it begins, and return it; rounds that would not fit the memory are made smaller.
 
     Tokens come from a few seeded batches, memory and operations from the model's shapes, the speed from a product of such
     matrices run now.
@@ -422,12 +445,13 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     steps = schedule_of(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
-    useful, computed, padded = 0, [], 0
+    useful, computed, padded, count = 0, [], 0, 0
     for batch in batches:
         texts = _flat(encoder, [data.train[i] for i in batch])
         packed = scorer.pack(texts)
         useful, padded = useful + packed.useful_tokens, padded + len(texts) * max(e.tokens for e in texts)
         computed.append(packed.tokens)
+        count += len(texts)
     scale = len(data.train) / len(order)
     say(
         f"an epoch: {useful * scale:,.0f} tokens of text, {sum(computed) * scale:,.0f} to compute; padding every text to the "
@@ -442,12 +466,12 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. A smaller --model takes less.")
         schedule = dataclasses.replace(schedule, micro_tokens=fits)
 
-    rate = matrix_rate(scorer)
-    seconds = need.flops_per_token * float(np.mean(computed)) * steps / (rate * EFFICIENCY)
+    rate, operations = matrix_rate(scorer), need.flops_per_token * float(np.mean(computed)) * steps
+    seconds = operations / (rate * EFFICIENCY)
     say(
         f"about {_duration(seconds)} for {steps:,} steps, at half of the {rate / 1e9:,.0f} GFLOP/s that are measured here"
     )
-    return schedule
+    return schedule, Work(training=operations, forward=need.forward_flops, tokens=sum(computed) / count)
 
 
 def _duration(seconds: float) -> str:
@@ -578,32 +602,92 @@ def fit_meaning(scores: list[np.ndarray], data: Data, precision: float | None = 
     return spread if spread.groups else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untuned:
+    """How the untuned model is asked, and what it takes."""
+
+    name: str  # of the baseline
+    tokens: float
+    ask: Callable[[], list[np.ndarray]]  # test scores
+
+
+def ask_untuned(
+    config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder, base: BaseModel
+) -> Untuned | str | None:
+    """Of titles, how likely it finds each; of labels with names, which of them it would name. Where it cannot be asked, why;
+    None where there is nothing to ask for.
+    """
+    names = label_words(data.task)
+    if data.task.kind != "rank" and not names:
+        return None
+    if scorer.encoder or not scorer.packed:
+        return f"{scorer.inner.config.model_type} has no likelihood of a next token"
+    if data.task.kind == "rank":
+
+        def ask() -> list[np.ndarray]:
+            told = log_likelihood(scorer, _flat(encoder, data.test), base.folder, after=encoder.after)
+            return [s[:, None] for s in _by_example(told, data.test)]
+
+        name, tokens = "untuned", float(sum(e.tokens for e in _flat(encoder, data.test)))
+    else:
+        name, texts = "zero-shot", ["\n".join(filter(None, (e.context, e.text))) for e in data.test]
+        tokenizer, template, room = load_tokenizer(base.folder), names_template(names), _positions(scorer.inner.config)
+        longest = min(room, config.model.max_length + len(tokenizer(template).input_ids) + NAME_TOKENS)
+        try:
+            plain = Encoder(bake(tokenizer, template, longest))
+        except UserError:
+            return f"its question would name {len(names)} labels, which leaves no room for a text"
+
+        def ask() -> list[np.ndarray]:
+            return list(name_scores(scorer, texts, names, base.folder, plain)[:, None])
+
+        sample = name_pairs(plain, texts[:: -(-len(texts) // SAMPLED)], names)
+        tokens = scorer.pack(sample).tokens * len(texts) * len(names) / len(sample)
+    return Untuned(name=name, tokens=tokens, ask=ask)
+
+
+def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | str | None) -> Plan:
+    """What the baselines learn from within their share of the training."""
+    train, validation, test = (sum(len(_texts(e)) for e in side) for side in (data.train, data.validation, data.test))
+    return budget.plan(
+        work,
+        train=train,
+        validation=validation,
+        test=test,
+        characters=sum(len(t) for e in data.train for t in _texts(e)),
+        labels=len(data.task.label_names) or 1,
+        most=FROZEN_TEXTS,
+        layers=scorer.packed and not scorer.encoder,
+        asked=untuned.tokens if isinstance(untuned, Untuned) else None,
+    )
+
+
 def score_baselines(
-    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, base_folder: Path, *, seed: int, say: Say
-) -> dict[str, list[np.ndarray]]:
-    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking."""
-    task, some = data.task, _some(data.train, seed)
-    seen, unseen = (mean_features(scorer, encoder, side) for side in (some, data.test))
-    both = {
-        "tf-idf": tfidf_scores(data, loss, seed),
-        "frozen": frozen_scores(data, some, seen, unseen, loss, seed),
-    }
-    if task.kind != "rank":
-        majority = baselines.majority(target_array(data.train, task), len(data.test), task)
-        return {"majority": list(majority[:, None]), **both}
-    lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-    found = {"length": [s[:, None] for s in lengths], **both}
-    try:
-        untuned = log_likelihood(scorer, _flat(encoder, data.test), base_folder, after=encoder.after)
-        found["untuned"] = [s[:, None] for s in _by_example(untuned, data.test)]
-    except NoLikelihoodError as e:
-        say(f"note: no untuned baseline, {e}")
-    return found
-
-
-def mean_features(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Mean last hidden states of each example's texts, ``float32 [n, H]`` each."""
-    return _by_example(assemble.features(scorer, _flat(encoder, examples)), examples)
+    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, planned: Plan, untuned: Untuned | str | None, *, seed: int
+) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
+    task, notes = data.task, list(planned.said)
+    if task.kind == "rank":
+        lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        found = {"length": [s[:, None] for s in lengths]}
+    else:
+        found = {"majority": list(baselines.majority(target_array(data.train, task), len(data.test), task)[:, None])}
+    found["tf-idf"] = tfidf_scores(data, loss, seed)
+    if planned.frozen:
+        some = _some(data.train, seed, planned.frozen)
+        held = _some(data.validation, seed, planned.watched) if planned.watched else []
+        layer, seen = best_layer(data, some, held, scorer, encoder, loss, seed)
+        found["frozen"] = frozen_scores(data, some, seen, mean_features(scorer, encoder, data.test, layer), loss, seed)
+        if layer is not None:
+            notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {_unit(task)}")
+    if isinstance(untuned, str):
+        notes.append(f"the untuned model is not asked: {untuned}")
+    elif untuned and planned.asked:
+        try:
+            found[untuned.name] = untuned.ask()
+        except NoLikelihoodError as e:
+            notes.append(f"the untuned model is not asked: {e}")
+    return found, notes
 
 
 def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
@@ -612,8 +696,43 @@ def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
     if task.kind == "rank":
         ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
         return [s[:, None] for s in ranked]
-    words = [[" ".join(filter(None, (e.context, e.text))) for e in side] for side in (data.train, data.test)]
-    return list(baselines.tfidf_classifier(words[0], target_array(data.train, task), words[1], task)[:, None])
+    seen, unseen = map(baselines.words_of, (data.train, data.test))
+    return list(baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)[:, None])
+
+
+def best_layer(
+    data: Data, some: list[Any], held: list[Any], scorer: Scorer, encoder: Encoder, loss: Loss, seed: int
+) -> tuple[int | None, list[np.ndarray]]:
+    """The layer after which a probe that learnt from ``some`` training examples does best on ``held`` validation examples, and
+    the states of ``some`` there. None, the last one: of encoders, and where too few are held out to tell layers apart.
+
+    Of deep models ``LAYERS`` are looked at, evenly spaced, the last one among them.
+    """
+    if scorer.encoder or not scorer.packed or not held:
+        return None, mean_features(scorer, encoder, some)
+    count = scorer.inner.config.num_hidden_layers
+    layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
+    seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side), layers) for side in (some, held))
+    try:
+        at = best_of(probe_layers(seen, some, unseen, held, data.task, loss, seed)).layers - 1
+    except UserError:
+        return None, _by_example(seen[:, -1], some)
+    return layers[at], _by_example(seen[:, at], some)
+
+
+def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
+    """``best_layer`` by as many examples as a run looks at."""
+    held = _some(data.validation, seed, budget.WATCHED)
+    return best_layer(data, _some(data.train, seed), held, scorer, encoder, loss, seed)[0]
+
+
+def mean_features(
+    scorer: Scorer, encoder: Encoder, examples: Sequence[Example], layer: int | None = None
+) -> list[np.ndarray]:
+    """Mean hidden states of each example's texts after a layer, counted from 0, by default the last: ``float32 [n, H]``."""
+    texts = _flat(encoder, examples)
+    found = assemble.features(scorer, texts) if layer is None else assemble.layer_features(scorer, texts, [layer])[:, 0]
+    return _by_example(found, examples)
 
 
 def frozen_scores(
@@ -636,12 +755,14 @@ def write_report(
     rivals: dict[str, list[np.ndarray]],
     metrics: dict[str, Any],
     calibration: Calibration | None,
+    searched: int,
 ) -> str:
     """``report.json`` and the page that shows it; returns its first line, the verdict."""
     task, info = data.task, run_folder.read_info(folder)
     report = findings(scores, data.test, task, metrics, rivals, calibration)
-    if "suspects" in report and rivals:
-        report["suspects"]["train"] = training_suspects(data.train, task, seed=info.config.train.seed)
+    if "suspects" in report and searched:
+        seed = info.config.train.seed
+        report["suspects"]["train"] = training_suspects(data.train, task, seed=seed, searched=searched)
     if not info.config.train.texts:
         report = without_texts(report)
     report |= {"run": run_folder.facts(folder, info, data.issues), "curves": curves(folder / "log.jsonl")}
@@ -793,11 +914,11 @@ def _by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndar
     return np.split(values, np.cumsum([len(_texts(e)) for e in examples])[:-1])
 
 
-def _some(examples: list[Any], seed: int) -> list[Any]:
-    """A seeded part of the examples that holds about ``FROZEN_TEXTS`` texts."""
+def _some(examples: list[Any], seed: int, most: int | None = None) -> list[Any]:
+    """A seeded part of the examples that holds about ``most`` texts, by default ``FROZEN_TEXTS``."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum([len(_texts(examples[i])) for i in order])
-    return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, FROZEN_TEXTS, "right")))]]
+    return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, most or FROZEN_TEXTS, "right")))]]
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -821,11 +942,12 @@ def _meaning(meaning: Calibration | Spread | None) -> dict[str, Any] | None:
 
 def _calibrated(calibration: Calibration, task: Task) -> str:
     """What was fitted, in a line; labels that can never be given are named."""
+    temperature = f"temperature {calibration.temperature:.3g}"
     if task.kind == "single":
-        return f"temperature {calibration.temperature:.3g}"
+        return temperature
     thresholds = calibration.thresholds
     never = [name for name, t in zip(task.label_names, thresholds, strict=True) if t >= 1]
-    line = f"labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
+    line = f"{temperature}; labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
     return line + (f"; {', '.join(never)} never, as no threshold is precise enough" if never else "")
 
 

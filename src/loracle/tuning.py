@@ -101,7 +101,7 @@ class Trials:
             config = dataclasses.replace(config, model=model)
         scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
         say("of the given settings:")
-        train = recipe.preflight(config, scorer, encoder, data, say)
+        train, _ = recipe.preflight(config, scorer, encoder, data, say)
         self.rate = recipe.learning_rate(config, base_config)
         self.low, self.high = (float(f"{r:.3g}") for r in (self.rate / AROUND, self.rate * AROUND))
         self.config = dataclasses.replace(config, train=train)

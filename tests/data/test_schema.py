@@ -700,3 +700,31 @@ def test_titles_without_a_group_compete_by_context_or_all_together():
     assert [(group.group, group.texts) for group in groups] == [("", ("a", "b"))]
     with pytest.raises(UserError, match=r"expected titles to rank; found none in x.json: rows without a text"):
         read_unlabelled_groups(table([{"title": ""}]), Columns(text="title"))
+
+
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_sliced_by_the_columns_named_or_by_the_source():
+    rows = [{"text": LONG, "label": "a", "source": "web", "year": 2024 + i, "site": None} for i in range(2)]
+    named = read(rows, slice="year,site")
+    assert [e.slices for e in named.items] == [(("year", str(2024 + i)), ("site", "none")) for i in range(2)]
+    assert "slice columns: 'year', 'site'" in named.columns.said
+    found = read(rows)
+    assert found.items[0].slices == (("source", "web"),)
+    assert "slice column: 'source'" in found.columns.said
+    assert read(rows, label="source").items[0].slices == ()  # what is learnt is no slice
+    assert read([{"text": LONG, "label": "a"}]).items[0].slices == ()
+
+
+def test_a_slice_is_never_guessed_to_be_the_label():
+    rows = [{"text": f"{LONG} {i}", "kind": "ab"[i % 2], "site": "xy"[i // 2 % 2]} for i in range(8)]
+    assert "Name it with --label" in error_of(rows)
+    found = read(rows, slice="site")
+    assert (found.columns.label, found.columns.slice) == ("kind", ("site",))
+
+
+def test_slices_that_are_not_there_or_of_rankers_are_refused():
+    assert "a column 'site', as --slice says" in error_of([{"text": LONG, "label": "a"}], slice="site")
+    ranked = [{"chosen": "x", "rejected": "y", "site": "z"}]
+    assert "expected labels beside --slice; found titles to rank" in error_of(ranked, slice="site")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from scipy.stats import norm
 from sklearn import metrics as reference
 
@@ -123,12 +123,49 @@ def test_calibration_error_over_bins_of_equally_many():
 def test_true_probabilities_lie_in_the_band_as_often_as_it_says():
     rng = np.random.default_rng(5)
     proba = softmax(2 * rng.normal(size=(400, 4)), axis=1)
-    band = calibration_band(proba)
+    band = calibration_band(proba.max(1, keepdims=True))
     errors = np.array(
         [calibration_error(proba.max(1), drawn(proba, rng) == proba.argmax(1)) for _ in range(1000)], dtype=float
     )
     assert np.mean((errors >= band.low) & (errors <= band.high)) == pytest.approx(0.95, abs=0.02)
     assert errors.mean() == pytest.approx(band.value, rel=0.03)
+
+
+def test_every_label_of_a_text_is_a_claim_where_several_stand_together():
+    rng = np.random.default_rng(12)
+    logits = 2 * rng.normal(size=(150, 3))
+    proba = expit(logits)
+    band = calibration_band(proba)
+    errors = [
+        calibration_error(proba.ravel(), (rng.random((150, 3)) < proba).ravel().astype(float)) for _ in range(600)
+    ]
+    inside = (np.array(errors) >= band.low) & (np.array(errors) <= band.high)
+    assert inside.mean() == pytest.approx(0.95, abs=0.03)
+
+    targets = rng.random((150, 3)) < proba
+    found = classification_metrics(3 * logits, targets, MULTI)
+    bins = np.argsort(np.argsort(proba.ravel(), kind="stable")) * 15 // 450  # thirty pairs a bin, as no two are equal
+    gaps = np.abs(np.bincount(bins, expit(3 * logits).ravel() - targets.ravel()))
+    assert found["ece"].value == pytest.approx(gaps.sum() / 450)
+    assert found["log_loss"].value == pytest.approx(
+        np.mean([reference.log_loss(targets[:, c], expit(3 * logits[:, c])) for c in range(3)])
+    )
+
+
+def test_too_sure_of_several_labels_is_mended_and_no_label_moves():
+    """Logits three times what is true: the temperature is found, the error falls into its band, each label's order stays."""
+    rng = np.random.default_rng(13)
+    logits = 2 * rng.normal(size=(3000, 3))
+    targets = rng.random((3000, 3)) < expit(logits)
+    fitted = fit_calibration(3 * logits[:2000], targets[:2000], MULTI)
+    assert fitted.temperature == pytest.approx(3, rel=0.1)
+    found = classification_metrics(3 * logits[2000:], targets[2000:], MULTI, calibration=fitted)
+    assert found["log_loss"].high < found["log_loss_uncalibrated"].low
+    assert found["ece"].value < found["ece_if_calibrated"].high < found["ece_uncalibrated"].value
+    cold = probabilities(3 * logits, MULTI, fitted)
+    given = given_labels(cold, MULTI, fitted)
+    for c in range(3):
+        assert logits[given[:, c], c].min() > logits[~given[:, c], c].max()
 
 
 def test_calibration_brings_an_overconfident_scorer_into_the_band():

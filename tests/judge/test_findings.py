@@ -1,5 +1,6 @@
 """What the report says, against scikit-learn and plain counting; the page holds the same."""
 
+import dataclasses
 import html
 import json
 import re
@@ -133,6 +134,47 @@ def test_slices_by_counting():
     held = np.array([i % 5 == 0 and i % 7 < 2 for i in range(300)])
     assert cyrillic["texts"] == held.sum()
     assert cyrillic["accuracy"]["value"] == pytest.approx(right[held].mean())
+
+
+def test_slices_by_the_columns_that_the_data_name():
+    task, examples, scores = made()
+    right = np.concatenate(scores).argmax(1) == target_array(examples, task)
+    source = ["web" if i % 3 else "print" if i % 2 else f"rare {i}" for i in range(300)]
+    examples = [dataclasses.replace(e, slices=(("source", s),)) for e, s in zip(examples, source, strict=True)]
+    found = report(task, examples, scores, {}, Calibration())
+    parts = [part for part in found["slices"] if part["by"] == "source"]
+    assert [(p["slice"], p["texts"]) for p in parts] == [("web", 200), ("print", 50), ("50 others", 50)]
+    for part, held in zip(parts, ([s == "web" for s in source], [s == "print" for s in source]), strict=False):
+        accuracy = part["accuracy"]
+        assert accuracy["value"] == pytest.approx(right[held].mean())
+        error = np.sqrt(accuracy["value"] * (1 - accuracy["value"]) / np.sum(held))
+        assert accuracy["high"] - accuracy["low"] == pytest.approx(2 * 1.96 * error, rel=0.2)
+    page = render(found)
+    assert all(f"<td>source</td><td>{name}</td>" in page for name in ("web", "print", "50 others"))
+
+    alone = [dataclasses.replace(e, slices=(("id", str(i)),)) for i, e in enumerate(examples)]
+    assert {part["by"] for part in of.slices(right, alone)} == {"length", "script"}  # no value has texts enough
+
+
+def test_the_calibration_of_several_labels_is_over_pairs():
+    task = Task(kind="multi", label_names=("a", "b"))
+    rng = np.random.default_rng(3)
+    has = rng.random((300, 2)) < 0.4
+    examples = [
+        LabeledText(text=f"t{i}", labels=tuple(np.flatnonzero(row).tolist()), row=i) for i, row in enumerate(has)
+    ]
+    logits = 3 * (rng.normal(size=(300, 2)) + 2 * has - 1)
+    found = report(task, examples, list(logits[:, None]), {}, Calibration(temperature=3.0, thresholds=(0.5, 0.4)))
+    for name, temperature in (("before", 1.0), ("after", 3.0)):
+        sure = 1 / (1 + np.exp(-logits / temperature))
+        bins = found["reliability"][name]
+        assert sum(b["texts"] for b in bins) == 600
+        assert sum(b["texts"] * b["confidence"] for b in bins) == pytest.approx(sure.sum())
+        assert sum(b["texts"] * b["accuracy"] for b in bins) == pytest.approx(has.sum())
+    assert found["suspects"]["test"]["of"] == 600
+    page = render(found)
+    assert "over every pair of a text and a label" in page
+    assert f"{found['metrics']['test']['ece_uncalibrated']['value']:.3f}" in page
 
 
 SCRIPTS = {"hello мир": "latin", "привет": "cyrillic", "新闻 abc 标题题": "cjk", "12 !": "none", "한국어": "hangul"}

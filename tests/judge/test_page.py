@@ -37,8 +37,7 @@ def classified(c=3, kind="single", n=200):
     calibration = fit_calibration(logits, targets, task)
     scores, rivals = list(logits[:, None]), {"tf-idf": list(rng.normal(size=(n, 1, c)))}
     report = reported(scores, rivals, examples, task, calibration)
-    if kind == "single":
-        report["suspects"]["train"] = training_suspects(examples, task, seed=0)
+    report["suspects"]["train"] = training_suspects(examples, task, seed=0)
     return report
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from loracle.data.examples import LabeledText, Task
 from loracle.judge.findings import LISTED, training_suspects
-from loracle.judge.suspects import margins, out_of_fold, suspects
+from loracle.judge.suspects import margins, out_of_fold, pair_suspects, suspects
 
 TASK = Task(kind="single", label_names=("sea", "sky", "soil"))
 WORDS = (("boat", "wave", "salt", "fish", "reef"), ("cloud", "wing", "star", "wind", "moon"),
@@ -23,9 +23,13 @@ def flipped(n=600, share=0.05, seed=0):
     return texts, given, set(wrong.tolist())
 
 
+def labelled(texts, given):
+    return [LabeledText(text=t, labels=(int(c),), row=i + 2) for i, (t, c) in enumerate(zip(texts, given, strict=True))]
+
+
 def test_planted_errors_come_first():
     texts, given, wrong = flipped()
-    proba = out_of_fold(texts, given, TASK)
+    proba = out_of_fold(labelled(texts, given), TASK)
     first = np.argsort(margins(proba, given))[: len(wrong)]
     assert len(wrong & set(first.tolist())) / len(wrong) > 0.6  # by chance 0.05
     found = suspects(proba, given)
@@ -36,9 +40,49 @@ def test_planted_errors_come_first():
 def test_no_text_is_judged_by_a_model_that_learnt_it():
     """Each text is a word of its own: whoever has seen it knows its label, and whoever has not knows nothing."""
     given = np.arange(60) % 3
-    proba = out_of_fold([f"word{i}" for i in range(60)], given, TASK)
+    proba = out_of_fold(labelled([f"word{i}" for i in range(60)], given), TASK)
     assert proba[np.arange(60), given] == pytest.approx(np.full(60, 1 / 3), abs=0.02)
     np.testing.assert_allclose(proba.sum(axis=1), 1)
+
+
+def test_copies_of_a_text_are_held_out_together():
+    """The same with every text twice, once with a blank behind it: a copy on the other side would give its label away."""
+    given = np.arange(60) % 3
+    proba = out_of_fold(labelled([f"word{i}{end}" for end in ("", " ") for i in range(60)], np.tile(given, 2)), TASK)
+    assert proba[np.arange(120), np.tile(given, 2)] == pytest.approx(np.full(120, 1 / 3), abs=0.02)
+
+
+def test_planted_errors_among_several_labels():
+    """A label is taken away, or one is given that is none of the text's own: both come first and say what they rather are."""
+    rng = np.random.default_rng(1)
+    has = rng.random((500, 3)) < 0.4
+    texts = [" ".join([*(w for c in np.flatnonzero(row) for w in rng.choice(WORDS[c], 2)), f"text {i}"])
+             for i, row in enumerate(has)]  # fmt: skip
+    wrong = {(int(i), int(rng.integers(3))) for i in rng.permutation(500)[:30]}
+    given = has.copy()
+    for pair in wrong:
+        given[pair] ^= True
+    task = Task(kind="multi", label_names=TASK.label_names)
+    examples = [LabeledText(text=t, labels=tuple(np.flatnonzero(row).tolist()), row=i)
+                for i, (t, row) in enumerate(zip(texts, given, strict=True))]  # fmt: skip
+    found = [tuple(pair) for pair in pair_suspects(out_of_fold(examples, task), given).tolist()]
+    assert len(wrong & set(found[:30])) > 22  # of 1,500 pairs 30 are wrong
+    told = training_suspects(examples, task, seed=0)
+    assert (told["count"], told["of"]) == (len(found), 1500)
+    for row, (i, c) in zip(told["rows"], found, strict=False):
+        name = TASK.label_names[c]
+        assert (row["label"], row["rather"]) == ((name, f"not {name}") if given[i, c] else (f"not {name}", name))
+        assert row["given"] < 0.5 < row["probability"] == pytest.approx(1 - row["given"])
+        assert row["text"] == texts[i]
+
+
+def test_several_labels_by_hand():
+    proba, has = np.array([[0.9, 0.2], [0.8, 0.1], [0.1, 0.9]]), np.array([[1, 0], [0, 0], [0, 1]], dtype=bool)
+    # Label 0 is 0.9 sure where it stands and text 1 only 0.8; with 0.95 there it is suspect. Label 1 is as it should be.
+    assert pair_suspects(proba, has).tolist() == []
+    proba[1, 0] = 0.95
+    assert pair_suspects(proba, has).tolist() == [[1, 0]]
+    assert pair_suspects(proba, np.zeros((3, 2), dtype=bool)).shape == (0, 2)
 
 
 def test_margins_and_suspects_by_hand():
@@ -53,10 +97,7 @@ def test_margins_and_suspects_by_hand():
 
 def test_what_the_report_lists():
     texts, given, wrong = flipped()
-    examples = [
-        LabeledText(text=t, labels=(int(c),), row=i + 2) for i, (t, c) in enumerate(zip(texts, given, strict=True))
-    ]
-    found = training_suspects(examples, TASK, seed=0)
+    found = training_suspects(labelled(texts, given), TASK, seed=0)
     assert (found["of"], len(found["rows"])) == (600, LISTED)
     assert sum(row["row"] - 2 in wrong for row in found["rows"]) > 0.7 * LISTED
     for row in found["rows"]:
@@ -66,6 +107,6 @@ def test_what_the_report_lists():
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_handful_of_texts_does_not_crash(n):
-    proba = out_of_fold([f"text {i}" for i in range(n)], np.arange(n) % 2, TASK)
+    proba = out_of_fold(labelled([f"text {i}" for i in range(n)], np.arange(n) % 2), TASK)
     assert np.isfinite(proba).all()
     assert len(suspects(proba, np.arange(n) % 2)) <= n

@@ -109,6 +109,19 @@ def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kin
     np.testing.assert_allclose(found[:, -1], assemble.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
 
 
+def test_features_of_some_layers_whatever_a_cache_holds(tiny_model):
+    """Two of three layers are read from the cache by a training; asked for their features, they are run."""
+    scorer = made(tiny_model("qwen2"))
+    wanted = assemble.layer_features(scorer, TEXTS)
+    assert np.abs(wanted[:, 0] - wanted[:, 2]).max() > 1e-2
+    cached(scorer)
+    kept = scorer.lower
+    for _ in range(2):
+        np.testing.assert_allclose(assemble.layer_features(scorer, TEXTS, [0, 2]), wanted[:, [0, 2]], atol=1e-6)
+        assemble.score(scorer, TEXTS)
+    assert scorer.lower is kept
+
+
 @pytest.mark.parametrize(("kind", "wanted", "words"), [
     ("qwen2", 99, "--depth of"), ("bert", 1, "a decoder for --depth"),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from loracle.data.examples import Task
 from loracle.model.assemble import new_scorer
 from loracle.model.backbone import load_tokenizer
-from loracle.model.likelihood import log_likelihood
+from loracle.model.likelihood import log_likelihood, name_scores, names_template
 from loracle.text.encode import Encoder
 from loracle.text.template import bake
 
@@ -58,3 +58,29 @@ def test_an_encoder_has_none(tiny_model):
     )  # fmt: skip
     with pytest.raises(ValueError, match="bert has no likelihood of a next token"):
         log_likelihood(scorer, Encoder(tokenizer, encoder=True)(["a"]), tiny_model("bert"), after=1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
+def test_names_are_scored_by_what_the_text_adds(tiny_model, kind):
+    """Against the causal model itself, one name behind one text at a time, and behind none."""
+    source, names = tiny_model(kind), ["sea", "open sky", "a {b} field"]
+    causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokenizer = bake(load_tokenizer(source), names_template(names), 256)
+    scorer = new_scorer(
+        source, Task(kind="single", label_names=tuple(names)), pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32, device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0},
+    )  # fmt: skip
+    encoder, texts = Encoder(tokenizer), TEXTS[:4]
+    found = name_scores(scorer, texts, names, source, encoder)
+
+    def summed(text, name):
+        (encoded,) = encoder([name], [text])
+        own = encoded.tokens - encoded.starts[0] - encoder.after
+        return own * by_hand(causal, encoded, encoder.after)
+
+    expected = [[summed(text, name) - summed("", name) for name in names] for text in texts]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found).max() > 0.05
+    asked = tokenizer.decode(encoder(["sea"], ["a text"])[0].chunks[0])
+    assert "Labels: sea, open sky, a (b) field." in asked
+    assert asked.index("a text") < asked.rindex("Label:") < asked.rindex("sea")

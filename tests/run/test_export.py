@@ -1,4 +1,4 @@
-"""What leaves loracle scores as the run does, of every family and head; tests/serve/test_parity.py sets all ways side by side."""
+"""What leaves loracle scores as the run does, of every family and head; test_parity.py sets all ways side by side."""
 
 from __future__ import annotations
 

@@ -106,6 +106,11 @@ def as_number(value: Any, what: str) -> float | None:
     raise CellError(f"a number as {what}", _kind_of(value))
 
 
+def as_value(value: Any) -> str:
+    """A cell of any kind as a name that a table can show; ``none`` where it is null or blank."""
+    return ("" if _is_null(value) else " ".join(str(value).split())) or "none"
+
+
 def as_weight(value: Any) -> float:
     """A weight cell; 1 where it is null or blank."""
     weight = as_number(value, "weight")

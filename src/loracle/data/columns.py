@@ -36,6 +36,7 @@ LABEL_NAMES = (
 )  # fmt: skip
 GROUP_NAMES = ("group", "group_id", "test_id", "query_id", "qid")
 GRADE_NAMES = ("grade", "relevance", "score")
+SLICE_NAMES = ("source",)
 CONTEXT_NAMES = ("context", "prompt", "query", "brief")
 
 
@@ -57,6 +58,7 @@ class Columns:
     rejected: str | None = None
     margin: str | None = None
     weight: str | None = None
+    slice: tuple[str, ...] = ()  # by whose values a classifier's report is sliced
     date: str | None = None
     said: tuple[str, ...] = field(default=(), compare=False)
 
@@ -125,6 +127,8 @@ def _refuse_idle(columns: Columns, data: DataConfig) -> None:
     if data.compare and not columns.compare:
         learnt = "chosen and rejected" if columns.evidence else "labels"
         raise UserError("clicks or grades beside --compare", learnt, "leave --compare out")
+    if data.slice and not columns.slice:
+        raise UserError("labels beside --slice", "titles to rank", "leave --slice out")
     if data.date and not columns.date:
         raise UserError("titles to rank beside --date", "labels", "leave --date out, or pass --test FILE")
 
@@ -272,12 +276,16 @@ def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
 
 
 def _label_columns(table: Table, data: DataConfig) -> Columns:
-    taken = [data.text, data.context, data.weight]
+    slices = _several(table, data.slice, "slice")
+    taken = [data.text, data.context, data.weight, *slices]
     label = _flagged(table, data.label, "label") or _common(table, LABEL_NAMES, taken=taken)
     weight = _flagged(table, data.weight, "weight") or _common(table, ["sample_weight"], taken=[label])
     columns = _text_columns(table, data, TEXT_NAMES, taken={label, weight} - {None})
-    label = label or _guessed_label(table, taken={columns.text, columns.messages, columns.context, weight})
-    return dataclasses.replace(columns, label=label, weight=weight)
+    known = {columns.text, columns.messages, columns.context, weight}
+    label = label or _guessed_label(table, taken={*known, *slices})
+    if data.slice is None and (source := _common(table, SLICE_NAMES, taken={*known, label})):
+        slices = (source,)
+    return dataclasses.replace(columns, label=label, weight=weight, slice=slices)
 
 
 def _text_columns(

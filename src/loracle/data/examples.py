@@ -32,6 +32,7 @@ class LabeledText:
     row: int  # where it stood: 1-based line of a text file, 1-based item of a JSON array or Parquet file
     context: str | None = None
     weight: float = 1.0
+    slices: tuple[tuple[str, str], ...] = ()  # (column, value) by which the report is sliced
 
     @property
     def identity(self) -> tuple[str, str]:

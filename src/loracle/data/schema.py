@@ -11,6 +11,7 @@ from loracle.config import DataConfig
 from loracle.data.cells import (
     CellError,
     as_labels,
+    as_value,
     as_weight,
     count_lost,
     known_label,
@@ -26,6 +27,8 @@ from loracle.data.groups import READERS, gather
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.table import Table
 from loracle.errors import UserError
+
+Slices = tuple[tuple[str, str], ...]
 
 ISSUES = {
     "blank-text": "rows without a text (null or blank), skipped",
@@ -91,20 +94,21 @@ def _read_texts(
 ) -> tuple[Task, list[LabeledText]]:
     class_names = table.label_names.get(columns.label or "", ())
 
-    def parse(row: dict[str, Any]) -> tuple[str | None, str | None, tuple[str, ...] | None, float]:
+    def parse(row: dict[str, Any]) -> tuple[str | None, str | None, tuple[str, ...] | None, float, Slices]:
         labels = as_labels(cell_of(row, columns.label), task.kind, data.label_delimiter, class_names)
-        return *text_and_context(row, columns), labels, as_weight(cell_of(row, columns.weight))
+        slices = tuple((name, as_value(cell_of(row, name))) for name in columns.slice)
+        return *text_and_context(row, columns), labels, as_weight(cell_of(row, columns.weight)), slices
 
-    kept: list[tuple[int, str, str | None, tuple[str, ...], float]] = []
+    kept: list[tuple[int, str, str | None, tuple[str, ...], float, Slices]] = []
     first_rows: dict[str, int] = {}
-    for number, (text, context, labels, weight) in parsed_rows(table, parse):
+    for number, (text, context, labels, weight, slices) in parsed_rows(table, parse):
         if text is None:
             issues.add("blank-text", number)
         elif labels is None:
             issues.add("no-label", number)
         else:
             count_lost(text, number, issues)
-            kept.append((number, text, context, labels, weight))
+            kept.append((number, text, context, labels, weight, slices))
             for name in labels:
                 first_rows.setdefault(name, number)
 
@@ -114,9 +118,14 @@ def _read_texts(
     ids = {name: index[known_label(names.get(name, name), row, table, index)] for name, row in first_rows.items()}
     return task, [
         LabeledText(
-            text=text, context=context, labels=tuple(sorted({ids[n] for n in labels})), row=number, weight=weight
+            text=text,
+            context=context,
+            labels=tuple(sorted({ids[n] for n in labels})),
+            row=number,
+            weight=weight,
+            slices=slices,
         )
-        for number, text, context, labels, weight in kept
+        for number, text, context, labels, weight, slices in kept
     ]
 
 

@@ -80,10 +80,7 @@ def split_texts(items: Sequence[LabeledText], share: float, seed: int, task: Tas
 
 
 def text_folds(items: Sequence[LabeledText], folds: int, seed: int, task: Task) -> list[Split]:
-    """``folds`` rotations in which every text is held out once, stratified; rows of equal text (stripped) go together.
-
-    Distinct texts are shuffled, sorted by their labels (sets of labels, where there may be several) and dealt out in turn,
-    so that a class's numbers differ by at most one between folds.
+    """``folds`` rotations in which every text is held out once, as ``fold_numbers`` deals them out.
 
     Raises:
         UserError: fewer distinct texts than folds.
@@ -91,18 +88,28 @@ def text_folds(items: Sequence[LabeledText], folds: int, seed: int, task: Task) 
     units = _equal_texts(items)
     if len(units) < folds:
         raise UserError(f"at least {folds} distinct texts, for {folds} folds", str(len(units)), "add examples")
-    labels = [tuple(sorted(items[unit[0]].labels)) for unit in units]
-    counts = Counter(labels)
-    order = sorted(_shuffled(len(units), seed).tolist(), key=lambda at: labels[at])
-    fold_of = np.zeros(len(items), dtype=int)
-    for turn, at in enumerate(order):
-        fold_of[units[at]] = turn % folds
-    lonely = [u for u, label in zip(units, labels, strict=True) if task.kind == "single" and counts[label] == 1]
+    fold_of = fold_numbers(items, folds, seed)
+    counts = Counter(items[unit[0]].labels for unit in units)
+    lonely = [u for u in units if task.kind == "single" and counts[items[u[0]].labels] == 1]
     notes = issue_of(
         "class-not-held", "classes with one distinct text, which no rotation both learns and measures",
         [items[unit[0]].row for unit in lonely],
     )  # fmt: skip
     return [_two_sides(items, fold_of == f, notes) for f in range(folds)]
+
+
+def fold_numbers(items: Sequence[LabeledText], folds: int, seed: int) -> NDArray[np.int_]:
+    """Fold ``[N]`` of each row, stratified; rows of equal text (stripped) go together. With fewer texts some stay empty.
+
+    Distinct texts are shuffled, sorted by their labels (sets of labels, where there may be several) and dealt out in turn,
+    so that a class's numbers differ by at most one between folds.
+    """
+    units = _equal_texts(items)
+    order = sorted(_shuffled(len(units), seed).tolist(), key=lambda at: sorted(items[units[at][0]].labels))
+    fold_of = np.zeros(len(items), dtype=int)
+    for turn, at in enumerate(order):
+        fold_of[units[at]] = turn % folds
+    return fold_of
 
 
 def _equal_texts(items: Sequence[LabeledText]) -> list[list[int]]:

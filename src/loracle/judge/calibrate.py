@@ -1,8 +1,8 @@
 """From scores to probabilities that mean what they say, and to labels: fitted on validation examples, never on test. SciPy.
 
-Scores stay as they are; only what is made of them changes. One label a text: all logits are divided by one temperature (Guo
-et al. 2017, arXiv:1706.04599), which moves no label, only how sure it is. Several labels: each has the probability from
-which it is given (Lipton et al. 2014, arXiv:1402.1892).
+Scores stay as they are; only what is made of them changes. All logits are divided by one temperature (Guo et al. 2017,
+arXiv:1706.04599), which moves no label, only how sure it is. Several labels: each also has the probability from which it is
+given (Lipton et al. 2014, arXiv:1402.1892).
 
 Legend of shapes: N texts, C labels.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax
+from scipy.special import expit, log_expit, log_softmax
 
 from loracle.data.examples import Task
 
@@ -28,7 +28,7 @@ BOUND = 3.0  # of that logarithm
 class Calibration:
     """What a classifier's scores mean. As it stands without arguments nothing is calibrated."""
 
-    temperature: float = 1.0  # by which the logits of ``single`` are divided
+    temperature: float = 1.0  # by which the logits are divided
     thresholds: tuple[float, ...] = ()  # [C] of ``multi``: a label is given above it; none: one half for each
     examples: int = 0  # validation texts that it was fitted on
 
@@ -42,21 +42,28 @@ def fit_calibration(
     that allows; without it the thresholds make each label's F1, and so macro-F1, highest.
     """
     logits, count = np.asarray(scores, dtype=np.float64), len(targets)
+    temperature = fit_temperature(logits, targets)
     if task.kind == "single":
-        return Calibration(temperature=fit_temperature(logits, targets), examples=count)
-    fitted = [fit_threshold(p, true, precision=precision) for p, true in zip(expit(logits).T, targets.T, strict=True)]
-    return Calibration(thresholds=tuple(fitted), examples=count)
+        return Calibration(temperature=temperature, examples=count)
+    proba = expit(logits / temperature)
+    fitted = [fit_threshold(p, true, precision=precision) for p, true in zip(proba.T, targets.T, strict=True)]
+    return Calibration(temperature=temperature, thresholds=tuple(fitted), examples=count)
 
 
 def fit_temperature(logits: Array, targets: np.ndarray) -> float:
-    """The likeliest temperature, given int targets ``[N]`` and that its logarithm is around 0 give or take ``PRIOR``.
+    """The likeliest temperature, given that its logarithm is around 0 give or take ``PRIOR``; targets are int ``[N]``, or bool
+    ``[N, C]`` of labels that can stand together.
 
     The prior weighs less than a dozen texts do. Without it, a few validation texts without a mistake would make every
     later mistake one of full confidence.
     """
 
     def loss(log_temperature: float) -> float:
-        known = log_softmax(logits * np.exp(-log_temperature), axis=1)[np.arange(len(targets)), targets]
+        tempered = logits * np.exp(-log_temperature)
+        if targets.ndim == 2:
+            known = log_expit(np.where(targets, tempered, -tempered))
+        else:
+            known = log_softmax(tempered, axis=1)[np.arange(len(targets)), targets]
         return float((log_temperature / PRIOR) ** 2 / 2 - known.sum())
 
     return float(np.exp(minimize_scalar(loss, bounds=(-BOUND, BOUND), method="bounded", options={"xatol": 1e-6}).x))

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.judge.budget import SEARCHED
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import (
     UNCALIBRATED,
     Array,
     bootstrap,
     calibration_bins,
+    claims,
     given_labels,
     headline_metric,
     lead,
@@ -35,16 +37,17 @@ from loracle.judge.metrics import (
 )
 from loracle.judge.ranking import paired_difference
 from loracle.judge.report import ceiling_line, result_rows
-from loracle.judge.suspects import out_of_fold, suspects
+from loracle.judge.suspects import out_of_fold, pair_suspects, suspects
 
 LISTED = 20  # texts a list shows
 LETTERS = 400  # characters of a text that are shown
+NAMED = 60  # of the value of a column
 CONFUSED = 12  # classes up to which the confusion matrix is whole; of more, those confused most
 GROUPS = 6  # example groups of a ranker, half of them where it did worst
 POINTS = 40  # of the coverage curve
-SEARCHED = 10_000  # training texts among which wrong labels are looked for
 GAPS = {"under_10": "under 10 %", "10_to_25": "10 to 25 %", "25_to_50": "25 to 50 %", "over_50": "over 50 %"}
-SCRIPT_TEXTS = 5  # a script of fewer texts is no slice of its own
+SLICE_TEXTS = 5  # a script or a value of a column with fewer texts is no slice of its own
+SLICES = 20  # values of a column that are slices of their own
 
 
 def verdict(
@@ -114,16 +117,19 @@ def findings(
         "errors": worst_errors(proba, given, true, examples, task),
         "slices": slices((given == true).all(axis=1), examples),
     }
+    before = probabilities(logits, task)
+    found |= {
+        "reliability": {
+            name: reliability(*(a.ravel() for a in claims(p, targets, task)))
+            for name, p in (("before", before), ("after", proba))
+        },
+        "suspects": {"test": suspect_rows(proba, targets, examples, task)},
+    }
     if task.kind == "single":
         right = given[np.arange(len(targets)), targets].astype(np.float64)
         found |= {
             "confusion": confusion(given.argmax(1), targets, task.label_names),
-            "reliability": {
-                "before": reliability(probabilities(logits, task).max(1), right),
-                "after": reliability(proba.max(1), right),
-            },
             "coverage": coverage(proba.max(1), right),
-            "suspects": {"test": suspect_rows(proba, targets, examples, task)},
         }
     return found
 
@@ -205,7 +211,13 @@ def worst_errors(
 
 
 def suspect_rows(proba: Array, targets: np.ndarray, examples: Sequence[LabeledText], task: Task) -> dict[str, Any]:
-    """Labels that are likely wrong: how many, of how many, and the first ones."""
+    """Labels that are likely wrong: how many, of how many, and the first ones; of several, each label of a text is one."""
+    if task.kind == "multi":
+        pairs = pair_suspects(proba, targets)
+        return {"count": len(pairs), "of": targets.size, "rows": [
+            _row(examples[i], task) | _doubted(task.label_names[c], bool(targets[i, c]), float(proba[i, c]))
+            for i, c in pairs[:LISTED].tolist()
+        ]}  # fmt: skip
     found = suspects(proba, targets)
     rows = [
         _row(examples[i], task)
@@ -216,25 +228,44 @@ def suspect_rows(proba: Array, targets: np.ndarray, examples: Sequence[LabeledTe
     return {"count": len(found), "of": len(examples), "rows": rows}
 
 
-def training_suspects(examples: Sequence[LabeledText], task: Task, *, seed: int) -> dict[str, Any]:
-    """The same on the training side, by cross-validation of a TF-IDF classifier on at most ``SEARCHED`` texts."""
-    order = np.sort(np.random.default_rng(seed).permutation(len(examples))[:SEARCHED])
+def _doubted(name: str, has: bool, proba: float) -> dict[str, Any]:
+    """Of one label of a text: what stands there, what it rather is, and how likely each is."""
+    yes, no = name, f"not {name}"
+    label, rather, given = (yes, no, proba) if has else (no, yes, 1 - proba)
+    return {"label": label, "rather": rather, "probability": 1 - given, "given": given}
+
+
+def training_suspects(
+    examples: Sequence[LabeledText], task: Task, *, seed: int, searched: int = SEARCHED
+) -> dict[str, Any]:
+    """The same on the training side, by cross-validation of a TF-IDF classifier on ``searched`` of the texts."""
+    order = np.sort(np.random.default_rng(seed).permutation(len(examples))[:searched])
     some = [examples[i] for i in order.tolist()]
-    targets = target_array(some, task)
-    return suspect_rows(out_of_fold([e.text for e in some], targets, task, seed=seed), targets, some, task)
+    return suspect_rows(out_of_fold(some, task, seed=seed), target_array(some, task), some, task)
 
 
 def slices(right: np.ndarray, examples: Sequence[LabeledText]) -> list[dict[str, Any]]:
-    """Accuracy by length, in thirds of the texts, and by script, each with a bootstrap interval over distinct texts."""
+    """Accuracy by the columns that examples name, by length, in thirds of the texts, and by script, each with a bootstrap
+    interval over distinct texts. Columns show their most frequent values, and what is left as one slice.
+    """
+    named: list[tuple[str, str, np.ndarray]] = []
+    for column in dict.fromkeys(name for e in examples for name, _ in e.slices):
+        values = np.array([_short(dict(e.slices).get(column, "none"), NAMED) for e in examples])
+        counts = Counter(values.tolist())
+        shown = [value for value, n in counts.most_common(SLICES) if n >= SLICE_TEXTS]
+        if shown and len(counts) > 1:
+            named += [(column, value, values == value) for value in shown]
+            named.append((column, f"{len(counts) - len(shown)} others", ~np.isin(values, shown)))
     length = np.array([len(e.text) for e in examples])
     first, second = (int(q) for q in np.quantile(length, (1 / 3, 2 / 3), method="lower"))
-    parts: list[tuple[str, str, np.ndarray]] = [
+    parts = [
+        *named,
         ("length", f"up to {first:,} characters", length <= first),
         ("length", f"{first + 1:,} to {second:,}", (length > first) & (length <= second)),
         ("length", f"over {second:,}", length > second),
     ]
     scripts = np.array([script(e.text) for e in examples])
-    if len(common := [s for s, n in Counter(scripts.tolist()).most_common() if n >= SCRIPT_TEXTS]) > 1:
+    if len(common := [s for s, n in Counter(scripts.tolist()).most_common() if n >= SLICE_TEXTS]) > 1:
         parts += [("script", name, scripts == name) for name in common]
     parts = [part for part in parts if part[2].any()]
     unit, units = units_of([e.identity for e in examples], len(examples))
@@ -358,5 +389,5 @@ def _names(given: np.ndarray, task: Task) -> str:
     return ", ".join(task.label_names[i] for i in np.flatnonzero(given)) or "none"
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+def _short(text: str, letters: int = LETTERS) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 from scipy.stats import rankdata
 
 from loracle.data.examples import LabeledText, Task
@@ -25,6 +25,7 @@ REPLICATES = 1000
 LEVEL = 0.95
 UNCALIBRATED = Calibration()
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
+DRAWS = 200_000_000  # truths simulated for a band, a few seconds; of more than that a tenth of the replicates must do
 CHUNK = 1 << 20  # resampling weights held at once: 8 MB, which a processor's cache still likes
 
 
@@ -66,9 +67,9 @@ def target_array(examples: Sequence[LabeledText], task: Task) -> np.ndarray:
 
 
 def probabilities(scores: np.ndarray, task: Task, calibration: Calibration = UNCALIBRATED) -> Array:
-    """Float64 probabilities ``[N, C]`` from logits: softmax at the temperature, or a sigmoid each for ``multi``."""
-    logits = np.asarray(scores, dtype=np.float64)
-    return softmax(logits / calibration.temperature, axis=1) if task.kind == "single" else expit(logits)
+    """Float64 probabilities ``[N, C]`` from logits at the temperature: softmax, or a sigmoid each for ``multi``."""
+    logits = np.asarray(scores, dtype=np.float64) / calibration.temperature
+    return softmax(logits, axis=1) if task.kind == "single" else expit(logits)
 
 
 def given_labels(proba: np.ndarray, task: Task, calibration: Calibration = UNCALIBRATED) -> npt.NDArray[np.bool_]:
@@ -88,24 +89,40 @@ def calibration_bins(confidence: Array) -> npt.NDArray[np.intp]:
 
 
 def calibration_error(confidence: Array, right: Array) -> float:
-    """Expected calibration error (Naeini et al. 2015) over equal-mass bins: mean over texts of the gap of their bin between
-    the mean confidence and the share that is right.
+    """Expected calibration error (Naeini et al. 2015) over equal-mass bins: mean over claims ``[N]`` of the gap of their bin
+    between the mean confidence and the share that is right.
     """
-    return float(np.abs(np.bincount(calibration_bins(confidence), weights=confidence - right)).sum() / len(right))
+    return _error_of(calibration_bins(confidence), confidence - right)
 
 
-def calibration_band(proba: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
-    """The error that texts so many show though every probability is true: mean and 95 % band over simulated labels.
+def claims(proba: Array, targets: np.ndarray, task: Task) -> tuple[Array, Array]:
+    """What probabilities say and whether it is so, both ``[N, K]``: of ``single`` that the likeliest label is right (K = 1), of
+    ``multi`` that each label stands there (K = C).
+    """
+    if task.kind == "multi":
+        return proba, targets.astype(np.float64)
+    return proba.max(axis=1, keepdims=True), (proba.argmax(axis=1) == targets)[:, None].astype(np.float64)
+
+
+def calibration_band(
+    confidence: Array, *, groups: Sequence[Hashable] | None = None, seed: int = 0, replicates: int = REPLICATES
+) -> Interval:
+    """The error that so many claims ``[N, K]`` show though every probability is true: mean and 95 % band over simulated truths.
 
     Above 0, as the share that is right scatters around its mean (Vaicenavicius et al. 2019, arXiv:1902.06977). Rows of equal
-    ``groups`` are copies, which are right or wrong together.
+    ``groups`` are copies, which are right or wrong together; the labels of a text are drawn independently of each other.
     """
-    unit, units = units_of(groups, len(proba))
-    confidence = proba.max(axis=1)
-    rng = np.random.default_rng(seed)
-    # The label is the likeliest one with just that probability, so no other one need be drawn.
-    drawn = [calibration_error(confidence, rng.random(units)[unit] < confidence) for _ in range(REPLICATES)]
+    unit, units = units_of(groups, len(confidence))
+    rng, bins = np.random.default_rng(seed), calibration_bins(confidence.ravel())
+    drawn = []
+    for _ in range(min(replicates, max(DRAWS // confidence.size, replicates // 10))):
+        right = rng.random((units, confidence.shape[1]))[unit] < confidence
+        drawn.append(_error_of(bins, (confidence - right).ravel()))
     return _interval(float(np.mean(drawn)), np.array(drawn))
+
+
+def _error_of(bins: npt.NDArray[np.intp], gaps: Array) -> float:
+    return float(np.abs(np.bincount(bins, weights=gaps)).sum() / len(gaps))
 
 
 def classification_metrics(
@@ -115,13 +132,14 @@ def classification_metrics(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    replicates: int = REPLICATES,
     calibration: Calibration | None = None,
 ) -> dict[str, Interval | float]:
     """Metrics of logits ``[N, C]`` against targets, each with a bootstrap interval.
 
     ``single``: accuracy, macro_f1, weighted_f1, log_loss (nats), auc, ece. ``multi``, where a label is given when its
-    probability is above its threshold: micro_f1, macro_f1, subset_accuracy, map, auc; accuracy is the subset accuracy once
-    more.
+    probability is above its threshold: micro_f1, macro_f1, subset_accuracy, map, log_loss, auc, ece; accuracy is the subset
+    accuracy once more; log_loss and ece are over all pairs of a text and a label.
 
     ``auc`` is the mean over labels of one against the rest; its interval resamples what each text adds to it (DeLong et al.
     1988). ``ece`` (``calibration_error``) has no interval, as it is no mean over texts; ``ece_if_calibrated`` is what
@@ -137,7 +155,7 @@ def classification_metrics(
         targets: int ``[N]`` for ``single``, bool ``[N, C]`` for ``multi``: see ``target_array``.
         groups: N hashables, usually the texts. Equal ones are resampled together, as copies are no further evidence;
             values stay means over rows.
-        seed: of the resampling.
+        seed: of the resampling; ``replicates``: how often.
 
     Raises:
         UserError: there is no text to measure on.
@@ -146,15 +164,15 @@ def classification_metrics(
     logits, targets = _checked(scores, targets, task)
     unit, units = units_of(groups, len(logits))
     meaning = calibration or UNCALIBRATED
-    if task.kind == "multi":
-        return {**bootstrap(_multi(logits, targets, unit, units, meaning), units, seed=seed)}
-    found: dict[str, Interval] = bootstrap(_single(logits, targets, unit, units, meaning), units, seed=seed)
-    right = (logits.argmax(axis=1) == targets).astype(np.float64)
-    after, before = (probabilities(logits, task, c) for c in (meaning, UNCALIBRATED))
-    error, error_before = (calibration_error(p.max(axis=1), right) for p in (after, before))
+    of = _single if task.kind == "single" else _multi
+    found: dict[str, Interval] = bootstrap(
+        of(logits, targets, unit, units, meaning), units, seed=seed, replicates=replicates
+    )
+    after, before = (claims(probabilities(logits, task, c), targets, task) for c in (meaning, UNCALIBRATED))
+    error, error_before = (calibration_error(sure.ravel(), right.ravel()) for sure, right in (after, before))
     found |= {
         "ece": Interval(error, np.nan, np.nan),
-        "ece_if_calibrated": calibration_band(after, groups=groups, seed=seed),
+        "ece_if_calibrated": calibration_band(after[0], groups=groups, seed=seed, replicates=replicates),
     }
     if calibration is None:
         del found["log_loss_uncalibrated"]
@@ -168,11 +186,14 @@ def lead(
     targets: np.ndarray,
     task: Task,
     *,
+    metric: str | None = None,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    replicates: int = REPLICATES,
 ) -> Interval:
-    """By how much the headline metric of logits a is above that of logits b, resampled in pairs."""
-    return differences(scores_a, scores_b, targets, task, groups=groups, seed=seed)[headline_metric(task)]
+    """By how much a metric (by default the headline) of logits a is above that of logits b, resampled in pairs."""
+    found = differences(scores_a, scores_b, targets, task, groups=groups, seed=seed, replicates=replicates)
+    return found[metric or headline_metric(task)]
 
 
 def differences(
@@ -183,6 +204,7 @@ def differences(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
+    replicates: int = REPLICATES,
     calibrations: tuple[Calibration, Calibration] = (UNCALIBRATED, UNCALIBRATED),
 ) -> dict[str, Interval]:
     """By how much each metric of logits a, at its calibration, is above that of logits b: the same draws for both.
@@ -200,7 +222,7 @@ def differences(
         of_a, of_b = a(weights), b(weights)
         return {name: of_a[name] - of_b[name] for name in of_a}
 
-    return bootstrap(statistics, units, seed=seed)
+    return bootstrap(statistics, units, seed=seed, replicates=replicates)
 
 
 def bootstrap(
@@ -307,7 +329,11 @@ def _single(
 def _multi(
     logits: Array, targets: np.ndarray, unit: npt.NDArray[np.intp], units: int, calibration: Calibration
 ) -> Statistics:
-    chosen, true = expit(logits) > _thresholds(calibration), targets.astype(bool)
+    true = targets.astype(bool)
+    chosen = expit(logits / calibration.temperature) > _thresholds(calibration)
+    signed = np.where(true, logits, -logits)
+    losses = [-log_expit(z).mean(axis=1) for z in (signed / calibration.temperature, signed)]
+    loss_sum, untempered_sum = (sum_by_unit(loss, unit, units) for loss in losses)
     auc = _auc(logits, true, unit, units)
     sums = [sum_by_unit(part, unit, units) for part in (chosen & true, chosen, true)]
     exact = sum_by_unit((chosen == true).all(axis=1), unit, units)
@@ -316,13 +342,16 @@ def _multi(
 
     def statistics(weights: Array) -> dict[str, Array]:
         hits, predicted, support = (weights @ part for part in sums)
-        subset = weights @ exact / (weights @ rows_of_unit)
+        rows = weights @ rows_of_unit
+        subset = weights @ exact / rows
         precision = [_average_precision(weights[:, unit[order]], *rest) for order, *rest in ranked]
         return {
             "accuracy": subset,
             "subset_accuracy": subset,
             "micro_f1": ratio(2 * hits.sum(axis=1), (predicted + support).sum(axis=1)),
             "macro_f1": _mean_of_known(ratio(2 * hits, predicted + support)),
+            "log_loss": weights @ loss_sum / rows,
+            "log_loss_uncalibrated": weights @ untempered_sum / rows,
             "auc": auc(weights),
             "map": _mean_of_known(np.stack(precision, axis=1) if precision else np.empty((len(weights), 0))),
         }

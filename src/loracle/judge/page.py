@@ -53,7 +53,9 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
             curves["looks"], "step", "validation_metric", f"validation {spoken(report['headline'])}", marker="o"
         )
     if report.get("reliability"):
-        drawn["reliability"] = _reliability(report["reliability"])
+        several = report["task"] == "multi"
+        told = ("a label", "that has it") if several else ("the label given", "that is right")
+        drawn["reliability"] = _reliability(report["reliability"], *told)
     if len(report.get("coverage") or ()) > 1:
         drawn["coverage"] = _line(
             report["coverage"], "coverage", "accuracy", "accuracy of those", x_label="share of the texts labelled"
@@ -80,8 +82,8 @@ def _line(
     return _svg(picture, y)
 
 
-def _reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    picture, axes = _axes("mean probability of the label given", "share that is right")
+def _reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], of: str, which: str) -> str:
+    picture, axes = _axes(f"mean probability of {of}", f"share {which}")
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, label="perfect")
     for name, colour, marker in (("before", SECOND, "s"), ("after", FIRST, "o")):
         axes.plot(

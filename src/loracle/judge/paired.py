@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from loracle.data.examples import LabeledText, RankGroup, Task
-from loracle.judge.metrics import Array, Interval, bootstrap, headline_metric, sum_by_unit, target_array, units_of
+from loracle.judge.metrics import Array, Interval, headline_metric, lead, sum_by_unit, target_array, units_of
 from loracle.judge.ranking import paired_difference
 
 
@@ -37,9 +37,10 @@ def compare(
     """
     if task.kind == "rank":
         return compare_rankers([s[:, 0] for s in scores_a], [s[:, 0] for s in scores_b], examples)
-    a, b = (credit(np.concatenate(scores), examples, task) for scores in (scores_a, scores_b))
+    a, b = (np.concatenate(scores) for scores in (scores_a, scores_b))
     same = [e.identity for e in examples]
-    return Paired("accuracy", _difference(a, b, same), mcnemar(a, b, same))
+    gap = lead(a, b, target_array(examples, task), task, metric="accuracy", groups=same)
+    return Paired("accuracy", gap, mcnemar(credit(a, examples, task), credit(b, examples, task), same))
 
 
 def compare_rankers(
@@ -87,11 +88,6 @@ def holm(p: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = running
     return adjusted
-
-
-def _difference(a: Array, b: Array, groups: Sequence[Hashable]) -> Interval:
-    gaps, rows = _by_unit(a - b, groups), _by_unit(np.ones_like(a), groups)
-    return bootstrap(lambda weights: {"difference": weights @ gaps / (weights @ rows)}, len(gaps))["difference"]
 
 
 def _by_unit(values: Array, groups: Sequence[Hashable] | None) -> Array:

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from loracle.data.examples import Task
-from loracle.judge.baselines import tfidf_classifier
-from loracle.judge.metrics import Array, probabilities
+from loracle.data.examples import LabeledText, Task
+from loracle.data.splits import fold_numbers
+from loracle.judge.baselines import tfidf_classifier, words_of
+from loracle.judge.metrics import Array, probabilities, target_array
 
 FOLDS = 5
 
 
 def suspects(proba: Array, targets: np.ndarray) -> npt.NDArray[np.intp]:
-    """Rows whose label is suspect, the worst first.
+    """Rows whose one label is suspect, the worst first.
 
     Those that a model is sure to be of another class: at least as sure as it is on average of the texts labelled so. In the
     order of ``margins``.
@@ -32,19 +33,34 @@ def suspects(proba: Array, targets: np.ndarray) -> npt.NDArray[np.intp]:
     return rows[np.argsort(margins(proba, targets)[rows], kind="stable")]
 
 
+def pair_suspects(proba: Array, targets: np.ndarray) -> npt.NDArray[np.intp]:
+    """``[K, 2]``: text and label where labels can stand together and one that is given, or is not, is suspect.
+
+    Each label is a question of its own with the classes yes and no, so ``suspects`` answers it; all together are in the order
+    of their margins. Targets are bool ``[N, C]``.
+    """
+    yes = [np.stack([1 - p, p], axis=1) for p in proba.T]
+    has = targets.astype(np.intp)
+    found = [(suspects(p, has[:, c]), c) for c, p in enumerate(yes)]
+    pairs = np.array([(row, c) for rows, c in found for row in rows], dtype=np.intp).reshape(-1, 2)
+    margin = np.array([margins(p, has[:, c]) for c, p in enumerate(yes)]).reshape(-1, len(proba))
+    return pairs[np.argsort(margin[pairs[:, 1], pairs[:, 0]], kind="stable")]
+
+
 def margins(proba: Array, targets: np.ndarray) -> Array:
     """Probability of the given label less that of the likeliest other one, ``[N]``: low where the label is doubtful."""
     given = np.eye(proba.shape[1], dtype=bool)[targets]
     return proba[given] - np.where(given, -1.0, proba).max(axis=1)
 
 
-def out_of_fold(texts: Sequence[str], targets: np.ndarray, task: Task, *, seed: int = 0) -> Array:
-    """Probabilities ``[N, C]`` of each text by a TF-IDF classifier that learnt from the other four fifths."""
-    fold = np.empty(len(texts), dtype=np.intp)
-    # Class by class and shuffled within: every fold has its share of each.
-    fold[np.lexsort((np.random.default_rng(seed).random(len(texts)), targets))] = np.arange(len(texts)) % FOLDS
+def out_of_fold(examples: Sequence[LabeledText], task: Task, *, seed: int = 0) -> Array:
+    """Probabilities ``[N, C]`` of each text by a TF-IDF classifier that learnt from the other four fifths.
+
+    Equal texts are held out together: a model that has learnt a copy would find its label right.
+    """
+    texts, targets, fold = words_of(examples), target_array(examples, task), fold_numbers(examples, FOLDS, seed)
     proba = np.empty((len(texts), len(task.label_names)))
-    for k in range(min(FOLDS, len(texts))):
+    for k in np.unique(fold):
         held, seen = (np.flatnonzero(side).tolist() for side in (fold == k, fold != k))
         logits = tfidf_classifier([texts[i] for i in seen], targets[seen], [texts[i] for i in held], task)
         proba[held] = probabilities(logits, task)

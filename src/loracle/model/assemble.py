@@ -153,15 +153,17 @@ def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 40
     return in_rounds(scorer, scorer.features, texts, micro_tokens)
 
 
-def layer_features(scorer: Scorer, texts: Sequence[Encoded]) -> np.ndarray:
-    """Mean hidden states of encoded texts after each of L layers of a decoder, ``float32 [E, L, H]``.
+def layer_features(scorer: Scorer, texts: Sequence[Encoded], layers: Sequence[int] | None = None) -> np.ndarray:
+    """Mean hidden states of encoded texts after each of L layers of a decoder (by default all), ``float32 [E, L, H]``.
+
+    ``layers`` are counted from 0 and ascend.
 
     Raises:
         UserError: the model is no decoder that can be packed.
     """
     if scorer.encoder or not scorer.packed:
         raise _no_decoder(scorer.inner.config)
-    return in_rounds(scorer, scorer.layer_features, texts)
+    return in_rounds(scorer, lambda batch: scorer.layer_features(batch, layers), texts)
 
 
 def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[Encoded]) -> None:

@@ -1,6 +1,8 @@
-"""What the untuned language model thinks of a text: its mean token log-likelihood, the baseline that needs no data.
+"""What the untuned language model thinks of a text: its mean token log-likelihood, and which label it would name. Both are
+baselines that need no data.
 
-Shapes: T rows of a batch, S scored segments, E encoded texts, K own tokens of all segments, H hidden size, V vocabulary.
+Shapes: T rows of a batch, S scored segments, E encoded texts, K own tokens of all segments, H hidden size, V vocabulary, C
+labels.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from loracle.data.examples import Task
 from loracle.model.assemble import in_rounds, new_scorer
 from loracle.model.backbone import load_config
 from loracle.model.scorer import Scorer, by_text
-from loracle.text.encode import Encoded
+from loracle.text.encode import Encoded, Encoder
 from loracle.text.packing import ROOT, PackedBatch
 
+ASKED = 256  # texts whose names are encoded at once
 ROWS = 512  # of logits held at once: 100 MB with a vocabulary of 50,000
 
 
@@ -42,6 +45,45 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
     Raises:
         NoLikelihoodError: the model does not predict the next token, or is not computed packed.
     """
+    scorer, embedding = _whole(scorer, folder)
+    return _likelihoods(scorer, embedding, texts, after)
+
+
+def names_template(names: Sequence[str]) -> str:
+    """A plain question for one of these labels, behind which a name stands as the text and the text as its context."""
+    listed = ", ".join(name.replace("{", "(").replace("}", ")") for name in names)
+    return f"Labels: {listed}.\nText: {{context}}\nLabel: {{text}}"
+
+
+def name_pairs(encoder: Encoder, texts: Sequence[str], names: Sequence[str]) -> list[Encoded]:
+    """Every name behind every text, a text's names together; ``encoder`` has ``names_template`` baked in."""
+    return encoder([*names] * len(texts), [text for text in texts for _ in names])
+
+
+def name_scores(
+    scorer: Scorer, texts: Sequence[str], names: Sequence[str], folder: Path, encoder: Encoder
+) -> np.ndarray:
+    """How much likelier a text makes each label's name, ``float32 [E, C]``: log p(name | text) − log p(name | no text).
+
+    Without the second term a name that is short and common would be named everywhere (Holtzman et al. 2021,
+    arXiv:2104.08315).
+
+    Raises:
+        NoLikelihoodError: as ``log_likelihood``, whose arguments ``scorer`` and ``folder`` are.
+    """
+    scorer, embedding = _whole(scorer, folder)
+
+    def summed(some: Sequence[str]) -> np.ndarray:
+        pairs = name_pairs(encoder, some, names)
+        own = np.array([e.tokens - e.starts[0] - encoder.after for e in pairs])
+        return (_likelihoods(scorer, embedding, pairs, encoder.after) * own).reshape(len(some), len(names))
+
+    windows = (texts[i : i + ASKED] for i in range(0, len(texts), ASKED))
+    return np.concatenate([summed(window) for window in windows]) - summed([""])
+
+
+def _whole(scorer: Scorer, folder: Path) -> tuple[Scorer, Tensor]:
+    """The scorer with all layers that the base model has, and the output embedding."""
     if scorer.encoder or not scorer.packed:
         raise NoLikelihoodError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
     if scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers:
@@ -49,8 +91,10 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
         pad = scorer.inner.config.pad_token_id
         rank = Task(kind="rank", evidence="clicks")
         scorer = new_scorer(folder, rank, pad_token_id=pad, dtype=dtype, device=scorer.device)
-    embedding = output_embedding(scorer, folder)
+    return scorer, output_embedding(scorer, folder)
 
+
+def _likelihoods(scorer: Scorer, embedding: Tensor, texts: Sequence[Encoded], after: int) -> np.ndarray:
     def function(batch: PackedBatch) -> Tensor:
         return by_text(_segment_likelihood(scorer.states(batch), batch, embedding, after)[:, None], batch)
 

@@ -24,6 +24,7 @@ class Need:
     fixed: int  # gradients and AdamW's two moments of what is trained
     per_token: int  # activations that wait for their backward, a token of a round
     flops_per_token: float  # forward and backward of a token
+    forward_flops: float  # forward alone
 
     def bytes(self, tokens: int) -> int:
         """For rounds of that many tokens."""
@@ -51,6 +52,7 @@ def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
     return Need(
         fixed=sum(3 * p.numel() * p.element_size() for p in trained),
         per_token=int(1.2 * kept * share * next(scorer.inner.base_model.parameters()).element_size()),
+        forward_flops=2 * everything,
         flops_per_token=2 * everything * (1 + share) + 2 * sum(p.numel() for p in matrices.values() if id(p) in ids),
     )
 

@@ -93,17 +93,20 @@ class Scorer(nn.Module):
         states = self.inner.base_model(**inputs).last_hidden_state.float()
         return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
-    def layer_features(self, batch: PackedBatch) -> Tensor:
-        """The same after each layer of a decoder, as if it were the last one, ``float32 [E, L, H]``."""
+    def layer_features(self, batch: PackedBatch, layers: Sequence[int] | None = None) -> Tensor:
+        """The same after each layer of a decoder, or some of them, as if it were the last one, ``float32 [E, L, H]``."""
         decoder, kept = self.inner.base_model, []
+        chosen = range(len(decoder.layers)) if layers is None else layers
 
         def keep(module: nn.Module, inputs: Any, states: Tensor) -> None:
             kept.append(by_text(_mean(decoder.norm(states)[0], batch), batch))
 
-        hooks = [layer.register_forward_hook(keep) for layer in decoder.layers]
+        hooks = [decoder.layers[layer].register_forward_hook(keep) for layer in chosen]
+        lower, self.lower = self.lower, None  # layers whose states are read from the cache are not run
         try:
             self.states(batch)
         finally:
+            self.lower = lower
             for hook in hooks:
                 hook.remove()
         return torch.stack(kept, dim=1)

@@ -90,13 +90,12 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
 
 def _fold(model: Any, meaning: Any) -> None:
     """Put a classifier's calibration where transformers keeps it: the temperature into the head's last layer, so that a softmax
-    over its logits gives calibrated probabilities; thresholds into the config, where whoever reads probabilities finds them.
+    or sigmoid of its logits gives calibrated probabilities; thresholds into the config, where whoever reads these finds them.
     """
     if not isinstance(meaning, Calibration):
         return
     if meaning.thresholds:
         model.config.thresholds = dict(zip(model.config.id2label.values(), meaning.thresholds, strict=True))
-        return
     *_, last = (m for name in head_names(model) for m in model.get_submodule(name).modules() if _gives_scores(m, model))
     for weight in last.parameters():
         weight.data /= meaning.temperature
@@ -141,7 +140,9 @@ def _compare_int8(run: Path, out: Path, base: str | None) -> str:
     if exact.task.kind == "rank":
         same = _pairs_in_order(a[:, 0], b[:, 0], [row["group"] for row in rows])
         return f"int8 orders {same:.1%} of the pairs of titles as the run does"
-    labels = [given_labels(probabilities(s, exact.task), exact.task, exact.calibration) for s in (a, b)]
+    labels = [
+        given_labels(probabilities(s, exact.task, exact.calibration), exact.task, exact.calibration) for s in (a, b)
+    ]
     same = (labels[0] == labels[1]).all(1).mean()
     line = f"int8 gives the labels of the run to {same:.1%} of {len(texts):,} test texts"
     if exact.task.kind == "multi":

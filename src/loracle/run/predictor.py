@@ -130,7 +130,7 @@ class Predictor:
         return self.encoder(texts, contexts)
 
     def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
-        """Probability of each label, ``float64 [N, C]``: a softmax at the temperature that validation texts called for, or a
+        """Probability of each label, ``float64 [N, C]``, at the temperature that validation texts called for: a softmax, or a
         sigmoid each where labels can stand together.
 
         Raises:
