@@ -11,13 +11,14 @@ An error needs no word to the others: the process ends, and the launcher ends th
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from loracle.data.examples import Example, RankGroup
@@ -25,7 +26,11 @@ from loracle.errors import UserError
 
 PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
 BUCKET = 2**24  # numbers that are summed at a time, 64 MB: next to no time is lost between buckets, and little memory
-KNOWN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+}
 
 T = TypeVar("T")
 
@@ -34,17 +39,17 @@ def start(device: torch.device) -> PartialState:
     """Join the other processes, if there are any, and say which one this is; on GPUs each takes its own.
 
     Raises:
-        UserError: the launcher asks for more than several processes with a model each.
+        UserError: the launcher asks for a model that is cut into pieces, or one GPU is asked for in all processes.
     """
+    if cut := [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() == "true"]:
+        raise UserError(
+            "processes that hold the whole model each",
+            f"{cut[0]} in Accelerate's settings",
+            "start them with torchrun or `accelerate launch --multi_gpu`; a base too large for one GPU: --quantize nf4",
+        )
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     if state.num_processes > 1 and device.index not in (None, state.device.index):
         raise UserError("a GPU for each process", f"--device {device} for all", f"pass --device {device.type}")
-    if state.distributed_type not in KNOWN:
-        raise UserError(
-            "processes with a whole model each (torchrun, accelerate launch --multi_gpu)",
-            f"{state.distributed_type.value}",
-            "leave it out of the launcher's settings",
-        )
     return state
 
 
