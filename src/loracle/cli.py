@@ -35,7 +35,7 @@ from loracle.errors import Interrupted, UserError
 SHORT = {"out": "-o"}
 FEW_DRAWS = 2048  # behind each lift of many groups: stable to a few points, and a millisecond each
 WINDOW = 2048  # rows that predict holds at once
-FIRST_WORD = 3.0  # seconds; a launcher looks ten times a second whether a process has ended
+FIRST_WORD = 5.0  # seconds; a launcher looks ten times a second whether a process has ended
 
 
 def options(*configs: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

@@ -128,7 +128,7 @@ def whole_run(folder):
     distributed.on_main(lambda: write(data, labelled()).name)
     settings = QUICK | {
         "data": str(data),
-        "model": sys.argv[2] if len(sys.argv) > 2 else MODEL,
+        "model": MODEL,
         "batch": 7,
         "epochs": 2.0,
     }
@@ -136,7 +136,7 @@ def whole_run(folder):
     recipe.train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
 
 
-MODEL = ""
+MODEL = ""  # of the whole run
 ALL = (ragged, ranker, resumed, short_of_memory, diverged, interrupted, disagreeing, whole_run)
 
 
@@ -151,5 +151,6 @@ def run(scenario, root):
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(240, exit=True)  # says where it hangs, and leaves no process behind
+    MODEL = sys.argv[2]
     for each in ALL:
         run(each, Path(sys.argv[1]))

@@ -39,6 +39,8 @@ def roots(tiny_model, tmp_path_factory):
         scenarios.run(each, one)
     done = launched(scenarios.__file__, two, scenarios.MODEL)
     assert done.returncode == 0, done.stderr[-3000:]
+    raised = {p.parent.name for root in (one, two) for p in root.glob("*/raised-*")}
+    assert raised == {"diverged", "interrupted"}
     return one, two
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -59,12 +59,25 @@ def main_says(say: Callable[[str], None], device: torch.device) -> Callable[[str
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What ``function`` gives in the main process, in all of them."""
+    """What ``function`` gives in the main process, in all of them.
+
+    Raises:
+        UserError: in the others, where the main one raised something.
+    """
     state = PartialState()
     if state.num_processes == 1:
         return function()
-    held = [function() if state.is_main_process else None]
-    return broadcast_object_list(held)[0]
+    held: list[Any] = [None, False]
+    if state.is_main_process:
+        try:
+            held = [function(), True]
+        except Exception:
+            broadcast_object_list(held)
+            raise
+    value, well = broadcast_object_list(held)
+    if not well:
+        raise UserError("the main process to go on", "an error in it", "do what it says")
+    return value
 
 
 def gathered(values: list[T]) -> list[T]:
