@@ -49,6 +49,11 @@ def records(folder):
     return [{name: value for name, value in r.items() if not name.endswith("_per_s")} for r in lines]
 
 
+def predictions(run):
+    with (run / "predictions.csv").open() as f:
+        return list(csv.DictReader(f))
+
+
 def assert_same(one, two, weights):
     for expected, found in zip(records(one), records(two), strict=True):
         assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
@@ -71,7 +76,7 @@ def test_a_whole_run_is_that_of_one_process(roots):
     one, two = (root / "whole_run/run" for root in roots)
     assert_same(one, two, "adapter_model.safetensors")
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
-    known, seen = (list(csv.DictReader((run / "predictions.csv").open())) for run in (one, two))
+    known, seen = (predictions(run) for run in (one, two))
     for expected, found in zip(known, seen, strict=True):
         assert {**found, "probability": 0} == {**expected, "probability": 0}
         assert float(found["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-4)
