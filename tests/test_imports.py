@@ -34,6 +34,7 @@ ORDER = [
     "demo",
     "api",
     "cli",
+    "__main__",
 ]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

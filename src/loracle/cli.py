@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from loracle.errors import Interrupted, UserError
 
 SHORT = {"out": "-o"}
 FEW_DRAWS = 2048  # behind each lift of many groups: stable to a few points, and a millisecond each
+FIRST_WORD = 5.0  # seconds; a launcher looks ten times a second whether a process has ended
 
 
 def options(*configs: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -78,18 +80,40 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] != "train" and _of_launcher("WORLD_SIZE", 1) > 1:
+            raise UserError(f"one process to {args[0]}", "several", "start it without torchrun or accelerate launch")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as e:
-            click.echo(f"loracle: {e}", err=True)
+            _complain(f"loracle: {e}")
             sys.exit(2)
         except Interrupted as e:
-            click.echo(f"\nloracle: {e}", err=True)
+            _complain(f"\nloracle: {e}")
             sys.exit(130)
         except BrokenPipeError:  # `loracle predict … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except Exception:
+            if _of_launcher("WORLD_SIZE", 1) > 1:
+                time.sleep(FIRST_WORD)  # most likely another one ended; if so, the launcher ends this one now
+            raise
+
+
+def _complain(line: str) -> None:
+    """Say what went wrong. Of several processes the main one speaks first; the launcher then ends those that found the same."""
+    if rank := _of_launcher("RANK", 0):
+        time.sleep(FIRST_WORD)
+        line = f"process {rank}: {line.strip()}"
+    click.echo(line, err=True)
+
+
+def _of_launcher(name: str, alone: int) -> int:
+    """A number that torchrun gives each of its processes, or what it is without torchrun."""
+    return int(os.environ.get(name) or alone)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

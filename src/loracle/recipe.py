@@ -57,7 +57,7 @@ from loracle.run.card import model_card
 from loracle.run.predictor import Predictor
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
-from loracle.train import tracking
+from loracle.train import distributed, tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.train.losses import (
     SATURATION,
@@ -103,8 +103,9 @@ def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    config, folder = absolute(config), new_folder(config)
-    return learn(config, read_data(config, say), folder, say=say, quiet=quiet)
+    say = distributed.main_says(say, pick_device(config.model.device))
+    config, folder = absolute(config), distributed.on_main(lambda: new_folder(config))
+    return learn(config, distributed.on_main(lambda: read_data(config, say)), folder, say=say, quiet=quiet)
 
 
 def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
@@ -121,7 +122,8 @@ def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
     config = info.config
     if pinned := info.base.get("revision"):  # a branch may have moved on since; the commit can still be had
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, revision=pinned))
-    data = read_data(config, say)
+    say = distributed.main_says(say, pick_device(config.model.device))
+    data = distributed.on_main(lambda: read_data(config, say))
     if data.checksums != info.provenance["data"]:
         raise UserError(f"the data that {folder} began with", "other bytes", "restore the file or start a new run")
     base = resolve_base(config.model.model, config.model.revision)
@@ -212,20 +214,27 @@ def new_folder(config: RunConfig) -> Path:
 def learn(
     config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False, keep_scores: bool = False
 ) -> Path:
-    """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``)."""
+    """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``).
+
+    Several processes train together and share the looks at the validation side; the main one does all else and writes.
+    """
     started = time.perf_counter()
     task, model, seed = data.task, config.model, config.train.seed
     track, device = config.train.track, pick_device(config.model.device)
+    world = distributed.start(device)
     accelerator = tracking.tracked(track, cpu=device.type == "cpu") if track else None
     loss, chosen = choose_loss(config, data)
+    if world.num_processes > 1:
+        say(f"{world.num_processes} processes share each batch of {config.train.batch}")
     say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
-    base, base_config, tokenizer, room = open_base(config, data, say)
+    with world.local_main_process_first():  # the others then find what it has downloaded
+        base, base_config, tokenizer, room = open_base(config, data, say)
     if model.depth == "auto":
         say("a linear probe on every layer …")
-        depths = probe_depths(config, data, loss, base, tokenizer)
+        depths = distributed.on_main(lambda: probe_depths(config, data, loss, base, tokenizer))
         say(verdict(depths))
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
@@ -246,18 +255,19 @@ def learn(
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
     schedule, work = preflight(config, scorer, encoder, data, say)
     config = dataclasses.replace(config, train=schedule)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"a place for the run folder {folder}", e.strerror or str(e), "pick another --out") from e
-    run_folder.write_info(folder, _info(config, data, base, tokenizer, lr, chosen))
-    save_tokenizer(tokenizer, folder)
+    if world.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"a place for the run folder {folder}", e.strerror or str(e), "pick another --out") from e
+        run_folder.write_info(folder, _info(config, data, base, tokenizer, lr, chosen))
+        save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
     rivals: dict[str, list[np.ndarray]] = {}
     notes: list[str] = []
     planned: Plan | None = None
-    if config.baselines:
+    if config.baselines and world.is_main_process:
         say("baselines …")
         untuned = ask_untuned(config, data, scorer, encoder, base)
         planned = plan_baselines(data, scorer, work, untuned)
@@ -282,6 +292,9 @@ def learn(
     )
 
     scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
+    if not world.is_main_process:
+        world.wait_for_everyone()  # the run folder is whole when it is given back
+        return folder
 
     # What the scores mean is settled on the validation examples too.
     watched = score_examples(scorer, encoder, data.validation)
@@ -319,6 +332,7 @@ def learn(
     say(f"\n{told}\n")
     say(summary(metrics, task.kind, base.note))
     say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
+    world.wait_for_everyone()
     return folder
 
 
@@ -467,7 +481,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         schedule = dataclasses.replace(schedule, micro_tokens=fits)
 
     rate, operations = matrix_rate(scorer), need.flops_per_token * float(np.mean(computed)) * steps
-    seconds = operations / (rate * EFFICIENCY)
+    seconds = operations / (rate * distributed.start(device).num_processes * EFFICIENCY)
     say(
         f"about {_duration(seconds)} for {steps:,} steps, at half of the {rate / 1e9:,.0f} GFLOP/s that are measured here"
     )
@@ -521,9 +535,18 @@ def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequ
     return _by_example(assemble.score(scorer, _flat(encoder, examples)), examples)
 
 
+def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+    """``score_examples``, a share of them in each process, which then has them all."""
+    world = distributed.start(scorer.device)
+    own = distributed.share_out(examples, world.num_processes)[world.process_index]
+    scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []
+    by_place = dict(distributed.gathered(list(zip(own, scores, strict=True))))
+    return [by_place[i] for i in range(len(examples))]
+
+
 def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
     """The validation metric that is watched, and the loss."""
-    scores = score_examples(scorer, encoder, examples)
+    scores = _score_together(scorer, encoder, examples)
     if not all(np.isfinite(s).all() for s in scores):
         return {"metric": -np.inf, "loss": np.nan}
     summed, count = loss(examples)(torch.from_numpy(np.concatenate(scores)))

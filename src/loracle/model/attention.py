@@ -9,19 +9,24 @@ to the longest one, which costs little because only attention sees it, and atten
 of the arithmetic. What all segments of a block have above them (the instruction) is not copied: their queries meet its keys
 in one matrix product, and one softmax runs over both parts, which is exact.
 
-Shapes: T tokens, B segments of a block, L its longest segment, A tokens above all of the block, K = context + own keys,
-H query heads, G key heads (R = H / G queries a key head), D head size.
+On CUDA the same relation is a mask of flex attention instead: who is above whom, and where (``FlexPlan``). Nothing is copied or
+padded but the end of the batch.
+
+Shapes: T tokens, P tokens with that padding, B segments of a block, L its longest segment, A tokens above all of the block,
+K = context + own keys, H query heads, G key heads (R = H / G queries a key head), D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -30,6 +35,9 @@ from loracle.text.packing import ROOT, PackedBatch, ancestors
 
 NAME = "loracle_tree"
 FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
+TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
+SMALLEST_HEAD = 16  # which its kernel can multiply
+GROWTH = 1.25  # of one padded length over the next shorter one, so that few are ever met, and compiled for
 LENGTH_STEP = 1.6  # a block holds segments whose lengths differ by at most this factor
 
 
@@ -91,11 +99,111 @@ class AttentionPlan:
         once = np.count_nonzero(k_all >= 0) == batch.tokens
         return cls(
             blocks=blocks,
-            query_rows=_to(np.maximum(q_all, 0), device),
-            query_back=_to(_inverse(q_all, batch.tokens), device),
-            key_rows=_to(np.maximum(k_all, 0), device),
-            key_back=_to(_inverse(k_all, batch.tokens), device) if once else None,
+            query_rows=to_device(np.maximum(q_all, 0), device),
+            query_back=to_device(_inverse(q_all, batch.tokens), device),
+            key_rows=to_device(np.maximum(k_all, 0), device),
+            key_back=to_device(_inverse(k_all, batch.tokens), device) if once else None,
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class FlexPlan:
+    """The same as a mask for flex attention.
+
+    Segments are numbered as a walk through the tree enters them, children after their parent; then those below a segment
+    are the ones entered after it and no later than its last one. Padding is a tree of its own.
+    """
+
+    batch: PackedBatch
+    entered: Tensor  # int32 [P], when the walk enters the segment of each token
+    last: Tensor  # int32 [P], and when the last one below that segment
+    at: Tensor  # int32 [P], position of each token
+    masks: dict[tuple, BlockMask] = field(default_factory=dict)
+    blocks: AttentionPlan | None = None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, device: torch.device) -> FlexPlan:
+        """Plan a batch."""
+        entered, last = _walk(batch.parent)
+        more = padded_length(batch.tokens) - batch.tokens
+        alone = np.full(more, len(batch.start))
+        rows = np.repeat(np.stack([entered, last]), batch.length, axis=1)
+        columns = (
+            np.concatenate([rows[0], alone]),
+            np.concatenate([rows[1], alone]),
+            np.concatenate([batch.position_ids, np.arange(more)]),
+        )
+        held = [to_device(c.astype(np.int32), device) for c in columns]
+        return cls(batch=batch, entered=held[0], last=held[1], at=held[2])
+
+    def sees(self, causal: bool, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Whether the token in one row attends to that in another, as flex attention asks."""
+        entered, last, at = self.entered, self.last, self.at
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            inside = (entered[k] <= entered[q]) & (entered[q] <= last[k])
+            if causal:
+                inside = inside & (at[k] <= at[q])
+            return inside if window is None else inside & (at[q] - at[k] < window)
+
+        return seen
+
+    def mask(self, causal: bool, window: int | None) -> BlockMask:
+        """``sees`` with the tiles in which there is something to see."""
+        if (causal, window) not in self.masks:
+            tiles, padded = _tiles(self.batch, len(self.at), causal), (len(self.at), len(self.at))
+            order = np.argsort(~tiles, axis=1, kind="stable")  # those that count, and then the others
+            counts, indices = (to_device(x.astype(np.int32), self.at.device)[None, None] for x in (tiles.sum(1), order))
+            self.masks[causal, window] = BlockMask.from_kv_blocks(
+                counts, indices, BLOCK_SIZE=TILE, mask_mod=self.sees(causal, window), seq_lengths=padded
+            )
+        return self.masks[causal, window]
+
+    def as_blocks(self) -> AttentionPlan:
+        """The plan for layers that flex attention cannot do."""
+        self.blocks = self.blocks or AttentionPlan.of(self.batch, self.at.device)
+        return self.blocks
+
+
+def plan(batch: PackedBatch, device: torch.device) -> AttentionPlan | FlexPlan:
+    """How attention over a batch is best done on a device."""
+    return FlexPlan.of(batch, device) if device.type == "cuda" else AttentionPlan.of(batch, device)
+
+
+def padded_length(tokens: int) -> int:
+    """The next of few lengths, multiples of ``TILE``."""
+    tiles = 1
+    while tiles * TILE < tokens:
+        tiles = max(tiles + 1, int(tiles * GROWTH))
+    return tiles * TILE
+
+
+def _walk(parent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """When a walk that goes down before it goes on enters each of N segments, and the last one below each, ``[N]``."""
+    size = np.ones(len(parent), dtype=np.int64)
+    for n in range(len(parent) - 1, -1, -1):  # parents come before their children
+        if parent[n] != ROOT:
+            size[parent[n]] += size[n]
+    entered, free = np.empty_like(size), size.copy()
+    outside = 0
+    for n, above in enumerate(parent.tolist()):
+        if above == ROOT:
+            entered[n], outside = outside, outside + size[n]
+        else:  # the room below a segment is given to its children one after the other
+            entered[n] = entered[above] + size[above] - free[above] + 1
+            free[above] -= size[n]
+    return entered, entered + size - 1
+
+
+def _tiles(batch: PackedBatch, padded: int, causal: bool) -> np.ndarray:
+    """In which tiles somebody may see somebody, ``bool [P / TILE, P / TILE]``."""
+    seen = np.zeros((padded // TILE, padded // TILE), dtype=bool)
+    first, last = batch.start // TILE, (batch.start + batch.length - 1) // TILE
+    for n in range(len(first)):
+        for a in (n, *ancestors(batch.parent, n)):
+            seen[first[n] : last[n] + 1, first[a] : last[a] + 1] = True
+    seen[batch.tokens // TILE :, batch.tokens // TILE :] |= padded > batch.tokens  # padding sees padding
+    return np.tril(seen) if causal else seen
 
 
 def _inverse(rows: np.ndarray, tokens: int) -> np.ndarray:
@@ -136,10 +244,10 @@ def _block(batch: PackedBatch, members: list[int], queries: int, keys: int, devi
         queries=slice(queries, queries + q.size),
         keys=slice(keys, keys + k.size),
         size=(*q.shape, k.shape[1]),
-        common=_to(common, device) if len(common) else None,
-        query_at=_to(np.where(q >= 0, at[q], -1), device),
-        key_at=_to(np.where(k >= 0, at[k], -1), device),
-        common_at=_to(at[common], device) if len(common) else None,
+        common=to_device(common, device) if len(common) else None,
+        query_at=to_device(np.where(q >= 0, at[q], -1), device),
+        key_at=to_device(np.where(k >= 0, at[k], -1), device),
+        common_at=to_device(at[common], device) if len(common) else None,
     )
     return block, q, k
 
@@ -150,8 +258,10 @@ def _rows(batch: PackedBatch, segments: list[int]) -> np.ndarray:
     return np.concatenate(spans) if spans else np.empty(0, dtype=np.int64)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor there; a GPU fetches it by itself, out of pinned memory, while the program goes on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _rectangle(rows: list[np.ndarray], width: int) -> np.ndarray:
@@ -200,7 +310,7 @@ def tree_attention(
     value: Tensor,  # [1, G, T, D]
     attention_mask: Tensor | None,
     *,
-    tree: AttentionPlan,
+    tree: AttentionPlan | FlexPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -219,6 +329,10 @@ def tree_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
+    if isinstance(tree, FlexPlan):
+        if not dropout and query.dtype != torch.float64 and query.shape[-1] >= SMALLEST_HEAD:
+            return _flex(query, key, value, tree.mask(causal, sliding_window), scaling), None
+        tree = tree.as_blocks()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     rows_q = _Pad.apply(q, tree.query_rows, tree.query_back)
     if tree.key_back is None:
@@ -246,6 +360,21 @@ def tree_attention(
             o = _products(bq, bk, bv, common, mask, shared_mask, scaling, dropout)
         out.append(o.reshape(B * L, *q.shape[1:]))
     return _Unpad.apply(torch.cat(out), tree.query_back)[None], None
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:
+    """Flex attention of ``query [1, H, T, D]``, ``key`` and ``value [1, G, T, D]``, ``[1, T, H, D]``."""
+    tokens, padded = query.shape[2], mask.seq_lengths[0]
+    query, key, value = (F.pad(x, (0, 0, 0, padded - tokens)) for x in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = _kernel()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    return out[:, :, :tokens].transpose(1, 2)
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor]:
+    """Flex attention, compiled on first use, for all lengths at once."""
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _products(q, k, v, common, mask, shared_mask, scaling: float, dropout: float) -> Tensor:

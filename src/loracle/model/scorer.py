@@ -81,7 +81,7 @@ class Scorer(nn.Module):
         """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
         if not self.packed:
             return by_text(_wide(self._padded(batch)), batch)
-        only = None if self.encoder or self.pooling == "mean" else torch.from_numpy(batch.read_at).to(self.device)
+        only = None if self.encoder or self.pooling == "mean" else attention.to_device(batch.read_at, self.device)
         return by_text(_wide(self._head(self.states(batch, only), batch)), batch)
 
     def features(self, batch: PackedBatch) -> Tensor:
@@ -113,10 +113,10 @@ class Scorer(nn.Module):
 
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
         """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
-        put = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)[None]  # noqa: E731
+        put = lambda a: attention.to_device(a, self.device)[None]  # noqa: E731
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        positions, tree = put(batch.position_ids), attention.AttentionPlan.of(batch, self.device)
+        positions, tree = put(batch.position_ids), attention.plan(batch, self.device)
 
         def run(**inputs: Tensor) -> Any:
             return self.inner.base_model(position_ids=positions, tree=tree, **inputs, **types, **caching)
@@ -154,7 +154,7 @@ class Scorer(nn.Module):
         if self.pooling == "mean":
             return _mean(states, batch)
         rows = batch.start[batch.scored] if self.encoder else batch.read_at
-        return states[torch.from_numpy(rows).to(states.device)]
+        return states[attention.to_device(rows, states.device)]
 
     def _head(self, states: Tensor, batch: PackedBatch) -> Tensor:
         """The model's own head on the rows that are read, ``[S, C]``."""
@@ -212,19 +212,19 @@ def _mean(states: Tensor, batch: PackedBatch) -> Tensor:
     counts = batch.read_at + 1 - batch.pool_from
     rows = torch.cat([torch.arange(a, a + n) for a, n in zip(batch.pool_from.tolist(), counts.tolist(), strict=True)])
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.from_numpy(counts))
-    rows, owner = rows.to(states.device), owner.to(states.device)
+    rows, owner = (attention.to_device(x.numpy(), states.device) for x in (rows, owner))
     total = _wide(states[:1]).new_zeros(len(counts), states.shape[1]).index_add(0, owner, _wide(states[rows]))
-    return total / torch.from_numpy(counts).to(states.device)[:, None]
+    return total / attention.to_device(counts, states.device)[:, None]
 
 
 def by_text(values: Tensor, batch: PackedBatch) -> Tensor:
     """Values of segments ``[S, X]`` to values of texts ``[E, X]``: equal texts read the same row, chunks are averaged."""
-    chunks = values[torch.from_numpy(batch.chunk_segment).to(values.device)]
+    chunks = values[attention.to_device(batch.chunk_segment, values.device)]
     if len(batch.chunk_text) == batch.texts:
         return chunks
-    owner = torch.from_numpy(batch.chunk_text).to(values.device)
+    owner, counts = (attention.to_device(x, values.device) for x in (batch.chunk_text, np.bincount(batch.chunk_text)))
     total = values.new_zeros(batch.texts, values.shape[1]).index_add(0, owner, chunks)
-    return total / torch.bincount(owner)[:, None]
+    return total / counts[:, None]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import Scorer
 from loracle.text.encode import Encoded
 from loracle.text.packing import micro_batches
+from loracle.train import distributed
 from loracle.train.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -94,7 +96,7 @@ class Progress:
 
 @dataclass(slots=True, kw_only=True)
 class Fit:
-    """What ``fit`` reports: progress, and speed over the steps that this process took (looks and checkpoints left out)."""
+    """What ``fit`` reports: progress, and speed since it was called, of all processes (looks and checkpoints left out)."""
 
     progress: Progress
     steps: int
@@ -124,51 +126,52 @@ def fit(
         UserError: a loss or gradient that is not a number, with the step and the rows; the last checkpoint stays.
         Interrupted: Ctrl-C.
     """
+    distributed.start(scorer.device)
     accelerator = accelerator or Accelerator(cpu=scorer.device.type == "cpu")
     optimizer = make_optimizer(scorer, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    distributed.equalise([p for p in scorer.parameters() if p.requires_grad])
     progress, best = Progress(), trainable_state(scorer)
-    if (saved := load_checkpoint(folder / "checkpoints")) is not None:
+    if (saved := distributed.on_main(lambda: load_checkpoint(folder / "checkpoints"))) is not None:
         progress, best = Progress(**saved.progress), saved.best
         set_trainable_state(scorer, saved.weights)
         set_optimizer_tensors(optimizer, saved.optimizer)
-    model, optimizer = accelerator.prepare(scorer, optimizer)
     total, looks = schedule.total_steps(len(examples)), schedule.looks(len(examples))
     result = Fit(progress=progress, steps=total)
 
     def save() -> None:
         if accelerator.is_main_process:
             state = {name: getattr(progress, name) for name in Progress.__slots__}
-            moments = optimizer_tensors(optimizer.optimizer)
+            moments = optimizer_tensors(optimizer)
             whole = Checkpoint(progress=state, weights=trainable_state(scorer), optimizer=moments, best=best)
             save_checkpoint(folder / "checkpoints", whole)
 
-    with _Log(folder, total, progress.step, accelerator, quiet) as log, _deferred_interrupt() as interrupted:
+    with (
+        _Log(folder, total, progress.step, accelerator, quiet) as log,
+        _deferred_interrupt() as interrupted,
+        _Ahead(examples, encode, schedule, total, accelerator) as batches,
+    ):
         while progress.step < total and not progress.done:
             started = time.perf_counter()
-            try:
-                taken = _step(model, optimizer, examples, encode, loss, schedule, progress.step, total, accelerator)
-            except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e):
-                    raise
-                taken = None
+            batch = batches.of(progress.step)
+            taken = _step(scorer, optimizer, batch, loss, schedule, progress.step, total, accelerator)
             if taken is None:  # outside of the handler, whose traceback held the tensors of the step that failed
-                schedule = _smaller_rounds(schedule, progress.step, accelerator)
+                schedule = _smaller_rounds(schedule, progress.step)
                 log.note(
                     f"out of memory at step {progress.step + 1}: rounds of {schedule.micro_tokens:,} tokens from here"
                 )
                 optimizer.zero_grad()
                 release(scorer)
                 continue
-            value, batch, tokens, computed = taken
             progress.step += 1
             result.seconds += time.perf_counter() - started
-            result.examples += batch
-            result.tokens += tokens
-            result.computed += computed
-            log.step(progress.step, value, optimizer.param_groups[0]["lr"], result)
+            result.examples += taken.examples
+            result.tokens += taken.tokens
+            result.computed += taken.computed
+            log.step(progress.step, taken.loss, optimizer.param_groups[0]["lr"], result)
             if progress.step in looks:
                 scorer.eval()
-                if not math.isfinite((seen := look())["loss"]):
+                (seen,) = distributed.gathered([look()])[:1]  # the main one's, so that all go on or stop together
+                if not math.isfinite(seen["loss"]):
                     last = [examples[i] for i in _batch_indices(len(examples), schedule, progress.step - 1)]
                     raise _diverged(progress.step, last, f"a validation loss of {seen['loss']}")
                 log.look(progress.step, seen)
@@ -179,10 +182,12 @@ def fit(
                 else:
                     progress.stale += 1
                 progress.done = progress.step == total or 0 < schedule.patience <= progress.stale
-            stop = interrupted()  # asked once: what is raised below has been saved
+            # Asked once: what is raised below has been saved. Whoever was told to stop tells the others.
+            (stop,) = distributed.summed([interrupted()])
             if progress.step in looks or progress.step % schedule.save_steps == 0 or stop:
                 save()
             if stop and not progress.done:
+                accelerator.wait_for_everyone()  # the first that ends ends all, so not before all is saved
                 raise Interrupted(
                     f"stopped after step {progress.step} of {total}; go on with: loracle train --resume {folder}"
                 )
@@ -191,58 +196,131 @@ def fit(
     return result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """What one process takes of a batch."""
+
+    examples: list[Example]
+    encoded: list[list[Encoded]]
+    whole: int  # examples of all processes
+
+
+class _Ahead:
+    """Batches of this process; while one is computed, the next one is encoded in a thread."""
+
+    def __init__(
+        self, examples: Sequence[Example], encode: Encode, schedule: Schedule, total: int, accelerator: Accelerator
+    ):
+        self.examples, self.encode, self.schedule, self.total = examples, encode, schedule, total
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.pool = ThreadPoolExecutor(1, "loracle-encode")
+        self.step = -1
+        self.now: Future[_Batch] | None = None
+        self.next: Future[_Batch] | None = None
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def of(self, step: int) -> _Batch:
+        """The batch of a step: the one asked for last, or the one after it."""
+        if step != self.step:
+            self.step, self.now = step, self.next or self.pool.submit(self._take, step)
+            self.next = self.pool.submit(self._take, step + 1) if step + 1 < self.total else None
+        assert self.now is not None
+        return self.now.result()
+
+    def _take(self, step: int) -> _Batch:
+        whole = [self.examples[i] for i in _batch_indices(len(self.examples), self.schedule, step)]
+        own = distributed.share_out(whole, self.world)[self.rank]
+        examples = [whole[i] for i in own]
+        return _Batch(examples=examples, encoded=self.encode(examples) if examples else [], whole=len(whole))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """A step that was taken: the mean loss; examples, useful tokens and computed rows of all processes."""
+
+    loss: float
+    examples: int
+    tokens: int
+    computed: int
+
+
 def _step(
-    model: torch.nn.Module,
+    scorer: Scorer,
     optimizer: torch.optim.Optimizer,
-    examples: Sequence[Example],
-    encode: Encode,
+    batch: _Batch,
     loss: Loss,
     schedule: Schedule,
     step: int,
     total: int,
     accelerator: Accelerator,
-) -> tuple[float, int, int, int]:
-    """One optimizer step; returns the mean loss, and the examples, useful tokens and computed rows of this process."""
-    model.train()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    torch.manual_seed(_derived_seed(schedule.seed, step, rank))
-    batch = [examples[i] for i in _batch_indices(len(examples), schedule, step)[rank::world]]
-    encoded = encode(batch)
-    sizes = [sum(e.tokens for e in unit) for unit in encoded]
-    scorer = accelerator.unwrap_model(model)
-    # Padding costs least among equals; a packed batch has none, and keeps its order.
-    order = range(len(batch)) if scorer.packed else sorted(range(len(batch)), key=sizes.__getitem__)
-    parts = micro_batches([encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
-    rounds = [[order[i] for i in part] for part in parts]
-    total_loss, count, tokens, computed = 0.0, 0.0, 0, 0
-    for number, part in enumerate(rounds):
-        packed = scorer.pack([e for i in part for e in encoded[i]])
-        last = number == len(rounds) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            summed, counted = loss([batch[i] for i in part])(model(packed))
-            if not math.isfinite(value := summed.item()):
-                raise _diverged(step + 1, [batch[i] for i in part], f"a loss of {value}")
-            accelerator.backward(summed)
-        total_loss, count = total_loss + value, count + counted
-        tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
-    if world > 1:
-        total_loss, count = accelerator.reduce(torch.tensor([total_loss, count], device=accelerator.device)).tolist()
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # Sums went backward; DDP averaged them over the processes. This is the one division.
-    torch._foreach_mul_([p.grad for p in trained], world / max(count, 1e-12))
+) -> _Taken | None:
+    """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
+    scorer.train()
+    torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
+    rounds, losses, short = _rounds(scorer, batch, schedule), [], 0.0
+    count = tokens = computed = 0.0
+    try:
+        for part in rounds:
+            packed = scorer.pack([e for i in part for e in batch.encoded[i]])
+            summed, counted = loss([batch.examples[i] for i in part])(scorer(packed))
+            summed.backward()
+            losses.append(summed.detach())
+            count += counted
+            tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        short = 1.0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    known = [p.grad is not None for p in parameters]
+    if accelerator.num_processes > 1:
+        shared = [count, tokens, computed, short, *known]
+        count, tokens, computed, short, *having = distributed.summed(shared)
+        known = [bool(n) for n in having]
+    if short:
+        return None
+    if accelerator.num_processes > 1:
+        distributed.sum_gradients(parameters, known)
+    trained = [p for p, has in zip(parameters, known, strict=True) if has]
+    torch._foreach_mul_([p.grad for p in trained], 1 / max(count, 1e-12))  # of sums, the one division
     norm = torch.nn.utils.clip_grad_norm_(trained, schedule.clip)
-    if not math.isfinite(norm.item()):
-        raise _diverged(step + 1, batch, f"a gradient norm of {norm.item()}")
+    # Asked once a step, before the weights are touched: each question makes the processor wait for the GPU.
+    *values, size = torch.stack([x.to(norm.device, torch.float32) for x in (*losses, norm)]).tolist()
+    found = [(rounds[i], f"a loss of {value}") for i, value in enumerate(values) if not math.isfinite(value)]
+    if not found and not math.isfinite(size):
+        found = [(list(range(len(batch.examples))), f"a gradient norm of {size}")]
+    (value,) = distributed.summed([sum(values)])
+    if not math.isfinite(size) or not math.isfinite(value):
+        told = [([batch.examples[i] for i in part], what) for part, what in found]
+        # Where one process has a loss that is no number, all have such gradients: the loss says more.
+        rows, what = min(distributed.gathered(told), key=lambda known: "norm" in known[1])
+        raise _diverged(step + 1, rows, what)
     for group in optimizer.param_groups:
         group["lr"] = schedule.lr * lr_factor(step, total, schedule.warmup)
     optimizer.step()
     optimizer.zero_grad()
-    return total_loss / max(count, 1e-12), len(batch), tokens, computed
+    return _Taken(loss=value / max(count, 1e-12), examples=batch.whole, tokens=int(tokens), computed=int(computed))
 
 
-def _smaller_rounds(schedule: Schedule, step: int, accelerator: Accelerator) -> Schedule:
+def _rounds(scorer: Scorer, batch: _Batch, schedule: Schedule) -> list[list[int]]:
+    """Indices of a batch's examples, cut into rounds; none for a process that has nothing of a small batch."""
+    if not batch.examples:
+        return []
+    sizes = [sum(e.tokens for e in unit) for unit in batch.encoded]
+    # Padding costs least among equals; a packed batch has none, and keeps its order.
+    order = range(len(sizes)) if scorer.packed else sorted(range(len(sizes)), key=sizes.__getitem__)
+    parts = micro_batches([batch.encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
+    return [[order[i] for i in part] for part in parts]
+
+
+def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
     """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
-    if accelerator.num_processes > 1 or schedule.micro_tokens < 2 * FEWEST_TOKENS:
+    if schedule.micro_tokens < 2 * FEWEST_TOKENS:
         raise UserError(
             f"memory for rounds of {schedule.micro_tokens:,} tokens",
             f"too little, at step {step + 1}",

@@ -1,0 +1,142 @@
+"""Several processes on one training, as ``torchrun`` and ``accelerate launch`` start them; alone, all of this does nothing.
+
+Each process holds the whole model and takes its share of every batch. What they exchange, they exchange once a step: the sums
+of losses and counts, and the sums of the gradients. torch's DistributedDataParallel is not used: it wants as many backward
+passes in one process as in the next, averages what has to be summed, and falters over weights without a gradient; a batch cut
+by tokens, or smaller than the number of processes, has all of these.
+
+An error needs no word to the others: the process ends, and the launcher ends them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from loracle.data.examples import Example, RankGroup
+from loracle.errors import UserError
+
+PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
+BUCKET = 2**24  # numbers that are summed at a time, 64 MB: next to no time is lost between buckets, and little memory
+REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+}
+
+T = TypeVar("T")
+
+
+def start(device: torch.device) -> PartialState:
+    """Join the other processes, if there are any, and say which one this is; on GPUs each takes its own.
+
+    Raises:
+        UserError: the launcher asks for a model that is cut into pieces, or one GPU is asked for in all processes.
+    """
+    if cut := [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() == "true"]:
+        raise UserError(
+            "processes that hold the whole model each",
+            f"{cut[0]} in Accelerate's settings",
+            "start them with torchrun or `accelerate launch --multi_gpu`; a base too large for one GPU: --quantize nf4",
+        )
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    if state.num_processes > 1 and device.index not in (None, state.device.index):
+        raise UserError("a GPU for each process", f"--device {device} for all", f"pass --device {device.type}")
+    return state
+
+
+def main_says(say: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
+    """``say`` in the main process, silence in the others; the first thing that a run on ``device`` does."""
+    return say if start(device).is_main_process else lambda line: None
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What ``function`` gives in the main process, in all of them.
+
+    Raises:
+        UserError: in the others, where the main one raised something.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return function()
+    held: list[Any] = [None, False]
+    if state.is_main_process:
+        try:
+            held = [function(), True]
+        except Exception:
+            broadcast_object_list(held)
+            raise
+    value, well = broadcast_object_list(held)
+    if not well:
+        raise UserError("the main process to go on", "an error in it", "do what it says")
+    return value
+
+
+def gathered(values: list[T]) -> list[T]:
+    """The lists of all processes as one, in their order."""
+    return gather_object(values)
+
+
+def share_out(examples: Sequence[Example], processes: int) -> list[list[int]]:
+    """Which of the examples each process takes, about as many letters each: the longest first, to whoever has least."""
+    parts: list[list[int]] = [[] for _ in range(processes)]
+    loads, sizes = [0] * processes, [_letters(e) for e in examples]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        parts[least].append(i)
+        loads[least] += sizes[i]
+    return [sorted(part) for part in parts]
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """A few numbers, each summed over the processes."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=state.device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def sum_gradients(parameters: Sequence[Tensor], known: Sequence[bool]) -> None:
+    """Sum the gradients of ``parameters`` over the processes; ``known``: whether any of them has one."""
+    present = [p for p, has in zip(parameters, known, strict=True) if has]
+    for p in present:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in present if p.grad is not None]):
+        flat = torch.cat([g.flatten() for g in bucket])
+        torch.distributed.all_reduce(flat)
+        for g, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(total.view_as(g))
+
+
+def equalise(parameters: Sequence[Tensor]) -> None:
+    """Give every process the main one's weights: what is drawn or computed alike need not be alike to the last bit."""
+    if PartialState().num_processes > 1:
+        for p in parameters:
+            torch.distributed.broadcast(p.detach(), src=0)
+
+
+def _letters(example: Example) -> int:
+    texts = example.texts if isinstance(example, RankGroup) else (example.text,)
+    return sum(map(len, texts)) + len(example.context or "")
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    held: list[Tensor] = []
+    for tensor in tensors:
+        if held and sum(t.numel() for t in held) + tensor.numel() > BUCKET:
+            yield held
+            held = []
+        held.append(tensor)
+    if held:
+        yield held

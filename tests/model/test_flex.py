@@ -1,0 +1,124 @@
+"""The mask that flex attention is given on a GPU: the drawing of the token tree, and the scores and gradients of the CPU's way.
+
+The kernel itself needs a GPU. Here torch's own uncompiled one stands in for it, and, as that knows no backward on a CPU, SDPA
+with the same mask cut down to the tiles that the kernel would visit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_exact import CPU, LORA, SHAPES, assert_same, scorer
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+from loracle.model import attention
+from loracle.model.attention import AttentionPlan, FlexPlan, padded_length
+from loracle.text.encode import Encoded
+from loracle.text.packing import pack
+
+KINDS = ("qwen2", "mistral", "gemma3_text", "bert")  # grouped queries, a window, both kinds of layers, both ways
+LONG = Encoded(chunks=((*range(10, 30), *range(40, 60)), (*range(10, 30), *range(70, 77))), starts=(20, 20))
+BATCHES = SHAPES | {"chunks": [LONG, *SHAPES["flat"]]}
+
+
+def dense(mask) -> torch.Tensor:
+    """Who sees whom by a BlockMask, ``bool [1, 1, P, P]``: what its tiles leave of its rule."""
+    tiles = mask.to_dense().bool().repeat_interleave(mask.BLOCK_SIZE[0], 2).repeat_interleave(mask.BLOCK_SIZE[1], 3)
+    return tiles & create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
+
+
+def sdpa(query, key, value, *, block_mask, scale, enable_gqa):
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=dense(block_mask), scale=scale, enable_gqa=enable_gqa
+    )
+
+
+@pytest.fixture
+def by_flex(monkeypatch):
+    """From here on a batch is attended over as on a GPU, by the kernel that is given."""
+    monkeypatch.setattr(attention, "SMALLEST_HEAD", 1)  # the tiny models' heads are smaller than Triton's products
+    monkeypatch.setattr(attention, "TILE", 16)  # and their batches would fit one tile
+
+    def switch(kernel) -> list:
+        used = []
+        monkeypatch.setattr(attention, "plan", FlexPlan.of)
+        monkeypatch.setattr(attention, "_kernel", lambda: used.append(None) or kernel)
+        return used
+
+    return switch
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+def test_the_mask_is_the_drawing(monkeypatch, shape):
+    monkeypatch.setattr(attention, "TILE", 16)
+    batch = pack(BATCHES[shape])
+    plan = FlexPlan.of(batch, CPU)
+    seen = dense(plan.mask(True, None))[0, 0]
+    T = batch.tokens
+    assert (seen[:T, :T].numpy() == batch.visible()).all()
+    assert not seen[:T, T:].any()
+    assert seen.any(1).all()  # a row that sees nothing would be a division by nothing
+    near = seen[:T, :T].numpy() & (batch.position_ids[:, None] - batch.position_ids[None] < 6)
+    assert (dense(plan.mask(True, 6))[0, 0, :T, :T].numpy() == near).all()
+    assert near.sum() < seen.sum()
+    tiles = plan.mask(True, None).to_dense()
+    if shape == "long":
+        assert 0 < tiles.sum() < tiles.numel() // 2  # most of the work is left out
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_other_way(tiny_model, by_flex, kind):
+    made = scorer(tiny_model(kind))
+    some = ("flat",) if kind == "bert" else ("instruction and contexts", "long behind an instruction", "chunks")
+    shapes = {name: made.pack(BATCHES[name]) for name in some}
+    wanted = {name: made(batch) for name, batch in shapes.items()}
+    used = by_flex(flex_attention)
+    for name, batch in shapes.items():
+        assert_same(made(batch), wanted[name], 1e-5)
+    assert len(used) == len(shapes) * made.inner.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_gradients_are_those_of_the_other_way(tiny_model, by_flex, kind):
+    made = scorer(tiny_model(kind), lora=LORA)
+    batch = made.pack(BATCHES["instruction and contexts"])
+    weights = torch.from_numpy(np.random.default_rng(0).normal(size=(batch.texts, 3)).astype(np.float32))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        made.zero_grad()
+        (made(batch) * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    used = by_flex(sdpa)
+    for name, found in gradients().items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-5, atol=1e-5 * wanted[name].abs().max().item())
+    assert used
+    assert max(g.abs().max() for g in wanted.values()) > 0.01
+
+
+def test_what_the_kernel_cannot_do_goes_the_other_way(tiny_model, by_flex):
+    made = scorer(tiny_model("qwen2"))
+    batch = made.pack(BATCHES["contexts"])
+    wanted = made(batch)
+    used = by_flex(sdpa)
+    attention.SMALLEST_HEAD = 16
+    assert torch.equal(made(batch), wanted)
+    assert not used
+
+
+def test_a_gpu_gets_the_mask_and_a_cpu_the_blocks():
+    batch = pack(BATCHES["flat"])
+    assert isinstance(attention.plan(batch, CPU), AttentionPlan)
+
+
+def test_padded_lengths_are_few():
+    found = sorted({padded_length(n) for n in range(1, 16_385)})
+    assert all(n % 128 == 0 for n in found)
+    assert len(found) < 25
+    assert all(padded_length(n) >= n for n in range(1, 16_385, 7))
+    assert all(padded_length(n) <= 1.25 * n + 128 for n in range(1, 16_385, 7))
