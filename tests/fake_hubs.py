@@ -115,14 +115,12 @@ class FakeHubs(http.server.BaseHTTPRequestHandler):
         self._json({}, 200 if whole else 400)
 
     def _create(self, repo: str, private: bool) -> None:
+        address = {"url": f"http://{self.headers['Host']}/{repo.partition('/')[2]}"}
         if repo in self.pushed or repo in REPOS:
-            self._json(
-                {"error": "it exists already", "Code": 409, "Message": "it exists already", "Success": False}, 409
-            )
+            self._json({**address, "error": "it exists already", "Message": "it exists already", "Code": 409}, 409)
             return
         self.pushed[repo] = {"private": private, "branches": {"main": "0" * 40}, "commits": {"0" * 40: {}}}
-        address = f"http://{self.headers['Host']}/{repo.partition('/')[2]}"
-        self._json({"url": address, "Code": 200, "Success": True, "Data": {"Path": repo.split("/")[1]}})
+        self._json({**address, "Code": 200, "Success": True, "Data": {"Path": repo.split("/")[1]}})
 
     def _commit(self, repo: str, branch: str, files: dict[str, bytes]) -> None:
         kept = self.pushed[repo]
