@@ -1,4 +1,4 @@
-"""What leaves loracle scores as the run does, of every family and head; tests/serve/test_parity.py sets all ways side by side."""
+"""What leaves loracle scores as the run does, whatever family and head (all ways of one run: tests/serve/test_parity.py)."""
 
 from __future__ import annotations
 

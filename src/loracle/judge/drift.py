@@ -52,8 +52,8 @@ class Reference:
     def from_json(cls, known: dict[str, Any]) -> Reference:
         """What ``dataclasses.asdict`` made of it."""
         tokens, scores = (
-            Histogram(**{k: tuple(v) if isinstance(v, list) else v for k, v in known[name].items()})
-            for name in ("tokens", "scores")
+            Histogram(edges=tuple(part["edges"]), counts=tuple(part["counts"]), total=part["total"])
+            for part in (known["tokens"], known["scores"])
         )
         return cls(tokens=tokens, scores=scores, labels=tuple(known["labels"]))
 
