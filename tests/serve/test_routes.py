@@ -236,7 +236,7 @@ def test_metrics_count_what_was_asked_and_answered(predictors):
 def test_drift_is_far_for_other_texts_and_within_chance_for_the_same(predictors, monkeypatch):
     """Against a reference of some texts, as training keeps one: the same texts again, then others."""
     usual = [f"{word} number {i}" + " and more" * (i % 4) for i in range(40) for word in ("good", "bad", "so")]
-    other = ["so " * 40 + str(i) for i in range(60)]
+    other = ["so " * 40 + str(i) for i in range(240)]
     known = {}
     for run in ("several", "pairs"):
         predictor = predictors[run]

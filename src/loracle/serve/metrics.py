@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from loracle.judge import drift
 from loracle.serve.batcher import Batcher
@@ -85,7 +86,7 @@ class Drift:
         )
         for run, each in self._counts.items():
             for of, known in self._known[run].items():
-                ends = [f"{edge:.6g}" for edge in known.edges] + ["+Inf"]
+                ends = [*map(floatToGoString, known.edges), "+Inf"]
                 now = self._seen[run][of]
                 trained.add_metric([run, of], list(zip(ends, accumulate(known.counts), strict=True)), known.total)
                 seen.add_metric([run, of], list(zip(ends, accumulate(now.all), strict=True)), now.total)
