@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from results import write_table
+from results import dtype_name, write_table
 
 HERE = Path(__file__).parent
 LORACLE = [sys.executable, "-m", "loracle.cli"]
@@ -50,7 +50,7 @@ def peer(folder: str, how: str, port: int) -> None:
     from pydantic import BaseModel
     from transformers import pipeline
 
-    pipe = pipeline("text-classification", model=folder, device="cpu", dtype=torch.bfloat16)
+    pipe = pipeline("text-classification", model=folder, device="cpu", dtype=getattr(torch, dtype_name()))
     waiting: asyncio.Queue = asyncio.Queue()
 
     class Texts(BaseModel):
@@ -202,7 +202,7 @@ def main(seconds: float, rounds: int) -> None:
             all_rounds = ", ".join(f"{f[0]:.1f}" for f in figures)
             rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
         notes = [
-            "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), bfloat16, one BBC headline a request, locust on the "
+            "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, locust on the "
             f"same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
         ]
         for name, command in ways.items():
