@@ -202,8 +202,8 @@ def main(seconds: float, rounds: int) -> None:
             all_rounds = ", ".join(f"{f[0]:.1f}" for f in figures)
             rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
         notes = [
-            "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, locust on the "
-            f"same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
+            f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, locust "
+            f"on the same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
         ]
         for name, command in ways.items():
             best = max(statistics.median(f[0] for f in seen[name, users]) for users in USERS)
