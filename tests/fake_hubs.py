@@ -17,6 +17,7 @@ import pytest
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}  # branch or tag -> commit
 WEIGHTS = bytes(range(256)) * 1024
+LARGE = bytes(24 << 20)  # the Hugging Face client keeps what came of a broken download by pieces of 10 MB
 
 
 def _model(word: str) -> dict[str, bytes]:
@@ -27,6 +28,7 @@ def _model(word: str) -> dict[str, bytes]:
 
 REPOS = {
     "models/tiny/qwen": {SHA["main"]: _model("new"), SHA["v1"]: _model("old")},
+    "models/tiny/large": {SHA["main"]: {"config.json": b"{}", "model.safetensors": LARGE}},
     "models/tiny/private": {SHA["main"]: _model("private")},
     "models/tiny/gated": {SHA["main"]: _model("gated")},
     "models/tiny/pickled": {SHA["main"]: {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
@@ -183,7 +185,7 @@ class FakeHubs(http.server.BaseHTTPRequestHandler):
         self._send(status, json.dumps(answer).encode())
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        headers, weights = dict(headers or {}), content is WEIGHTS
+        headers, weights = dict(headers or {}), content is WEIGHTS or content is LARGE
         if (wanted := self.headers.get("Range", "")).startswith("bytes=") and self.command == "GET":
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
