@@ -173,7 +173,7 @@ def _made_up(predictor: Predictor, count: int) -> list[str]:
     """Texts to try an export on where the run keeps none: tokens of the model drawn at random, from none to dozens a text."""
     rng, tokenizer = np.random.default_rng(0), predictor.encoder.tokenizer
     drawn = (rng.integers(len(tokenizer), size=rng.integers(0, 48)) for _ in range(count))
-    return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in drawn]
+    return [str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in drawn]
 
 
 def _contexts(info: run_folder.RunInfo, texts: list[str]) -> list[str] | None:
