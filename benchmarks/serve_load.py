@@ -215,11 +215,12 @@ def main(seconds: float, rounds: int) -> None:
                 with watched(process) as held:
                     answers = load(2 * seconds, CROWD, OVERLOAD * best)
             statuses = answers[:, 0].astype(int).tolist()
+            count = max(1, len(statuses))
             notes.append(
                 f"{name}, {CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {2 * seconds:g} s: "
-                f"{len(answers):,} answers, {statuses.count(200) / len(answers):.1%} accepted with p99 "
+                f"{len(answers):,} answers, {statuses.count(200) / count:.1%} accepted with p99 "
                 f"{figures(answers)[2]:,.0f} ms, "
-                f"{statuses.count(429) / len(answers):.1%} 429, {statuses.count(503) / len(answers):.1%} 503, "
+                f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, "
                 f"{statuses.count(0)} broken; memory {held[0]:,.0f} MB before, {max(held):,.0f} at most."
             )
             print(notes[-1], flush=True)
