@@ -124,18 +124,18 @@ def server(command: list[str]) -> Iterator[psutil.Process]:
             process.kill()
 
 
-def load(seconds: float, users: int, rate: float = 0.0) -> list[tuple[int, float]]:
-    """Status and milliseconds of every answer."""
+def load(seconds: float, users: int, rate: float = 0.0) -> np.ndarray:
+    """Status, milliseconds and time of every answer, ``[N, 3]``; what is at work at the end is waited for."""
     with tempfile.TemporaryDirectory() as scratch:
         answers = Path(scratch) / "answers.json"
         environment = {**os.environ, "LOAD_ANSWERS": str(answers), "LOAD_RATE": str(rate), "LOAD_USERS": str(users)}
         command = [sys.executable, "-m", "locust", "-f", HERE / "serve_load_user.py", "--headless", "--only-summary",
                    "--host", f"http://127.0.0.1:{PORT}", "-u", users, "-r", users, "-t", f"{seconds:g}s",
-                   "--exit-code-on-error", 0]  # fmt: skip
+                   "--exit-code-on-error", 0, "--stop-timeout", 30]  # fmt: skip
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
         if not answers.exists():
             raise SystemExit(done.stderr[-2000:])
-        return json.loads(answers.read_text())
+        return np.array(json.loads(answers.read_text())).reshape(-1, 3)
 
 
 @contextmanager
@@ -156,8 +156,12 @@ def watched(process: psutil.Process) -> Iterator[list[float]]:
         thread.join()
 
 
-def accepted(answers: list[tuple[int, float]]) -> list[float]:
-    return [ms for status, ms in answers if status == 200] or [float("nan")]
+def figures(answers: np.ndarray) -> tuple[float, float, float]:
+    """Accepted requests a second, and the milliseconds that half and 99 % of them took at most; NaN where there is none."""
+    _, took, at = answers[answers[:, 0] == 200].T
+    if not len(took):
+        return 0.0, float("nan"), float("nan")
+    return len(took) / (at.max() - (at - took / 1000).min()), *np.percentile(took, [50, 99])
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -192,14 +196,13 @@ def main(seconds: float, rounds: int) -> None:
                 with server(command):
                     load(min(3.0, seconds), 8)  # whatever is done once is done now
                     for users in USERS:
-                        times = accepted(load(seconds, users))
-                        figures = len(times) / seconds, *np.percentile(times, [50, 99])
-                        seen.setdefault((name, users), []).append(figures)
-                        print(f"{name}, {users} users: {figures[0]:.1f} texts/s, p99 {figures[2]:.0f} ms", flush=True)
+                        found = figures(load(seconds, users))
+                        seen.setdefault((name, users), []).append(found)
+                        print(f"{name}, {users} users: {found[0]:.1f} texts/s, p99 {found[2]:.0f} ms", flush=True)
         rows = [["server", "users", "texts/s, median", "all rounds", "p50, ms", "p99, ms"]]
-        for (name, users), figures in seen.items():
-            rate, half, most = (statistics.median(values) for values in zip(*figures, strict=True))
-            all_rounds = ", ".join(f"{f[0]:.1f}" for f in figures)
+        for (name, users), found in seen.items():
+            rate, half, most = (statistics.median(values) for values in zip(*found, strict=True))
+            all_rounds = ", ".join(f"{f[0]:.1f}" for f in found)
             rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
         notes = [
             f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, locust "
@@ -211,12 +214,13 @@ def main(seconds: float, rounds: int) -> None:
                 load(min(3.0, seconds), 8)
                 with watched(process) as held:
                     answers = load(2 * seconds, CROWD, OVERLOAD * best)
-            times, statuses = accepted(answers), [status for status, _ in answers]
+            statuses = answers[:, 0].astype(int).tolist()
+            count = max(1, len(statuses))
             notes.append(
                 f"{name}, {CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {2 * seconds:g} s: "
-                f"{len(answers):,} answers, {statuses.count(200) / len(answers):.1%} accepted with p99 "
-                f"{np.percentile(times, 99):,.0f} ms, "
-                f"{statuses.count(429) / len(answers):.1%} 429, {statuses.count(503) / len(answers):.1%} 503, "
+                f"{len(answers):,} answers, {statuses.count(200) / count:.1%} accepted with p99 "
+                f"{figures(answers)[2]:,.0f} ms, "
+                f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, "
                 f"{statuses.count(0)} broken; memory {held[0]:,.0f} MB before, {max(held):,.0f} at most."
             )
             print(notes[-1], flush=True)
@@ -225,7 +229,7 @@ def main(seconds: float, rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", choices=("queue", "threads"))
     parser.add_argument("--folder")

@@ -1,4 +1,4 @@
-"""What ``serve_load.py`` has locust do: one headline a request, and every answer noted with its status and its milliseconds.
+"""What ``serve_load.py`` has locust do: one headline a request; status, milliseconds and time of every answer are noted.
 
 LOAD_RATE is of all users together, requests/s; without it each asks again as soon as it is answered.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 from locust import FastHttpUser, constant, constant_throughput, events, task
@@ -16,7 +17,7 @@ from loracle.data.demo import bbc_headlines
 
 TEXTS = [headline for headline, _ in bbc_headlines()]
 RATE, USERS = float(os.environ.get("LOAD_RATE", 0)), int(os.environ.get("LOAD_USERS", 1))
-ANSWERS: list[tuple[int, float]] = []
+ANSWERS: list[tuple[int, float, float]] = []
 
 
 class Reader(FastHttpUser):
@@ -31,7 +32,7 @@ class Reader(FastHttpUser):
 @events.request.add_listener
 def note(response_time: float, response: object, **more: object) -> None:
     """0: no answer at all."""
-    ANSWERS.append((getattr(response, "status_code", 0) or 0, response_time))
+    ANSWERS.append((getattr(response, "status_code", 0) or 0, response_time, time.time()))
 
 
 @events.quitting.add_listener
