@@ -55,7 +55,7 @@ def runs(tiny_model, tmp_path_factory):
         }
         settings |= columns.get(name, {})
         found[f"{name}-b"] = train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
-        worse = np.negative if name == "grades" else blurred
+        worse = blurred if name == "single" else np.negative
         found[f"{name}-a"] = with_head(found[f"{name}-b"], root / f"{name}-a", worse)
     return found
 

@@ -190,7 +190,8 @@ def test_the_groups_shown_are_those_that_lost_most_and_least():
               for i in range(8)]  # fmt: skip
     shown = of.example_groups([np.array([1.0, 0.0])] * 8, groups)
     assert [s["group"] for s in shown] == ["7", "6", "5", "3", "2", "1"]  # group 0 tells nothing
-    assert shown[0]["titles"][0] == {"text": "a", "score": 1.0, "impressions": 100, "clicks": 10, "rate": 0.1}
+    first = {"text": "a", "row": 1, "score": 1.0, "impressions": 100, "clicks": 10, "rate": 0.1}
+    assert shown[0]["titles"][0] == first
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
