@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from loracle.judge.suspects import FOLDS
 
 SHARE = 0.15  # of the training's operations
-FREE = 3e12  # operations that are granted however short the training is: some ten seconds on two cores
+FREE = 1e13  # operations that are granted however short the training is: weak rivals would flatter; half a minute on two cores
 LINEAR = (
     6e4  # matrix operations in the time that a linear model on words takes for one character and label (dev/LOG.md)
 )
