@@ -60,7 +60,7 @@ def model_card(
     if linear:
         lines += [
             "",
-            f"`loracle export runs/{name} --to transformers`, where it was trained, makes a folder for plain transformers.",
+            f"`loracle export runs/{name} --to transformers` makes a folder for plain transformers.",
         ]
     lines += ["", "## Where it comes from", "", markdown_table(_facts(info, licence))]
     lines += ["", "## Settings", "", markdown_table(_settings(info.config)), ""]
