@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit, log_softmax
 
 from loracle.data.examples import Task
@@ -57,6 +56,7 @@ def fit_temperature(logits: Array, targets: np.ndarray) -> float:
     The prior weighs less than a dozen texts do. Without it, a few validation texts without a mistake would make every
     later mistake one of full confidence.
     """
+    from scipy.optimize import minimize_scalar  # here, since who only predicts can do without its half second
 
     def loss(log_temperature: float) -> float:
         tempered = logits * np.exp(-log_temperature)

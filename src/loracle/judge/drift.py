@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import chi2
+from scipy.special import chdtri  # the inverse survival function of chi2, without the second that scipy.stats takes
 
 from loracle.data.examples import Task
 from loracle.judge.calibrate import Calibration
@@ -95,4 +95,4 @@ def limit(seen: Sequence[int], known: Sequence[int]) -> float:
     n, m = sum(seen), sum(known)
     if not n or not m or len(known) < 2:
         return float("nan")
-    return float((1 / n + 1 / m) * chi2.isf(CHANCE, len(known) - 1))
+    return float((1 / n + 1 / m) * chdtri(len(known) - 1, CHANCE))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, log_softmax, softmax
-from scipy.stats import rankdata
 
 from loracle.data.examples import LabeledText, Task
 from loracle.errors import UserError
@@ -365,6 +364,8 @@ def _auc(scores: Array, true: np.ndarray, unit: npt.NDArray[np.intp], units: int
     A text's part in a label's area is the share of the other side that it stands right of: below it, for one that has the
     label. The area is the mean part of either side, so to first order it moves by the sum of what both sides' means do.
     """
+    from scipy.stats import rankdata  # here, since who only predicts can do without its half second
+
     told = true.any(axis=0) & ~true.all(axis=0)
     scores, true = scores[:, told], true[:, told]
     above = rankdata(scores, axis=0)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
 from scipy.special import logsumexp, ndtr, ndtri, softmax
 
 from loracle.data.examples import RankGroup
@@ -59,6 +58,8 @@ def fit_spread(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None 
     Args:
         groups: with clicks. scores: floats ``[n_i]`` a group; without, only τ is fitted.
     """
+    from scipy.optimize import minimize  # here, since who only predicts can do without its half second
+
     told = [
         i for i, group in enumerate(groups) if group.clicks and 0 < sum(group.clicks) < sum(group.impressions or ())
     ]
