@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
@@ -185,3 +187,37 @@ def test_only_some_of_those_that_read_the_same_are_asked(tiny_model):
     for seen in (x, y, x, x):
         close(attention.q_proj(seen), PeftLinear.forward(attention.q_proj, seen), 1e-5)
     close(attention.v_proj(x), PeftLinear.forward(attention.v_proj, x), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_scoring_keeps_of_adapters_follows_their_weights(tiny_model, dtype):
+    """However they are written to: a cast that is kept too long would score with the weights of an earlier step."""
+    tokenizer = bake(load_tokenizer(tiny_model("qwen2")), None, 24)
+    made = trained(tiny_model("qwen2"), tokenizer)
+    made.inner.base_model.to(dtype)
+    batch = made.pack(Encoder(tokenizer)(TEXTS))
+    weights = [p for name, p in made.named_parameters() if "lora_" in name]
+
+    def scored():
+        with torch.no_grad():
+            found = made(batch)
+        assert torch.equal(found, made(batch).detach()), "with gradients nothing is kept"
+        return found
+
+    def write(how):
+        with torch.no_grad():
+            for weight in weights:
+                how(weight)
+        made.eval()
+
+    seen = [scored()]
+    write(lambda w: w.mul_(1.5))
+    seen.append(scored())
+    write(lambda w: w.data.mul_(1.5))
+    seen.append(scored())
+    write(lambda w: setattr(w, "data", 1.5 * w.data))
+    seen.append(scored())
+    with torch.no_grad():
+        torch._foreach_mul_(weights, 1.5)  # as an optimizer does, without a word to the modules
+    seen.append(scored())
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))

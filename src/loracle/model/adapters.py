@@ -6,6 +6,7 @@ The head is PEFT's ``modules_to_save``: saved with the adapter, never a target o
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,28 @@ class LeanLinear(PeftLinear):
 
     together: _Together
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._kept_up = _Kept()
+
+    def train(self, mode: bool = True):
+        """As any module; what was kept of the adapters is made anew, however their weights were set in between."""
+        self._kept_up = _Kept()
+        if hasattr(self, "together"):
+            self.together.kept_down = _Kept()
+        return super().train(mode)
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if (name := self.at_work) is None:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         inside = self.together.inside(self, x, name)
+        if not torch.is_grad_enabled():
+            up = self._kept_up.of(
+                (self.lora_B[name].weight,), lambda b: (b * self.scaling[name]).to(x.dtype).t(), x.dtype
+            )
+            out = F.linear(x.reshape(-1, x.shape[-1]), base.weight, base.bias).addmm_(inside, up)
+            return out.view(*x.shape[:-1], -1)
         return _LoraProduct.apply(x, base.weight, base.bias, inside, self.lora_B[name].weight, self.scaling[name])
 
     @property
@@ -115,11 +133,29 @@ class LeanLinear(PeftLinear):
         return name if plain and not self.disable_adapters and not self.merged else None
 
 
+class _Kept:
+    """What was made of some weights, until they change: a step that only scores need not cast and join adapters anew."""
+
+    def __init__(self) -> None:
+        self.known: tuple = ()
+        self.made: Tensor | None = None
+
+    def of(self, weights: tuple[Any, ...], make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """``make(*weights)``, made anew where a weight is another tensor, or was written to."""
+        if any(w.is_inference() for w in weights):  # made in inference mode, they do not tell of being written to
+            return make(*weights)
+        now = (dtype, *((id(w), w.data_ptr(), w._version) for w in weights))
+        if self.made is None or self.known != now:
+            self.known, self.made = now, make(*weights)
+        return self.made
+
+
 class _Together:
     """The adapted layers of one module that read the same input, and what A makes of it until each has taken its part."""
 
     def __init__(self, layers: list[LeanLinear]):
         self.layers = layers
+        self.kept_down = _Kept()
         self.forget()
 
     def forget(self) -> None:
@@ -130,9 +166,16 @@ class _Together:
     def inside(self, layer: LeanLinear, x: Tensor, adapter: str) -> Tensor:
         """``A x`` of one layer, ``[T, r]``."""
         if self.x is not x or layer not in self.parts:
-            a = {other: other.lora_A[name].weight for other in self.layers if (name := other.at_work)}
+            a: dict[LeanLinear, Any] = {
+                other: other.lora_A[name].weight for other in self.layers if (name := other.at_work)
+            }
             p = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
-            self.x, self.parts = x, dict(zip(a, _Down.apply(x, p, *a.values()), strict=True))
+            if torch.is_grad_enabled() or p:
+                parts = _Down.apply(x, p, *a.values())
+            else:
+                down = self.kept_down.of(tuple(a.values()), lambda *some: torch.cat(some).to(x.dtype).t(), x.dtype)
+                parts = (x.reshape(-1, x.shape[-1]) @ down).split([len(one) for one in a.values()], dim=1)
+            self.x, self.parts = x, dict(zip(a, parts, strict=True))
         part = self.parts.pop(layer)
         if not self.parts:
             self.x = None

@@ -208,7 +208,8 @@ def in_rounds(
     Where memory runs out, rounds are halved.
     """
     was_training = scorer.training
-    scorer.eval()
+    if was_training:
+        scorer.eval()
     results: list[np.ndarray] = []
     order = _order(texts)
     limit = math.inf  # until memory runs out
@@ -232,7 +233,8 @@ def in_rounds(
         rounds = min(micro_tokens, scorer.round_tokens)
         for part in micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from):
             run(part)
-    scorer.train(was_training)
+    if was_training:
+        scorer.train()
     joined = np.concatenate(results)
     out = np.empty_like(joined)
     out[order] = joined
