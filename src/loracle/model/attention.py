@@ -21,20 +21,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from loracle.errors import UserError
 from loracle.text.packing import ROOT, PackedBatch, ancestors
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "loracle_tree"
 FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
@@ -154,8 +151,6 @@ class FlexPlan:
     def mask(self, causal: bool, window: int | None) -> BlockMask:
         """``sees`` with the tiles in which there is something to see."""
         if (causal, window) not in self.masks:
-            from torch.nn.attention.flex_attention import BlockMask  # two seconds to import, and only GPUs need it
-
             tiles, padded = _tiles(self.batch, len(self.at), causal), (len(self.at), len(self.at))
             order = np.argsort(~tiles, axis=1, kind="stable")  # those that count, and then the others
             counts, indices = (to_device(x.astype(np.int32), self.at.device)[None, None] for x in (tiles.sum(1), order))
@@ -379,8 +374,6 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: f
 @functools.cache
 def _kernel() -> Callable[..., Tensor]:
     """Flex attention, compiled on first use, for all lengths at once."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=True)
 
 
