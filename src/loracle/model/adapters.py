@@ -6,7 +6,7 @@ The head is PEFT's ``modules_to_save``: saved with the adapter, never a target o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,10 @@ class LeanLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         inside = self.together.inside(self, x, name)
+        b, scaling = self.lora_B[name].weight, self.scaling[name]
         if not torch.is_grad_enabled():
-            up = self._kept_up.of(
-                (self.lora_B[name].weight,), lambda b: (b * self.scaling[name]).to(x.dtype).t(), x.dtype
-            )
-            out = F.linear(x.reshape(-1, x.shape[-1]), base.weight, base.bias).addmm_(inside, up)
-            return out.view(*x.shape[:-1], -1)
-        return _LoraProduct.apply(x, base.weight, base.bias, inside, self.lora_B[name].weight, self.scaling[name])
+            return _product(x, base.weight, base.bias, inside, self._kept_up.of((b,), scaling, x.dtype))
+        return _LoraProduct.apply(x, base.weight, base.bias, inside, b, scaling)
 
     @property
     def at_work(self) -> str | None:
@@ -134,20 +131,26 @@ class LeanLinear(PeftLinear):
 
 
 class _Kept:
-    """What was made of some weights, until they change: a step that only scores need not cast and join adapters anew."""
+    """``_joined`` weights until they change: what only scores need not cast and join adapters at every forward."""
 
     def __init__(self) -> None:
         self.known: tuple = ()
         self.made: Tensor | None = None
 
-    def of(self, weights: tuple[Any, ...], make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-        """``make(*weights)``, made anew where a weight is another tensor, or was written to."""
+    def of(self, weights: tuple[Any, ...], scale: float, dtype: torch.dtype) -> Tensor:
+        """Made anew where anything is another one, or a weight was written to."""
         if any(w.is_inference() for w in weights):  # made in inference mode, they do not tell of being written to
-            return make(*weights)
-        now = (dtype, *((id(w), w.data_ptr(), w._version) for w in weights))
+            return _joined(weights, scale, dtype)
+        now = (scale, dtype, *((id(w), w.data_ptr(), w._version) for w in weights))
         if self.made is None or self.known != now:
-            self.known, self.made = now, make(*weights)
+            self.known, self.made = now, _joined(weights, scale, dtype)
         return self.made
+
+
+def _joined(weights: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+    """Several A ``[r, in]``, or one B ``[out, r]``, as one matrix of what is computed in."""
+    whole = weights[0] if len(weights) == 1 else torch.cat([*weights])
+    return (whole * scale).to(dtype)
 
 
 class _Together:
@@ -173,8 +176,8 @@ class _Together:
             if torch.is_grad_enabled() or p:
                 parts = _Down.apply(x, p, *a.values())
             else:
-                down = self.kept_down.of(tuple(a.values()), lambda *some: torch.cat(some).to(x.dtype).t(), x.dtype)
-                parts = (x.reshape(-1, x.shape[-1]) @ down).split([len(one) for one in a.values()], dim=1)
+                down = self.kept_down.of(tuple(a.values()), 1.0, x.dtype)
+                parts = (x.reshape(-1, x.shape[-1]) @ down.t()).split([len(one) for one in a.values()], dim=1)
             self.x, self.parts = x, dict(zip(a, parts, strict=True))
         part = self.parts.pop(layer)
         if not self.parts:
@@ -213,7 +216,7 @@ class _Down(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         keep, ctx.scale = _dropout(flat, p) if p else (None, 1.0)
         seen = flat if keep is None else flat * keep
-        down = (torch.cat(a) * ctx.scale).to(x.dtype)
+        down = _joined(a, ctx.scale, x.dtype)
         ctx.save_for_backward(seen, down, keep)
         ctx.like = x.shape, a[0].dtype, [len(one) for one in a]
         return (seen @ down.t()).split(ctx.like[2], dim=1)
@@ -257,11 +260,10 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor, b: Tensor, scaling: float):
-        up = (b * scaling).to(x.dtype)
-        out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).addmm_(inside, up.t())
+        up = _joined((b,), scaling, x.dtype)
         ctx.save_for_backward(weight, inside, up)
         ctx.scaling, ctx.dtype = scaling, b.dtype
-        return out.view(*x.shape[:-1], -1)
+        return _product(x, weight, bias, inside, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -270,6 +272,12 @@ class _LoraProduct(torch.autograd.Function):
         g_x = (g @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
         g_b = (inside.t() @ g).t().to(ctx.dtype, memory_format=torch.contiguous_format).mul_(ctx.scaling)
         return g_x, None, None, g @ up, g_b, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor, up: Tensor) -> Tensor:
+    """``x Wᵀ + bias + inside upᵀ``; up ``[out, r]``."""
+    out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).addmm_(inside, up.t())
+    return out.view(*x.shape[:-1], -1)
 
 
 def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> str:
