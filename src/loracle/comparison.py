@@ -27,7 +27,7 @@ from loracle.errors import UserError
 from loracle.judge.metrics import headline_metric
 from loracle.judge.paired import Paired, holm
 from loracle.judge.paired import compare as in_pairs
-from loracle.judge.report import figure, markdown_table, plain_table
+from loracle.judge.report import difference, figure, markdown_table, plain_table
 from loracle.model.backbone import load_config, resolve_base
 from loracle.model.scorer import is_encoder
 from loracle.recipe import Data, Say
@@ -265,7 +265,7 @@ def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> lis
         table.append([
             row["name"] + (f" ({row['depth']} layers)" if row.get("depth") else ""),
             *(figure(row["test"][name], name) for name in shown),
-            "" if pair is None else _points(pair),
+            "" if pair is None else difference(pair, pair["metric"]),
             "" if pair is None else f"{pair['p_holm']:.2g}",
             f"{row['seconds']:,.0f} s" if row["seconds"] >= 10 else f"{row['seconds']:.1f} s",
             "–" if row["memory"] is None else f"{row['memory'] / 1e9:.1f} GB",
@@ -273,14 +273,6 @@ def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> lis
             "–" if not speed else f"{1e6 / speed / 3600 * (price or 1.0):,.2f}",
         ])  # fmt: skip
     return table
-
-
-def _points(pair: dict[str, Any]) -> str:
-    value, low, high = (pair[k] for k in ("value", "low", "high"))
-    if value is None:
-        return "–"
-    interval = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f}{interval}"
 
 
 def _short(name: str) -> str:

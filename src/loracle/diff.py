@@ -25,7 +25,7 @@ from loracle.judge.metrics import as_json, differences, given_labels, headline_m
 from loracle.judge.paired import compare_rankers, credit, mcnemar
 from loracle.judge.ranking import paired_difference
 from loracle.judge.report import difference as signed
-from loracle.judge.report import figure, plain_table
+from loracle.judge.report import figure, plain_table, shortened
 from loracle.run.folder import RunInfo, read_info
 from loracle.run.predictor import Predictor
 
@@ -309,5 +309,4 @@ def _some_rows(found: Difference) -> list[str]:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= LETTERS else line[: LETTERS - 1] + "…"
+    return shortened(" ".join(text.split()), LETTERS)

@@ -36,7 +36,7 @@ from loracle.judge.metrics import (
     units_of,
 )
 from loracle.judge.ranking import paired_difference
-from loracle.judge.report import ceiling_line, result_rows
+from loracle.judge.report import ceiling_line, result_rows, shortened
 from loracle.judge.suspects import out_of_fold, pair_suspects, suspects
 
 LISTED = 20  # texts a list shows
@@ -250,7 +250,7 @@ def slices(right: np.ndarray, examples: Sequence[LabeledText]) -> list[dict[str,
     """
     named: list[tuple[str, str, np.ndarray]] = []
     for column in dict.fromkeys(name for e in examples for name, _ in e.slices):
-        values = np.array([_short(dict(e.slices).get(column, "none"), NAMED) for e in examples])
+        values = np.array([shortened(dict(e.slices).get(column, "none"), NAMED) for e in examples])
         counts = Counter(values.tolist())
         shown = [value for value, n in counts.most_common(SLICES) if n >= SLICE_TEXTS]
         if shown and len(counts) > 1:
@@ -328,7 +328,11 @@ def _worth(group: RankGroup) -> Array | None:
 
 def _group(scores: Array, group: RankGroup) -> dict[str, Any]:
     def title(i: int) -> dict[str, Any]:
-        known: dict[str, Any] = {"text": _short(group.texts[i]), "row": group.rows[i], "score": float(scores[i])}
+        known: dict[str, Any] = {
+            "text": shortened(group.texts[i], LETTERS),
+            "row": group.rows[i],
+            "score": float(scores[i]),
+        }
         if group.clicks is not None and group.impressions is not None:
             shown = group.impressions[i]
             known |= {"impressions": shown, "clicks": group.clicks[i], "rate": group.clicks[i] / max(shown, 1)}
@@ -339,7 +343,7 @@ def _group(scores: Array, group: RankGroup) -> dict[str, Any]:
         return known
 
     best_first = np.argsort(-scores, kind="stable")[:LISTED]
-    return {"group": str(group.group), "context": group.context and _short(group.context),
+    return {"group": str(group.group), "context": group.context and shortened(group.context, LETTERS),
             "titles": [title(int(i)) for i in best_first], "of": len(scores)}  # fmt: skip
 
 
@@ -382,12 +386,8 @@ def _number(value: float) -> float | None:
 
 def _row(example: LabeledText, task: Task) -> dict[str, Any]:
     names = ", ".join(task.label_names[i] for i in example.labels) or "none"
-    return {"row": example.row, "text": _short(example.text), "label": names}
+    return {"row": example.row, "text": shortened(example.text, LETTERS), "label": names}
 
 
 def _names(given: np.ndarray, task: Task) -> str:
     return ", ".join(task.label_names[i] for i in np.flatnonzero(given)) or "none"
-
-
-def _short(text: str, letters: int = LETTERS) -> str:
-    return text if len(text) <= letters else text[: letters - 1] + "…"

@@ -74,6 +74,11 @@ def difference(metric: Mapping[str, float | None], name: str) -> str:
     return "–" if value is None else value if low is None or high is None else f"{value} [{low}, {high}]"
 
 
+def shortened(text: str, letters: int) -> str:
+    """The text, or as much of it as goes into so many characters with an ellipsis."""
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
 def _written(value: float, name: str) -> str:
     if name == "ctr_lift":
         return f"{100 * value:+.1f} %"
