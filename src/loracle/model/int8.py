@@ -73,7 +73,7 @@ class Int8Scorer(nn.Module):
 
     packed = False
     share_from = None
-    round_tokens = 1024  # rectangles of 4,096 take half as long again: OpenVINO prepares each new shape (dev/LOG.md)
+    round_tokens = 1024  # rectangles of 4,096 take half as long again (dev/LOG.md)
 
     def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
