@@ -52,7 +52,7 @@ def plan(
         layers: whether the layer is to be chosen. asked: tokens that asking the untuned model takes; None: it cannot be.
     """
     whole = max(SHARE * work.training, FREE)
-    budget = f"{100 * SHARE:.0f} % of the training's operations"
+    budget = f"{100 * SHARE:.0f} % of the training's operations" if whole > FREE else "as much as a short training grants"
     left = whole - LINEAR * characters * labels
     each = (FOLDS - 1) * LINEAR * labels * characters / train  # every text is learnt from in all folds but its own
     searched = int(min(train, SEARCHED, max(left, 0) / 4 / each)) if each else train
