@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from fake_hubs import hubs  # noqa: F401, a fixture
-from small import CHINESE, ENGLISH
+from small import CHINESE, ENGLISH, QUICK, labelled, write
 
 # Tiny models gain nothing from a second thread, and lose much where something else runs; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -92,6 +92,18 @@ def tiny_model(tmp_path_factory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tiny_model, tmp_path_factory) -> Path:
+    """A run on ``small.labelled``, two steps long, which tests read and do not write to."""
+    from loracle import recipe
+    from loracle.config import RunConfig
+
+    folder = tmp_path_factory.mktemp("labelled")
+    data = write(folder / "data.csv", labelled())
+    flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run"), "max_steps": 2}
+    return recipe.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,22 +10,12 @@ import numpy as np
 import pytest
 import torch
 from kills import KILLS
-from small import QUICK, labelled, write
+from small import write
 
-from loracle import recipe
-from loracle.config import RunConfig
 from loracle.run.batch import Kept
 from loracle.train.checkpoint import load_checkpoint
 
 ROWS = 320
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    data = write(folder / "data.csv", labelled())
-    flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run"), "max_steps": 2}
-    return recipe.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
 
 
 def finish(process):
@@ -34,10 +24,10 @@ def finish(process):
 
 
 @pytest.mark.parametrize("suffix", [".csv"] if KILLS <= 5 else [".csv", ".parquet"])
-def test_predict_killed_at_random_moments_ends_in_the_same_bytes(run, tmp_path, suffix, record_property):
+def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, tmp_path, suffix, record_property):
     rows = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(ROWS)]
     data, out, unbroken = write(tmp_path / "new.csv", rows), tmp_path / f"out{suffix}", tmp_path / f"unbroken{suffix}"
-    finish(kills.start(kills.label, run, data, unbroken))
+    finish(kills.start(kills.label, labelled_run, data, unbroken))
     if suffix == ".csv":
         ids = [line.split(",")[0] for line in unbroken.read_text().splitlines()]
         assert ids == ["id", *map(str, range(ROWS))]
@@ -46,7 +36,7 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(run, tmp_path, 
     for _ in range(KILLS):
         done = len(list(scores.glob("*.safetensors")))
         until = int(rng.integers(done, count + 1))
-        process = kills.start(kills.label, run, data, out)
+        process = kills.start(kills.label, labelled_run, data, out)
         while process.is_alive() and len(list(scores.glob("*.safetensors"))) < until:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.03)  # somewhere in a window, or in the writing of what is kept or of the output
@@ -67,7 +57,7 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(run, tmp_path, 
             before = kept
             continue
         before = {}
-    finish(kills.start(kills.label, run, data, out))
+    finish(kills.start(kills.label, labelled_run, data, out))
     assert out.read_bytes() == unbroken.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["new.csv", out.name, unbroken.name])
     assert met["between the first window and the last"] + met["while the output was written"], "every kill missed"

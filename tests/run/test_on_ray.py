@@ -9,21 +9,11 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from small import QUICK, labelled, write
+from small import labelled, write
 
-from loracle import recipe
 from loracle.cli import main
-from loracle.config import RunConfig
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ray")
-    data = write(folder / "data.csv", labelled())
-    flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run"), "max_steps": 2}
-    return recipe.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
 
 
 def loracle(*words):
@@ -34,11 +24,11 @@ def loracle(*words):
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="no Ray: pip install 'loracle[ray]'; `make soak` does")
-def test_two_workers_write_the_same_bytes(run, tmp_path):
+def test_two_workers_write_the_same_bytes(labelled_run, tmp_path):
     rows = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(5000)]  # three windows
     data = write(tmp_path / "new.csv", rows)
-    assert loracle("predict", run, data, "-o", tmp_path / "one.csv").returncode == 0
-    done = loracle("predict", run, data, "-o", tmp_path / "two.csv", "--on", "ray", "--workers", 2)
+    assert loracle("predict", labelled_run, data, "-o", tmp_path / "one.csv").returncode == 0
+    done = loracle("predict", labelled_run, data, "-o", tmp_path / "two.csv", "--on", "ray", "--workers", 2)
     assert done.returncode == 0, done.stderr
     ours = [
         line for line in done.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line
@@ -46,21 +36,23 @@ def test_two_workers_write_the_same_bytes(run, tmp_path):
     assert ours == ["text column: 'text'", "note: 715 rows without a text have no label"]
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.csv", "one.csv", "two.csv"]
-    done = loracle("predict", run, data, "-o", tmp_path / "many.csv", "--on", "ray", "--workers", 1000)
+    done = loracle("predict", labelled_run, data, "-o", tmp_path / "many.csv", "--on", "ray", "--workers", 1000)
     assert done.returncode == 2
     assert "expected 1000 processors for --workers 1000" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_it_says_what_to_install(run, tmp_path):
-    words = [run, write(tmp_path / "new.csv", labelled(3)), "-o", tmp_path / "x.csv", "--on", "ray"]
+def test_without_ray_it_says_what_to_install(labelled_run, tmp_path):
+    words = [labelled_run, write(tmp_path / "new.csv", labelled(3)), "-o", tmp_path / "x.csv", "--on", "ray"]
     done = CliRunner().invoke(main, ["predict", *map(str, words)])
     assert done.exit_code == 2
     assert "Ray Data for --on ray; found no ray installed. Run: pip install 'loracle[ray]'" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["new.csv"]
 
 
-def test_workers_without_ray_are_refused(run, tmp_path):
-    done = CliRunner().invoke(main, ["predict", str(run), str(write(tmp_path / "new.csv", labelled(3))), "--workers=2"])
+def test_workers_without_ray_are_refused(labelled_run, tmp_path):
+    done = CliRunner().invoke(
+        main, ["predict", str(labelled_run), str(write(tmp_path / "new.csv", labelled(3))), "--workers=2"]
+    )
     assert done.exit_code == 2
     assert "Add --on ray" in done.stderr
