@@ -52,7 +52,9 @@ def plan(
         layers: whether the layer is to be chosen. asked: tokens that asking the untuned model takes; None: it cannot be.
     """
     whole = max(SHARE * work.training, FREE)
-    budget = f"{100 * SHARE:.0f} % of the training's operations" if whole > FREE else "as much as a short training grants"
+    budget = (
+        f"{100 * SHARE:.0f} % of the training's operations" if whole > FREE else "as much as a short training grants"
+    )
     left = whole - LINEAR * characters * labels
     each = (FOLDS - 1) * LINEAR * labels * characters / train  # every text is learnt from in all folds but its own
     searched = int(min(train, SEARCHED, max(left, 0) / 4 / each)) if each else train
@@ -73,7 +75,8 @@ def plan(
     can = asked is not None and asked * work.forward <= left
     if asked is not None and not can:
         share = 100 * asked * work.forward / whole
-        said.append(f"the untuned model is not asked: that would take {share:,.0f} % of what baselines may, {budget}")
+        take = f"{share:,.0f} % of what baselines may ({budget}), more than the others leave"
+        said.append(f"the untuned model is not asked: that would take {take}")
     if searched < train:
         said.append(f"wrong labels are looked for among {searched:,} of {train:,} training texts")
     return Plan(frozen=frozen, watched=watched, searched=searched, asked=can, said=tuple(said))
