@@ -422,6 +422,7 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
         pad_token_id=tokenizer.pad_token_id,
         dtype=pick_dtype(config.model.dtype, False, device),
         device=device,
+        quantize=config.model.quantize,
     )
     encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
     some, held = _some(data.train, seed), _some(data.validation, seed)

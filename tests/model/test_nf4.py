@@ -11,7 +11,7 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.data.examples import Task
 from loracle.errors import UserError
-from loracle.model import memory
+from loracle.model import assemble, memory
 from loracle.model.assemble import new_scorer
 from loracle.run.export import export
 from loracle.run.predictor import Predictor
@@ -83,3 +83,16 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match=r"pip install 'loracle\[nf4\]'"):
         scorer(tiny_model("qwen2"), "nf4")
+
+
+def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, tmp_path, monkeypatch):
+    read: dict[str | None, list[np.ndarray]] = {None: [], "nf4": []}
+    plain = assemble.layer_features
+    for quantize, kept in read.items():
+        flat = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
+        monkeypatch.setattr(
+            assemble, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1]
+        )
+        recipe.probe(RunConfig.from_flat(flat | {"quantize": quantize}), say=lambda line: None)
+    assert read[None][0].shape == read["nf4"][0].shape
+    assert not np.allclose(read[None][0], read["nf4"][0])
