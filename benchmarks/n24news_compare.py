@@ -28,8 +28,10 @@ from loracle.judge.paired import credit
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
 LR, SEEDS = 1e-3, 3
+TEMPLATE = "Article: {text}\nSection:"
 NAMES = {
     "demo": "SmolLM2-135M, LoRA",
+    "demo@depth=auto": "SmolLM2-135M, LoRA, depth by its probe",
     "model": "MiniLM, fine-tuned",
     "frozen:model": "MiniLM, frozen",
     "tfidf": "TF-IDF",
@@ -41,8 +43,10 @@ def main() -> None:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     train, test = write_split(SCRATCH)
     minilm, found = minilm_folder(), []
-    settings = CompareConfig(against=f"tfidf,frozen:{minilm},{minilm}")
-    plain = RunConfig.from_flat({"data": str(train), "test": str(test), "batch": BATCH, "epochs": EPOCHS, "lr": LR})
+    settings = CompareConfig(against=f"demo@depth=auto,{minilm},frozen:{minilm},tfidf")
+    plain = RunConfig.from_flat(
+        {"data": str(train), "test": str(test), "batch": BATCH, "epochs": EPOCHS, "lr": LR, "template": TEMPLATE}
+    )
     data = recipe.read_data(plain, print)  # for its test side
     for seed in range(SEEDS):
         config = dataclasses.replace(

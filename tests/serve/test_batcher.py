@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as Late
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ class Model:
 
 
 def batcher(model, **more):
-    settings = {"round_tokens": 64, "queue_texts": 100, "queue_tokens": 10_000, "patience": 5.0} | more
+    settings = {"round_tokens": 64, "queue_texts": 100, "queue_tokens": 10_000, "max_wait": 60.0, "patience": 5.0} | more
     return Batcher(model, **settings)
 
 
@@ -133,6 +134,37 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(limit):
         for future in futures:
             future.result(5)
         assert queue.submit("a", [text(3)]).result(5)[0, 0] == 3
+
+
+def test_who_would_wait_too_long_for_a_turn_is_refused(monkeypatch):
+    """At 120 tokens/s; a request of many rounds is only one round before the others, and small rounds say nothing."""
+    clock, model = [0.0], Model()
+    monkeypatch.setattr("loracle.serve.batcher.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def score(run, texts):
+        clock[0] += 0.5
+        return model(run, texts)
+
+    with batcher(score, max_wait=1.2) as queue:
+        queue.submit("a", [text(1)]).result(5)
+        assert queue.wait() == 0
+        queue.submit("a", [of_length(60)]).result(5)
+        model.gate.clear()
+        model.inside.clear()
+        futures = [queue.submit("a", [of_length(60, seed=1)])]
+        assert model.inside.wait(5)
+        assert queue.wait() == pytest.approx(0.5)
+        futures.append(queue.submit("a", [of_length(60, seed=i) for i in range(2, 9)]))
+        assert queue.wait() == pytest.approx(0.5 + 64 / 120)
+        futures.append(queue.submit("a", [of_length(30, seed=9)]))
+        assert queue.wait() == pytest.approx(0.5 + 64 / 120 + 30 / 120)
+        assert not queue.has_room(1)
+        with pytest.raises(Full):
+            queue.submit("a", [text(2)])
+        model.gate.set()
+        for future in futures:
+            future.result(5)
+        assert queue.has_room(1)
 
 
 def test_a_request_larger_than_the_queue_is_taken_when_nothing_else_waits():

@@ -96,8 +96,8 @@ def test_a_context_counts_with_every_title(predictors):
 
 @pytest.mark.parametrize("limit", [{"queue": 1}, {"queue_texts": 1, "max_texts": 1}, {"queue_tokens": 3}])
 def test_what_finds_no_room_is_told_to_come_again(one, monkeypatch, limit):
-    held = Held(monkeypatch)
     with client_of(one, **limit) as client, ThreadPoolExecutor(1) as pool:
+        held = Held(monkeypatch)
         first = pool.submit(post, client, "/v1/classify", texts=["good"])
         assert held.inside.wait(10)
         answer = client.post("/v1/classify", json={"texts": ["good"]})
@@ -109,9 +109,18 @@ def test_what_finds_no_room_is_told_to_come_again(one, monkeypatch, limit):
         assert post(client, "/v1/classify", texts=["good"])
 
 
+def test_the_first_request_is_not_the_first_round(one):
+    """Each run has had a round before the server is ready, of which the metrics of texts know nothing."""
+    with client_of(one) as client:
+        seen = figures(client)
+        assert seen["loracle_rounds"] >= 1
+        assert seen["loracle_queue_seconds"] == 0
+        assert not any(key[0] == "loracle_texts_total" for key in seen if isinstance(key, tuple))
+
+
 def test_what_is_not_answered_in_time_is_given_up(one, monkeypatch):
-    held = Held(monkeypatch)
     with client_of(one, deadline=0.2, queue=1) as client:
+        held = Held(monkeypatch)
         answer = client.post("/v1/classify", json={"texts": ["good"]})
         assert "within 0.2 seconds" in refused(answer, 503)
         assert answer.headers["Retry-After"]
@@ -130,8 +139,8 @@ def test_a_crash_answers_503_and_the_next_request_is_served(one, monkeypatch, ca
             raise broken.pop()
         return true_score(*args, **more)
 
-    monkeypatch.setattr(api, "score", score)
     with client_of(one) as client:
+        monkeypatch.setattr(api, "score", score)
         answer = client.post("/v1/classify", json={"texts": ["a secret text"]})
         assert "not scored" in refused(answer, 503)
         assert post(client, "/v1/classify", texts=["good"])

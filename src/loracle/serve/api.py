@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -64,6 +64,7 @@ class Desk:
             round_tokens=settings.round_tokens,
             queue_texts=settings.queue_texts,
             queue_tokens=settings.queue_tokens,
+            max_wait=settings.max_wait,
             patience=settings.deadline,
         )
         self.metrics = Metrics(
@@ -77,7 +78,15 @@ class Desk:
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
         """While the server runs; what is at work when it ends is finished."""
         with self.encoding, self.drawing, self.batcher:
+            await self.away(self.encoding, self._warm_up)
             yield
+
+    def _warm_up(self) -> None:
+        """A full round of each run: the first request does not wait for what is done once, and the queue knows the speed."""
+        for name, predictor in self.predictors.items():
+            texts = predictor.encoder([f"{n} " * 16 for n in range(1 + self.settings.round_tokens // 32)])
+            with suppress(Failed):  # which the log says
+                self.batcher.submit(name, texts).result()
 
     def pick(self, name: str | None, kind: str | None = None) -> str:
         """The run that is asked; ``kind``: rank or classify, if only one of them has an answer.

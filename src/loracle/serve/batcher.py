@@ -2,8 +2,9 @@
 
 torch is not re-entrant, so nobody else may touch a model. While a round is computed new texts gather; a round takes those of
 one run, first come first served, and a request that a round could not finish goes to the end of the line, so that a large
-one delays a small one by one round and no more. The queue is bounded in texts and in tokens: what does not fit is refused at
-once rather than answered late. Who loses patience cancels the future, and the place is free again.
+one delays a small one by one round and no more. The queue is bounded in texts, in tokens and, as soon as a full round has shown
+how fast the machine is, in the time until a new request's turn: who does not fit is refused at once rather than answered
+late. Who loses patience cancels the future, and the place is free again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 
 from loracle.text.encode import Encoded
 from loracle.text.packing import micro_batches
+
+SMOOTHED = 0.3  # weight of the newest full round in the speed
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class _Job:
     run: str
     texts: Sequence[Encoded]
     future: Future[np.ndarray]
+    rest: int  # tokens of those texts that are not taken yet
     taken: int = 0
     rows: list[np.ndarray] = field(default_factory=list)
 
@@ -51,6 +55,7 @@ class Batcher:
         round_tokens: rows of a round (``text.packing.micro_batches``); a text with more goes alone.
         queue_texts, queue_tokens: what may wait or be at work at once. A request larger than that is taken when nothing
             else waits.
+        max_wait: seconds that a request may be expected to wait for its turn.
         patience: seconds for what still waits at ``stop``.
     """
 
@@ -61,9 +66,11 @@ class Batcher:
         round_tokens: int,
         queue_texts: int,
         queue_tokens: int,
+        max_wait: float,
         patience: float,
     ):
         self._score, self._round_tokens, self._patience = score, round_tokens, patience
+        self._max_wait = max_wait
         self._limits = queue_texts, queue_tokens
         self._jobs: deque[_Job] = deque()  # with texts that no round has taken yet
         self._open: set[_Job] = set()  # unanswered
@@ -73,6 +80,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="loracle-batcher", daemon=True)
         self.texts = self.tokens = 0  # waiting or at work
         self.rounds = self.failures = 0
+        self._speed: float | None = None  # tokens/s of full rounds; small ones tell nothing of what the machine can do
+        self._at_work = 0  # tokens of the round that is computed now
 
     def __enter__(self) -> Batcher:
         self.start()
@@ -102,12 +111,16 @@ class Batcher:
         """
         if not texts:
             raise ValueError("nothing to score")
-        job = _Job(run, texts, Future())
         tokens = sum(e.tokens for e in texts)
+        job = _Job(run, texts, Future(), rest=tokens)
         with self._changed:
             if self._closed:
                 raise Failed("stopping")
-            if self.texts and (self.texts + len(texts) > self._limits[0] or self.tokens + tokens > self._limits[1]):
+            if self.texts and (
+                self.texts + len(texts) > self._limits[0]
+                or self.tokens + tokens > self._limits[1]
+                or self.wait() > self._max_wait
+            ):
                 raise Full
             self.texts += len(texts)
             self.tokens += tokens
@@ -119,7 +132,14 @@ class Batcher:
 
     def has_room(self, texts: int) -> bool:
         """Whether so many texts would be taken if they were short: asked before they are tokenised."""
-        return not self.texts or self.texts + texts <= self._limits[0]
+        return not self.texts or (self.texts + texts <= self._limits[0] and self.wait() <= self._max_wait)
+
+    def wait(self) -> float:
+        """Seconds until a request that came now would have its turn: each one before it has at most a round first."""
+        if self._speed is None:
+            return 0.0
+        with self._changed:
+            return (self._at_work + sum(min(job.rest, self._round_tokens) for job in self._jobs)) / self._speed
 
     def ready(self, within: float) -> bool:
         """Whether the worker lives and has not been at one round for longer than that many seconds."""
@@ -138,12 +158,14 @@ class Batcher:
     def _work(self) -> None:
         while round_ := self._next_round():
             jobs = list(dict.fromkeys(job for job, _ in round_))
+            self._at_work = sum(text.tokens for _, text in round_)
             try:
                 self._busy_since = time.monotonic()
                 self.rounds += 1
                 scores = self._score(jobs[0].run, [text for _, text in round_])
                 if len(scores) != len(round_) or not np.isfinite(scores).all():
                     raise ValueError("not a number for each text")
+                self._note(self._at_work, time.monotonic() - self._busy_since)
                 self._hand_out(round_, scores)
             except BaseException as e:  # whatever it was, those who wait must hear of it, and the next round is tried
                 self.failures += 1
@@ -151,7 +173,13 @@ class Batcher:
                 log.error("a round of %d texts failed: %s", len(round_), type(e).__name__)
                 self._fail(jobs)
             finally:
-                self._busy_since = None
+                self._busy_since, self._at_work = None, 0
+
+    def _note(self, tokens: int, seconds: float) -> None:
+        """Learn from a round what the machine can do."""
+        if tokens >= self._round_tokens / 2:
+            now = tokens / max(seconds, 1e-9)
+            self._speed = now if self._speed is None else SMOOTHED * now + (1 - SMOOTHED) * self._speed
 
     def _next_round(self) -> list[tuple[_Job, Encoded]]:
         """Texts of one run that go through the model together; none once the batcher is stopped and nothing waits."""
@@ -161,8 +189,9 @@ class Batcher:
             if not waiting:
                 return []
             round_ = [waiting[i] for i in next(micro_batches([[text] for _, text in waiting], self._round_tokens))]
-            for job, _ in round_:
+            for job, text in round_:
                 job.taken += 1
+                job.rest -= text.tokens
             first = self._jobs[0]
             for job in dict.fromkeys(job for job, _ in round_):
                 if job.taken == len(job.texts):

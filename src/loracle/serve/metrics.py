@@ -139,6 +139,7 @@ class Metrics:
         for name, about, read in (
             ("loracle_queue_texts", "Texts that wait or are at work", lambda: batcher.texts),
             ("loracle_queue_tokens", "Tokens that wait or are at work", lambda: batcher.tokens),
+            ("loracle_queue_seconds", "Seconds until a request that came now would have its turn", batcher.wait),
             ("loracle_rounds", "Rounds that went through a model", lambda: batcher.rounds),
             ("loracle_rounds_failed", "Rounds that failed", lambda: batcher.failures),
         ):
