@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.data.examples import LabeledText
 from loracle.data.schema import read_examples
@@ -57,7 +57,7 @@ def main() -> None:
                 config = RunConfig.from_flat({**SETTINGS, "epochs": float(epochs), "head_init": how, "seed": SEED})
                 run = recipe.learn(config, data, Path(scratch) / "run", keep_scores=True)
                 metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-                scores.append(recipe.read_scores(run, data.test))
+                scores.append(scoring.read_scores(run, data.test))
             looks.append(f"{100 * metrics['validation']['accuracy']:.1f}")
             tests.append(figure(metrics["test"]["accuracy"], "accuracy"))
         pair = compare(scores[1], scores[0], data.test, data.task)

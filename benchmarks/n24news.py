@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.data.examples import Task
 from loracle.data.schema import read_examples
@@ -86,7 +86,7 @@ def main() -> None:
         run = _train(train, test, Path(scratch) / "run", lr=best, epochs=EPOCHS)
         metrics = json.loads((run / "metrics.json").read_text())
         minilm, items, task = frozen_minilm(train, test)
-        metrics["baselines"]["frozen all-MiniLM-L6-v2"] = recipe.measure(minilm, items, task)
+        metrics["baselines"]["frozen all-MiniLM-L6-v2"] = scoring.measure(minilm, items, task)
     speed = metrics["train"]
     notes = [
         "4,030 training texts (403 of them validation), 1,000 test texts, all distinct; LoRA r 16 on every linear layer, "

@@ -21,7 +21,7 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle import comparison, recipe
+from loracle import comparison, recipe, scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.judge.metrics import bootstrap
 from loracle.judge.paired import credit
@@ -55,7 +55,7 @@ def main() -> None:
         root = comparison.run(config, settings)
         rows = json.loads((root / comparison.JSON).read_text(encoding="utf-8"))["rows"]
         found.append([
-            row | {"right": credit(np.concatenate(recipe.read_scores(root / row["folder"], data.test)), data.test, data.task)}
+            row | {"right": credit(np.concatenate(scoring.read_scores(root / row["folder"], data.test)), data.test, data.task)}
             for row in rows
         ])  # fmt: skip
         write(found)

@@ -24,6 +24,8 @@ ORDER = [
     "train",
     "run",
     "serve",
+    "scoring",
+    "rivals",
     "recipe",
     "series",
     "comparison",

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from small import labelled, write
 
-from loracle import recipe, tuning
+from loracle import recipe, scoring, tuning
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, UserError
@@ -33,13 +33,13 @@ def config_of(folder, model, **more):
 
 def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     data, out = write(tmp_path / "data.csv", labelled(60)), tmp_path / "tune"
-    seen, look = [], recipe.look
+    seen, look = [], scoring.look
 
     def watched(scorer, encoder, examples, task, loss):
         seen.extend(e.text for e in examples)
         return look(scorer, encoder, examples, task, loss)
 
-    monkeypatch.setattr(recipe, "look", watched)
+    monkeypatch.setattr(scoring, "look", watched)
     flags = [data, "--model", tiny_model("qwen2"), *FAST, "-o", out]
     said = loracle("tune", *flags, "--trials", "6").stdout
     lines = [line for line in said.splitlines() if line.startswith("trial ") and ": lr" in line]
@@ -98,7 +98,7 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
         looks.append(next(script))
         return {"metric": -np.inf if np.isnan(looks[-1]) else looks[-1], "loss": looks[-1]}
 
-    monkeypatch.setattr(recipe, "look", scripted)
+    monkeypatch.setattr(scoring, "look", scripted)
     config = config_of(tmp_path, tiny_model("qwen2"), evaluations=2)
     monkeypatch.setattr(tuning, "LENGTHS", (1.0,))
     said = []

@@ -380,13 +380,13 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     for issue in examples.issues:
         click.echo(f"note: {issue}", err=True)
     _calm()
-    from loracle import recipe
+    from loracle import scoring
     from loracle.judge.report import summary
     from loracle.run.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
-    scores = recipe.score_examples(predictor.scorer, predictor.encoder, examples.items)
-    metrics = recipe.measure(scores, examples.items, info.task, predictor.calibration)
+    scores = scoring.score_examples(predictor.scorer, predictor.encoder, examples.items)
+    metrics = scoring.measure(scores, examples.items, info.task, predictor.calibration)
     if as_json:
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return

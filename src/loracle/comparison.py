@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 import torch
 
-from loracle import recipe
+from loracle import recipe, rivals, scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.examples import Task
+from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge.metrics import headline_metric
 from loracle.judge.paired import Paired, holm
@@ -30,7 +31,7 @@ from loracle.judge.paired import compare as in_pairs
 from loracle.judge.report import difference, figure, markdown_table, plain_table
 from loracle.model.backbone import load_config, resolve_base
 from loracle.model.scorer import is_encoder
-from loracle.recipe import Data, Say
+from loracle.recipe import Say
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
@@ -183,14 +184,14 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
         with peak_memory() as peak:
             scores, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, say)
         seconds = time.perf_counter() - started - more.pop("asked", 0.0)
-        recipe.write_scores(folder, scores)
-        found = {"test": recipe.measure(scores, data.test, data.task), "seconds": seconds, "memory": peak[0], **more}
+        scoring.write_scores(folder, scores)
+        found = {"test": scoring.measure(scores, data.test, data.task), "seconds": seconds, "memory": peak[0], **more}
         run_folder.write_text(folder / COSTS, json.dumps(found))
     return json.loads((folder / COSTS).read_text(encoding="utf-8"))
 
 
 def _tfidf(one: Contender, data: Data) -> tuple[list[np.ndarray], dict[str, Any]]:
-    return recipe.tfidf_scores(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
+    return rivals.tfidf_scores(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
 def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dict[str, Any]]:
@@ -201,12 +202,12 @@ def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dic
     base, _, tokenizer, _ = recipe.open_base(config, data, say)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
     loss, _ = recipe.choose_loss(config, data)
-    layer = recipe.layer_of(data, scorer, encoder, loss, config.train.seed)
-    seen = recipe.mean_features(scorer, encoder, data.train, layer)
+    layer = rivals.layer_of(data, scorer, encoder, loss, config.train.seed)
+    seen = rivals.mean_features(scorer, encoder, data.train, layer)
     asked = time.perf_counter()
-    unseen = recipe.mean_features(scorer, encoder, data.test, layer)
+    unseen = rivals.mean_features(scorer, encoder, data.test, layer)
     asked = time.perf_counter() - asked
-    return recipe.frozen_scores(data, data.train, seen, unseen, loss, config.train.seed), {
+    return rivals.frozen_scores(data, data.train, seen, unseen, loss, config.train.seed), {
         "asked": asked,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
         "texts_per_s": sum(map(len, unseen)) / asked,
@@ -248,7 +249,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
     """Each row against the first, on the same test examples; p values adjusted for their number (Holm)."""
-    scores = [recipe.read_scores(root / row["folder"], data.test) for row in rows]
+    scores = [scoring.read_scores(root / row["folder"], data.test) for row in rows]
     found: list[Paired] = [in_pairs(own, scores[0], data.test, data.task) for own in scores[1:]]
     for row, pair, p in zip(rows[1:], found, holm([pair.p for pair in found]), strict=True):
         row["paired"] = {"metric": pair.metric, **pair.difference.to_json(), "p": pair.p, "p_holm": p}

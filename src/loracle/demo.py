@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
 from loracle.data.examples import RankGroup
@@ -62,7 +62,7 @@ def perfect_knower(files: DemoFiles) -> dict[str, Any]:
     table = open_table(str(files.clicks_test))
     examples = read_examples(table, RunConfig().data)
     groups = [g for g in examples.items if isinstance(g, RankGroup)]
-    return recipe.measure([np.array([[truth[t]] for t in g.texts]) for g in groups], groups, examples.task)
+    return scoring.measure([np.array([[truth[t]] for t in g.texts]) for g in groups], groups, examples.task)
 
 
 def _show(files: DemoFiles, topics: Path, clicks: Path, say: Callable[[str], None]) -> None:

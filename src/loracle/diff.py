@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import scoring
 from loracle.config import DataConfig
 from loracle.data.columns import LABEL_NAMES, infer_columns, infer_text_column
 from loracle.data.examples import LabeledText, RankGroup, Task
@@ -117,7 +117,7 @@ def compare(
     scores, calibrations = [], []
     for run, base in zip((run_a, run_b), bases, strict=True):
         predictor = Predictor(run, base=base, device=device)
-        own = recipe.score_examples(predictor.scorer, predictor.encoder, rows.items)
+        own = scoring.score_examples(predictor.scorer, predictor.encoder, rows.items)
         calibration = predictor.calibration
         if predictor.task.label_names != names:  # the same labels in another order
             order = [predictor.task.label_names.index(name) for name in names]
@@ -155,8 +155,8 @@ def _of_classifiers(
             for s, g in zip(logits, given, strict=True)
         ]
         summary |= {
-            "metrics_a": recipe.measure(a, rows.items, task, calibrations[0]),
-            "metrics_b": recipe.measure(b, rows.items, task, calibrations[1]),
+            "metrics_a": scoring.measure(a, rows.items, task, calibrations[0]),
+            "metrics_b": scoring.measure(b, rows.items, task, calibrations[1]),
             "difference": as_json(paired),
             "test": {"name": "McNemar, exact", "metric": "accuracy", "p": mcnemar(right[1], right[0], same)},
         }
@@ -196,8 +196,8 @@ def _of_rankers(a: list[np.ndarray], b: list[np.ndarray], rows: Rows, task: Task
     if rows.labelled:
         paired = compare_rankers(flat[1], flat[0], rows.items)
         summary |= {
-            "metrics_a": recipe.measure(a, rows.items, task),
-            "metrics_b": recipe.measure(b, rows.items, task),
+            "metrics_a": scoring.measure(a, rows.items, task),
+            "metrics_b": scoring.measure(b, rows.items, task),
             "difference": as_json(paired_difference(flat[1], flat[0], rows.items)),
             "test": {"name": "bootstrap over groups", "metric": paired.metric, "p": paired.p},
         }

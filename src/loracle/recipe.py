@@ -8,54 +8,65 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
 from loracle.data.examples import Example, LabeledText, RankGroup, Task
-from loracle.data.issues import Issue
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
-from loracle.data.splits import split
+from loracle.data.splits import Data, split
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.judge import baselines, budget
+from loracle.judge import baselines
 from loracle.judge.budget import Plan, Work
 from loracle.judge.calibrate import Calibration, fit_calibration
 from loracle.judge.drift import reference
 from loracle.judge.findings import curves, findings, training_suspects, without_texts
 from loracle.judge.metrics import (
     UNCALIBRATED,
-    as_json,
-    classification_metrics,
     given_labels,
     headline_metric,
     probabilities,
     target_array,
 )
 from loracle.judge.page import render
-from loracle.judge.probe import Depth, best_of, by_depth, choose, ridge, verdict
-from loracle.judge.ranking import rank_metrics
+from loracle.judge.probe import Depth, choose, verdict
 from loracle.judge.report import summary
 from loracle.judge.spread import Spread, fit_spread
 from loracle.model import assemble
 from loracle.model.adapters import save_adapter
-from loracle.model.backbone import BaseModel, load_config, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.model.backbone import (
+    BaseModel,
+    load_config,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    positions,
+    resolve_base,
+)
 from loracle.model.depth import LowerLayers, keep_lower
-from loracle.model.int8 import Int8Scorer
-from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
+from loracle.rivals import ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
 from loracle.run.predictor import Predictor
-from loracle.text.encode import Encoded, Encoder
+from loracle.scoring import (
+    encode_examples,
+    encode_texts,
+    look,
+    measure,
+    score_examples,
+    texts_of,
+    unit_of,
+    write_scores,
+)
+from loracle.text.encode import Encoder
 from loracle.text.template import bake, check_contexts
 from loracle.train import distributed, tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
@@ -72,29 +83,11 @@ from loracle.train.losses import (
 from loracle.train.optim import default_lr
 
 Say = Callable[[str], None]
-FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline, at most
-LAYERS = 12  # among which the frozen features choose
-SAMPLED = 32  # test texts from which the cost of asking the untuned model for names is estimated
-NAME_TOKENS = 32  # room for a label's name
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
-SCORES = "scores.safetensors"
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
 USABLE = 0.9  # of the free memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """The three sides, which share no text, and what was done to get there."""
-
-    task: Task
-    train: list[Any]  # all LabeledText, or all RankGroup
-    validation: list[Any]
-    test: list[Any]
-    issues: tuple[Issue, ...] = ()
-    checksums: dict[str, str] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)  # role -> the columns it was read from, joined by commas
 
 
 def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
@@ -226,7 +219,7 @@ def learn(
     loss, chosen = choose_loss(config, data)
     if world.num_processes > 1:
         say(f"{world.num_processes} processes share each batch of {config.train.batch}")
-    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {_unit(task)}")
+    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {unit_of(task)}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
@@ -369,15 +362,9 @@ def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) 
     if not (words := label_words(data.task)):
         found = "numbers" if data.task.label_names else "a ranker, which has none"
         raise UserError("labels with names for --head-init names", found, "leave out --head-init")
-    assemble.head_from_names(scorer, encoder(words), _flat(encoder, _some(data.train, config.train.seed)[:HEAD_TEXTS]))
-
-
-def label_words(task: Task) -> list[str]:
-    """The labels' names in words; none where they are numbers, or there are no labels."""
-    names = task.label_names
-    if all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
-        return []
-    return [name.replace("_", " ").replace("-", " ") for name in names]
+    assemble.head_from_names(
+        scorer, encoder(words), encode_texts(encoder, some_of(data.train, config.train.seed)[:HEAD_TEXTS])
+    )
 
 
 def learning_rate(config: RunConfig, base_config: Any) -> float:
@@ -392,7 +379,7 @@ def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, 
     base = resolve_base(model.model, model.revision)
     base_config = load_config(base.folder)
     _check_weights_fit(base, config)
-    room = min(model.max_length, _positions(base_config))
+    room = min(model.max_length, positions(base_config))
     if room < model.max_length:
         say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
     check_contexts(model.template, (e.context for side in (data.train, data.validation, data.test) for e in side))
@@ -413,43 +400,6 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
     return probe_depths(config, data, loss, base, tokenizer), headline_metric(data.task)
 
 
-def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
-    """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
-    seed, device = config.train.seed, pick_device(config.model.device)
-    scorer = assemble.new_scorer(
-        base.folder,
-        data.task,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=pick_dtype(config.model.dtype, False, device),
-        device=device,
-        quantize=config.model.quantize,
-    )
-    encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
-    some, held = _some(data.train, seed), _some(data.validation, seed)
-    seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side)) for side in (some, held))
-    return probe_layers(seen, some, unseen, held, data.task, loss, seed)
-
-
-def probe_layers(
-    seen: np.ndarray, some: list[Any], unseen: np.ndarray, held: list[Any], task: Task, loss: Loss, seed: int
-) -> list[Depth]:
-    """Probe each of the layers of ``seen [N, L, H]``, of some training texts, on ``unseen [M, L, H]``, of held-out ones."""
-    if task.kind == "rank":
-        objective = numpy_objective(loss)
-
-        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-            parts = _by_example(here, some), some, _by_example(there, held)
-            return [scores[:, None] for scores in baselines.frozen_ranker(*parts, objective, seed=seed)]
-
-    else:
-        targets = target_array(some, task)
-
-        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-            return list(ridge(here, targets, there, task)[:, None])
-
-    return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
-
-
 def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> tuple[TrainConfig, Work]:
     """Say what the training will take before it begins, and return it; rounds that would not fit the memory are made smaller.
 
@@ -462,7 +412,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded, count = 0, [], 0, 0
     for batch in batches:
-        texts = _flat(encoder, [data.train[i] for i in batch])
+        texts = encode_texts(encoder, [data.train[i] for i in batch])
         packed = scorer.pack(texts)
         useful, padded = useful + packed.useful_tokens, padded + len(texts) * max(e.tokens for e in texts)
         computed.append(packed.tokens)
@@ -511,60 +461,6 @@ def _check_weights_fit(base: BaseModel, config: RunConfig) -> None:
                 (f"pass --quantize nf4 ({small / 1e9:.1f} GB)" if four_bit else "close what else runs")
                 + ", or pass a smaller --model",
             )
-
-
-def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
-    """Keep the test scores in full, for tests in pairs."""
-    save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
-
-
-def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
-    """What ``write_scores`` kept, by example."""
-    return _by_example(load_file(folder / SCORES)["scores"], examples)
-
-
-def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
-    """The encoded texts of each example: one of a labelled text, all titles of a group."""
-    texts = [t for e in examples for t in _texts(e)]
-    contexts = [e.context for e in examples for _ in _texts(e)]
-    encoded = iter(encoder(texts, contexts))
-    return [[next(encoded) for _ in _texts(e)] for e in examples]
-
-
-def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Scores of each example's texts, ``float32 [n, C]`` each."""
-    return _by_example(assemble.score(scorer, _flat(encoder, examples)), examples)
-
-
-def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
-    """``score_examples``, a share of them in each process, which then has them all."""
-    world = distributed.start(scorer.device)
-    own = distributed.share_out(examples, world.num_processes)[world.process_index]
-    scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []
-    by_place = dict(distributed.gathered(list(zip(own, scores, strict=True))))
-    return [by_place[i] for i in range(len(examples))]
-
-
-def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
-    """The validation metric that is watched, and the loss."""
-    scores = _score_together(scorer, encoder, examples)
-    if not all(np.isfinite(s).all() for s in scores):
-        return {"metric": -np.inf, "loss": np.nan}
-    summed, count = loss(examples)(torch.from_numpy(np.concatenate(scores)))
-    metric = measure(scores, examples, task)[headline_metric(task)]["value"]
-    # None: nothing in the validation side tells right from wrong, so the loss alone decides.
-    return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
-
-
-def measure(
-    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, calibration: Calibration | None = None
-) -> dict[str, Any]:
-    """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
-    if task.kind == "rank":
-        return as_json(rank_metrics([s[:, 0] for s in scores], examples))
-    same = [e.identity for e in examples]
-    targets = target_array(examples, task)
-    return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
 
 
 def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> LowerLayers | None:
@@ -626,152 +522,6 @@ def fit_meaning(scores: list[np.ndarray], data: Data, precision: float | None = 
     return spread if spread.groups else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Untuned:
-    """How the untuned model is asked, and what it takes."""
-
-    name: str  # of the baseline
-    tokens: float
-    ask: Callable[[], list[np.ndarray]]  # test scores
-
-
-def ask_untuned(
-    config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder, base: BaseModel
-) -> Untuned | str | None:
-    """Of titles, how likely it finds each; of labels with names, which of them it would name. Where it cannot be asked, why;
-    None where there is nothing to ask for.
-    """
-    names = label_words(data.task)
-    if data.task.kind != "rank" and not names:
-        return None
-    if scorer.encoder or not scorer.packed:
-        return f"{scorer.inner.config.model_type} has no likelihood of a next token"
-    if data.task.kind == "rank":
-
-        def ask() -> list[np.ndarray]:
-            told = log_likelihood(scorer, _flat(encoder, data.test), base.folder, after=encoder.after)
-            return [s[:, None] for s in _by_example(told, data.test)]
-
-        name, tokens = "untuned", float(sum(e.tokens for e in _flat(encoder, data.test)))
-    else:
-        name, texts = "zero-shot", ["\n".join(filter(None, (e.context, e.text))) for e in data.test]
-        tokenizer, template, room = load_tokenizer(base.folder), names_template(names), _positions(scorer.inner.config)
-        longest = min(room, config.model.max_length + len(tokenizer(template).input_ids) + NAME_TOKENS)
-        try:
-            plain = Encoder(bake(tokenizer, template, longest))
-        except UserError:
-            return f"its question would name {len(names)} labels, which leaves no room for a text"
-
-        def ask() -> list[np.ndarray]:
-            return list(name_scores(scorer, texts, names, base.folder, plain)[:, None])
-
-        sample = name_pairs(plain, texts[:: -(-len(texts) // SAMPLED)], names)
-        tokens = scorer.pack(sample).tokens * len(texts) * len(names) / len(sample)
-    return Untuned(name=name, tokens=tokens, ask=ask)
-
-
-def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | str | None) -> Plan:
-    """What the baselines learn from within their share of the training."""
-    train, validation, test = (sum(len(_texts(e)) for e in side) for side in (data.train, data.validation, data.test))
-    return budget.plan(
-        work,
-        train=train,
-        validation=validation,
-        test=test,
-        characters=sum(len(t) for e in data.train for t in _texts(e)),
-        labels=len(data.task.label_names) or 1,
-        most=FROZEN_TEXTS,
-        layers=scorer.packed and not scorer.encoder,
-        asked=untuned.tokens if isinstance(untuned, Untuned) else None,
-    )
-
-
-def score_baselines(
-    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, planned: Plan, untuned: Untuned | str | None, *, seed: int
-) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
-    task, notes = data.task, list(planned.said)
-    if task.kind == "rank":
-        lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        found = {"length": [s[:, None] for s in lengths]}
-    else:
-        found = {"majority": list(baselines.majority(target_array(data.train, task), len(data.test), task)[:, None])}
-    found["tf-idf"] = tfidf_scores(data, loss, seed)
-    if planned.frozen:
-        some = _some(data.train, seed, planned.frozen)
-        held = _some(data.validation, seed, planned.watched) if planned.watched else []
-        layer, seen = best_layer(data, some, held, scorer, encoder, loss, seed)
-        found["frozen"] = frozen_scores(data, some, seen, mean_features(scorer, encoder, data.test, layer), loss, seed)
-        if layer is not None:
-            notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {_unit(task)}")
-    if isinstance(untuned, str):
-        notes.append(f"the untuned model is not asked: {untuned}")
-    elif untuned and planned.asked:
-        try:
-            found[untuned.name] = untuned.ask()
-        except NoLikelihoodError as e:
-            notes.append(f"the untuned model is not asked: {e}")
-    return found, notes
-
-
-def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
-    """Test scores of a linear model on words, ``[n, C]`` each, by the same loss when ranking."""
-    task = data.task
-    if task.kind == "rank":
-        ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        return [s[:, None] for s in ranked]
-    seen, unseen = map(baselines.words_of, (data.train, data.test))
-    return list(baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)[:, None])
-
-
-def best_layer(
-    data: Data, some: list[Any], held: list[Any], scorer: Scorer, encoder: Encoder, loss: Loss, seed: int
-) -> tuple[int | None, list[np.ndarray]]:
-    """The layer after which a probe that learnt from ``some`` training examples does best on ``held`` validation examples, and
-    the states of ``some`` there. None, the last one: of encoders, and where too few are held out to tell layers apart.
-
-    Of deep models ``LAYERS`` are looked at, evenly spaced, the last one among them.
-    """
-    if scorer.encoder or not scorer.packed or not held:
-        return None, mean_features(scorer, encoder, some)
-    count = scorer.inner.config.num_hidden_layers
-    layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
-    seen, unseen = (assemble.layer_features(scorer, _flat(encoder, side), layers) for side in (some, held))
-    try:
-        at = best_of(probe_layers(seen, some, unseen, held, data.task, loss, seed)).layers - 1
-    except UserError:
-        return None, _by_example(seen[:, -1], some)
-    return layers[at], _by_example(seen[:, at], some)
-
-
-def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
-    """``best_layer`` by as many examples as a run looks at."""
-    held = _some(data.validation, seed, budget.WATCHED)
-    return best_layer(data, _some(data.train, seed), held, scorer, encoder, loss, seed)[0]
-
-
-def mean_features(
-    scorer: Scorer, encoder: Encoder, examples: Sequence[Example], layer: int | None = None
-) -> list[np.ndarray]:
-    """Mean hidden states of each example's texts after a layer, counted from 0, by default the last: ``float32 [n, H]``."""
-    texts = _flat(encoder, examples)
-    found = assemble.features(scorer, texts) if layer is None else assemble.layer_features(scorer, texts, [layer])[:, 0]
-    return _by_example(found, examples)
-
-
-def frozen_scores(
-    data: Data, some: Sequence[Any], seen: list[np.ndarray], unseen: list[np.ndarray], loss: Loss, seed: int
-) -> list[np.ndarray]:
-    """The same of one on features: ``seen`` of some training examples, ``unseen`` of the test side."""
-    task = data.task
-    if task.kind == "rank":
-        ranked = baselines.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
-        return [s[:, None] for s in ranked]
-    targets = target_array(some, task)
-    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), task, seed=seed)
-    return list(scores[:, None])
-
-
 def write_report(
     folder: Path,
     data: Data,
@@ -819,7 +569,7 @@ def save(
 
 def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Scorer, encoder: Encoder) -> None:
     """Load the folder afresh and compare: a run that does not give its own scores again must not pass for one."""
-    sample = [(t, e.context) for e in test for t in _texts(e)][:REPRODUCED]
+    sample = [(t, e.context) for e in test for t in texts_of(e)][:REPRODUCED]
     texts, contexts = [t for t, _ in sample], [c for _, c in sample]
     own = assemble.score(scorer, encoder(texts, contexts))
     again = Predictor(folder, base=str(base.folder), device=str(scorer.device)).scores(texts, contexts)
@@ -900,7 +650,7 @@ def _lengths(encoder: Encoder, data: Data) -> tuple[dict[str, float], list[int]]
         tokens += [e.tokens for e in encoded]
         over += sum(e.cut for e in encoded)
     found = {"count": len(tokens), "tokens": sum(tokens), "mean": sum(tokens) / len(tokens), "max": max(tokens)}
-    return found | {"over_length": over}, tokens[: sum(len(_texts(e)) for e in data.train)]
+    return found | {"over_length": over}, tokens[: sum(len(texts_of(e)) for e in data.train)]
 
 
 def write_predictions(
@@ -924,25 +674,6 @@ def write_predictions(
             assert isinstance(e, LabeledText)
             shown = ["|".join(names[i] for i in some) for some in (e.labels, np.flatnonzero(given))]
             out.writerow([e.row, *([e.text] if texts else []), *shown, f"{p.max():.6g}"])
-
-
-def _texts(example: Example) -> tuple[str, ...]:
-    return example.texts if isinstance(example, RankGroup) else (example.text,)
-
-
-def _flat(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
-    return [e for unit in encode_examples(encoder, examples) for e in unit]
-
-
-def _by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum([len(_texts(e)) for e in examples])[:-1])
-
-
-def _some(examples: list[Any], seed: int, most: int | None = None) -> list[Any]:
-    """A seeded part of the examples that holds about ``most`` texts, by default ``FROZEN_TEXTS``."""
-    order = np.random.default_rng(seed).permutation(len(examples))
-    sizes = np.cumsum([len(_texts(examples[i])) for i in order])
-    return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, most or FROZEN_TEXTS, "right")))]]
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -973,16 +704,6 @@ def _calibrated(calibration: Calibration, task: Task) -> str:
     never = [name for name, t in zip(task.label_names, thresholds, strict=True) if t >= 1]
     line = f"{temperature}; labels are given above {min(thresholds):.2f} to {max(thresholds):.2f}"
     return line + (f"; {', '.join(never)} never, as no threshold is precise enough" if never else "")
-
-
-def _unit(task: Task) -> str:
-    return "groups" if task.kind == "rank" else "texts"
-
-
-def _positions(config: Any) -> int:
-    """How many tokens a model has positions for; RoBERTa's first ones stand for padding."""
-    known = getattr(config, "max_position_embeddings", None) or 2**31
-    return known - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
 
 def _dtypes(scorer: Scorer) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from loracle import recipe
 from loracle.config import RunConfig
+from loracle.data.splits import Data
 from loracle.errors import Interrupted
-from loracle.recipe import Data, Say
+from loracle.recipe import Say
 from loracle.run import folder as run_folder
 
 

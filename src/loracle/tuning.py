@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import recipe, rivals, scoring
 from loracle.config import RunConfig, TuneConfig
+from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
 from loracle.judge.metrics import headline_metric
 from loracle.judge.probe import choose, verdict
 from loracle.judge.report import plain_table
 from loracle.model.backbone import load_config
 from loracle.model.scorer import DECODERS, ENCODERS
-from loracle.recipe import Data, Say
+from loracle.recipe import Say
 from loracle.run.recipes import write_recipe
 from loracle.series import place, root_of
 from loracle.train.loop import fit
@@ -95,7 +96,7 @@ class Trials:
         self.loss, _ = recipe.choose_loss(config, data)
         self.base, base_config, self.tokenizer, _ = recipe.open_base(config, data, say)
         if config.model.depth == "auto":  # once for all trials
-            depths = recipe.probe_depths(config, data, self.loss, self.base, self.tokenizer)
+            depths = rivals.probe_depths(config, data, self.loss, self.base, self.tokenizer)
             say(verdict(depths))
             model = dataclasses.replace(config.model, depth=choose(depths).layers)
             config = dataclasses.replace(config, model=model)
@@ -146,7 +147,7 @@ class Trials:
 
         def look() -> dict[str, float]:
             nonlocal looks
-            seen = recipe.look(scorer, encoder, data.validation, data.task, self.loss)
+            seen = scoring.look(scorer, encoder, data.validation, data.task, self.loss)
             looks += 1
             if np.isfinite(seen["metric"]):
                 trial.report(seen["metric"], looks)
@@ -163,7 +164,7 @@ class Trials:
             outcome = fit(
                 scorer,
                 data.train,
-                lambda examples: recipe.encode_examples(encoder, examples),
+                lambda examples: scoring.encode_examples(encoder, examples),
                 self.loss,
                 look,
                 schedule=recipe.schedule_of(config, params["lr"]),

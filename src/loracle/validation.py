@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.audit import refuse
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
-from loracle.data.splits import group_folds, split, text_folds
+from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
 from loracle.judge.metrics import headline_metric
 from loracle.judge.report import SHOWN, figure, plain_table
-from loracle.recipe import Data, Say
+from loracle.recipe import Say
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
@@ -105,8 +105,8 @@ def summary(runs: list[tuple[str, Path, Data]]) -> dict[str, Any]:
         "most": max(known, default=None),
     }
     if runs[0][0].startswith("fold"):
-        scores = [s for _, folder, side in runs for s in recipe.read_scores(folder, side.test)]
-        found["pooled"] = recipe.measure(scores, [e for _, _, side in runs for e in side.test], task)
+        scores = [s for _, folder, side in runs for s in scoring.read_scores(folder, side.test)]
+        found["pooled"] = scoring.measure(scores, [e for _, _, side in runs for e in side.test], task)
     return found
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from small import integers, labelled, pairs, write
 from transformers import AutoModel
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
@@ -42,7 +42,7 @@ def test_topics_are_told_apart_without_training(demo_folder):
     for how in ("random", "names"):
         config = RunConfig.from_flat({"head_init": how, "template": CUE, "device": "cpu"})
         scorer, encoder = started(config, data)
-        scores = recipe.score_examples(scorer, encoder, data.test)
+        scores = scoring.score_examples(scorer, encoder, data.test)
         accuracy[how] = np.mean([s[0].argmax() == e.labels[0] for s, e in zip(scores, data.test, strict=True)])
     assert accuracy["names"] > 0.5
     assert accuracy["random"] < 0.45

@@ -46,7 +46,13 @@ class Model:
 
 
 def batcher(model, **more):
-    settings = {"round_tokens": 64, "queue_texts": 100, "queue_tokens": 10_000, "max_wait": 60.0, "patience": 5.0} | more
+    settings = {
+        "round_tokens": 64,
+        "queue_texts": 100,
+        "queue_tokens": 10_000,
+        "max_wait": 60.0,
+        "patience": 5.0,
+    } | more
     return Batcher(model, **settings)
 
 

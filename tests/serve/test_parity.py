@@ -13,7 +13,7 @@ import pytest
 from asking import client_of, post
 from small import CHINESE, ENGLISH, QUICK, write
 
-from loracle import recipe
+from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.judge.metrics import probabilities
 from loracle.run.export import export
@@ -59,7 +59,7 @@ def trained(tiny_model, tmp_path_factory):
         config = RunConfig.from_flat(config)
         data = recipe.read_data(config, lambda line: None)
         run = recipe.learn(config, data, folder / "run", say=lambda line: None, quiet=True, keep_scores=True)
-        scores = np.concatenate(recipe.read_scores(run, data.test))
+        scores = np.concatenate(scoring.read_scores(run, data.test))
         texts = [t for e in data.test for t in (e.texts if kind == "ranker" else (e.text,))]
         return run, texts, answers(Predictor(run), scores)
 

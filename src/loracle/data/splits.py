@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,19 @@ class Split:
     train: list[Any]  # of the same kind as what was split
     held: list[Any]
     notes: tuple[Issue, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The three sides, which share no text, and what was done to get there."""
+
+    task: Task
+    train: list[Any]  # all LabeledText, or all RankGroup
+    validation: list[Any]
+    test: list[Any]
+    issues: tuple[Issue, ...] = ()
+    checksums: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # role -> the columns it was read from, joined by commas
 
 
 def split(items: Sequence[Example], share: float, seed: int, task: Task) -> Split:

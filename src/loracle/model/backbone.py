@@ -443,3 +443,9 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+def positions(config: Any) -> int:
+    """How many tokens a model has positions for; RoBERTa's first ones stand for padding."""
+    known = getattr(config, "max_position_embeddings", None) or 2**31
+    return known - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)

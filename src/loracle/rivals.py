@@ -1,0 +1,232 @@
+"""What the model has to beat, on the same split: the untuned model itself, asked or probed layer by layer, and simpler methods.
+
+The test side is only scored; layers are chosen on validation examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loracle.config import RunConfig
+from loracle.data.examples import Example, Task
+from loracle.data.splits import Data
+from loracle.errors import UserError
+from loracle.judge import baselines, budget
+from loracle.judge.budget import Plan, Work
+from loracle.judge.metrics import headline_metric, target_array
+from loracle.judge.probe import Depth, best_of, by_depth, ridge
+from loracle.model import assemble
+from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
+from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
+from loracle.model.scorer import Scorer
+from loracle.scoring import by_example, encode_texts, measure, texts_of, unit_of
+from loracle.text.encode import Encoder
+from loracle.text.template import bake
+from loracle.train.losses import Loss, numpy_objective
+
+FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline, at most
+LAYERS = 12  # among which the frozen features choose
+SAMPLED = 32  # test texts from which the cost of asking the untuned model for names is estimated
+NAME_TOKENS = 32  # room for a label's name
+
+
+def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
+    """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
+    seed, device = config.train.seed, pick_device(config.model.device)
+    scorer = assemble.new_scorer(
+        base.folder,
+        data.task,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=pick_dtype(config.model.dtype, False, device),
+        device=device,
+        quantize=config.model.quantize,
+    )
+    encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
+    some, held = some_of(data.train, seed), some_of(data.validation, seed)
+    seen, unseen = (assemble.layer_features(scorer, encode_texts(encoder, side)) for side in (some, held))
+    return probe_layers(seen, some, unseen, held, data.task, loss, seed)
+
+
+def probe_layers(
+    seen: np.ndarray, some: list[Any], unseen: np.ndarray, held: list[Any], task: Task, loss: Loss, seed: int
+) -> list[Depth]:
+    """Probe each of the layers of ``seen [N, L, H]``, of some training texts, on ``unseen [M, L, H]``, of held-out ones."""
+    if task.kind == "rank":
+        objective = numpy_objective(loss)
+
+        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+            parts = by_example(here, some), some, by_example(there, held)
+            return [scores[:, None] for scores in baselines.frozen_ranker(*parts, objective, seed=seed)]
+
+    else:
+        targets = target_array(some, task)
+
+        def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+            return list(ridge(here, targets, there, task)[:, None])
+
+    return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Untuned:
+    """How the untuned model is asked, and what it takes."""
+
+    name: str  # of the baseline
+    tokens: float
+    ask: Callable[[], list[np.ndarray]]  # test scores
+
+
+def ask_untuned(
+    config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder, base: BaseModel
+) -> Untuned | str | None:
+    """Of titles, how likely it finds each; of labels with names, which of them it would name. Where it cannot be asked, why;
+    None where there is nothing to ask for.
+    """
+    names = label_words(data.task)
+    if data.task.kind != "rank" and not names:
+        return None
+    if scorer.encoder or not scorer.packed:
+        return f"{scorer.inner.config.model_type} has no likelihood of a next token"
+    if data.task.kind == "rank":
+
+        def ask() -> list[np.ndarray]:
+            told = log_likelihood(scorer, encode_texts(encoder, data.test), base.folder, after=encoder.after)
+            return [s[:, None] for s in by_example(told, data.test)]
+
+        name, tokens = "untuned", float(sum(e.tokens for e in encode_texts(encoder, data.test)))
+    else:
+        name, texts = "zero-shot", ["\n".join(filter(None, (e.context, e.text))) for e in data.test]
+        tokenizer, template, room = load_tokenizer(base.folder), names_template(names), positions(scorer.inner.config)
+        longest = min(room, config.model.max_length + len(tokenizer(template).input_ids) + NAME_TOKENS)
+        try:
+            plain = Encoder(bake(tokenizer, template, longest))
+        except UserError:
+            return f"its question would name {len(names)} labels, which leaves no room for a text"
+
+        def ask() -> list[np.ndarray]:
+            return list(name_scores(scorer, texts, names, base.folder, plain)[:, None])
+
+        sample = name_pairs(plain, texts[:: -(-len(texts) // SAMPLED)], names)
+        tokens = scorer.pack(sample).tokens * len(texts) * len(names) / len(sample)
+    return Untuned(name=name, tokens=tokens, ask=ask)
+
+
+def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | str | None) -> Plan:
+    """What the baselines learn from within their share of the training."""
+    train, validation, test = (sum(len(texts_of(e)) for e in side) for side in (data.train, data.validation, data.test))
+    return budget.plan(
+        work,
+        train=train,
+        validation=validation,
+        test=test,
+        characters=sum(len(t) for e in data.train for t in texts_of(e)),
+        labels=len(data.task.label_names) or 1,
+        most=FROZEN_TEXTS,
+        layers=scorer.packed and not scorer.encoder,
+        asked=untuned.tokens if isinstance(untuned, Untuned) else None,
+    )
+
+
+def score_baselines(
+    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, planned: Plan, untuned: Untuned | str | None, *, seed: int
+) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
+    task, notes = data.task, list(planned.said)
+    if task.kind == "rank":
+        lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        found = {"length": [s[:, None] for s in lengths]}
+    else:
+        found = {"majority": list(baselines.majority(target_array(data.train, task), len(data.test), task)[:, None])}
+    found["tf-idf"] = tfidf_scores(data, loss, seed)
+    if planned.frozen:
+        some = some_of(data.train, seed, planned.frozen)
+        held = some_of(data.validation, seed, planned.watched) if planned.watched else []
+        layer, seen = best_layer(data, some, held, scorer, encoder, loss, seed)
+        found["frozen"] = frozen_scores(data, some, seen, mean_features(scorer, encoder, data.test, layer), loss, seed)
+        if layer is not None:
+            notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {unit_of(task)}")
+    if isinstance(untuned, str):
+        notes.append(f"the untuned model is not asked: {untuned}")
+    elif untuned and planned.asked:
+        try:
+            found[untuned.name] = untuned.ask()
+        except NoLikelihoodError as e:
+            notes.append(f"the untuned model is not asked: {e}")
+    return found, notes
+
+
+def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
+    """Test scores of a linear model on words, ``[n, C]`` each, by the same loss when ranking."""
+    task = data.task
+    if task.kind == "rank":
+        ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        return [s[:, None] for s in ranked]
+    seen, unseen = map(baselines.words_of, (data.train, data.test))
+    return list(baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)[:, None])
+
+
+def best_layer(
+    data: Data, some: list[Any], held: list[Any], scorer: Scorer, encoder: Encoder, loss: Loss, seed: int
+) -> tuple[int | None, list[np.ndarray]]:
+    """The layer after which a probe that learnt from ``some`` training examples does best on ``held`` validation examples, and
+    the states of ``some`` there. None, the last one: of encoders, and where too few are held out to tell layers apart.
+
+    Of deep models ``LAYERS`` are looked at, evenly spaced, the last one among them.
+    """
+    if scorer.encoder or not scorer.packed or not held:
+        return None, mean_features(scorer, encoder, some)
+    count = scorer.inner.config.num_hidden_layers
+    layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
+    seen, unseen = (assemble.layer_features(scorer, encode_texts(encoder, side), layers) for side in (some, held))
+    try:
+        at = best_of(probe_layers(seen, some, unseen, held, data.task, loss, seed)).layers - 1
+    except UserError:
+        return None, by_example(seen[:, -1], some)
+    return layers[at], by_example(seen[:, at], some)
+
+
+def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
+    """``best_layer`` by as many examples as a run looks at."""
+    held = some_of(data.validation, seed, budget.WATCHED)
+    return best_layer(data, some_of(data.train, seed), held, scorer, encoder, loss, seed)[0]
+
+
+def mean_features(
+    scorer: Scorer, encoder: Encoder, examples: Sequence[Example], layer: int | None = None
+) -> list[np.ndarray]:
+    """Mean hidden states of each example's texts after a layer, counted from 0, by default the last: ``float32 [n, H]``."""
+    texts = encode_texts(encoder, examples)
+    found = assemble.features(scorer, texts) if layer is None else assemble.layer_features(scorer, texts, [layer])[:, 0]
+    return by_example(found, examples)
+
+
+def frozen_scores(
+    data: Data, some: Sequence[Any], seen: list[np.ndarray], unseen: list[np.ndarray], loss: Loss, seed: int
+) -> list[np.ndarray]:
+    """The same of one on features: ``seen`` of some training examples, ``unseen`` of the test side."""
+    task = data.task
+    if task.kind == "rank":
+        ranked = baselines.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
+        return [s[:, None] for s in ranked]
+    targets = target_array(some, task)
+    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), task, seed=seed)
+    return list(scores[:, None])
+
+
+def label_words(task: Task) -> list[str]:
+    """The labels' names in words; none where they are numbers, or there are no labels."""
+    names = task.label_names
+    if all(name.strip().lstrip("-").replace(".", "", 1).isdecimal() for name in names):
+        return []
+    return [name.replace("_", " ").replace("-", " ") for name in names]
+
+
+def some_of(examples: list[Any], seed: int, most: int | None = None) -> list[Any]:
+    """A seeded part of the examples that holds about ``most`` texts, by default ``FROZEN_TEXTS``."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    sizes = np.cumsum([len(texts_of(examples[i])) for i in order])
+    return [examples[i] for i in order[: max(1, int(np.searchsorted(sizes, most or FROZEN_TEXTS, "right")))]]

@@ -1,0 +1,101 @@
+"""From examples to scores and from scores to metrics, in the order of the examples: what every step of a run shares.
+
+Legend of shapes: n texts of an example (1, or the titles of a group), C labels (1 when ranking).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from loracle.data.examples import Example, RankGroup, Task
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import as_json, classification_metrics, headline_metric, target_array
+from loracle.judge.ranking import rank_metrics
+from loracle.model import assemble
+from loracle.model.int8 import Int8Scorer
+from loracle.model.scorer import Scorer
+from loracle.text.encode import Encoded, Encoder
+from loracle.train import distributed
+from loracle.train.losses import Loss
+
+SCORES = "scores.safetensors"
+
+
+def texts_of(example: Example) -> tuple[str, ...]:
+    """The one text of a labelled text, all titles of a group."""
+    return example.texts if isinstance(example, RankGroup) else (example.text,)
+
+
+def unit_of(task: Task) -> str:
+    """What examples are called."""
+    return "groups" if task.kind == "rank" else "texts"
+
+
+def by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Values of texts ``[n, …]``, all after each other, to those of each example."""
+    return np.split(values, np.cumsum([len(texts_of(e)) for e in examples])[:-1])
+
+
+def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
+    """The encoded texts of each example: one of a labelled text, all titles of a group."""
+    texts = [t for e in examples for t in texts_of(e)]
+    contexts = [e.context for e in examples for _ in texts_of(e)]
+    encoded = iter(encoder(texts, contexts))
+    return [[next(encoded) for _ in texts_of(e)] for e in examples]
+
+
+def encode_texts(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
+    """The same one after the other."""
+    return [e for unit in encode_examples(encoder, examples) for e in unit]
+
+
+def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Scores of each example's texts, ``float32 [n, C]`` each."""
+    return by_example(assemble.score(scorer, encode_texts(encoder, examples)), examples)
+
+
+def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
+    """``score_examples``, a share of them in each process, which then has them all."""
+    world = distributed.start(scorer.device)
+    own = distributed.share_out(examples, world.num_processes)[world.process_index]
+    scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []
+    by_place = dict(distributed.gathered(list(zip(own, scores, strict=True))))
+    return [by_place[i] for i in range(len(examples))]
+
+
+def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
+    """The validation metric that is watched, and the loss."""
+    scores = _score_together(scorer, encoder, examples)
+    if not all(np.isfinite(s).all() for s in scores):
+        return {"metric": -np.inf, "loss": np.nan}
+    summed, count = loss(examples)(torch.from_numpy(np.concatenate(scores)))
+    metric = measure(scores, examples, task)[headline_metric(task)]["value"]
+    # None: nothing in the validation side tells right from wrong, so the loss alone decides.
+    return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
+
+
+def measure(
+    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, calibration: Calibration | None = None
+) -> dict[str, Any]:
+    """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
+    if task.kind == "rank":
+        return as_json(rank_metrics([s[:, 0] for s in scores], examples))
+    same = [e.identity for e in examples]
+    targets = target_array(examples, task)
+    return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
+
+
+def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
+    """Keep the test scores in full, for tests in pairs."""
+    save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
+
+
+def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
+    """What ``write_scores`` kept, by example."""
+    return by_example(load_file(folder / SCORES)["scores"], examples)
