@@ -82,8 +82,8 @@ def write(found: list[list[dict]]) -> None:
     after = [row[0]["test"] for row in found]
     notes = [
         f"3,627 training texts, 403 validation, 1,000 test texts; {EPOCHS:g} epochs, batch {BATCH}, {len(found)} seeds. "
-        f"SmolLM2 is dequantised from a 4-bit GGUF file; LoRA r 16 on every layer, {LR:g}, template {TEMPLATE!r}. Frozen features learn from all "
-        "training texts. Other jobs ran beside it: for speed see train_speed.",
+        f"SmolLM2 is dequantised from a 4-bit GGUF file; LoRA r 16 on every layer, {LR:g}, template {TEMPLATE!r}. "
+        "Frozen features learn from all training texts. Other jobs ran beside it: for speed see train_speed.",
         "SmolLM2's calibration by seed, ECE before → after (what perfect calibration would show), log loss before → after: "
         + "; ".join(
             f"{t['ece_uncalibrated']['value']:.3f} → {t['ece']['value']:.3f} ({t['ece_if_calibrated']['low']:.3f} to "
