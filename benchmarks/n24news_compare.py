@@ -73,7 +73,7 @@ def write(found: list[list[dict]]) -> None:
         mean, gap = (shown(values) for values in (right, right - first))
         test, row = [row["test"] for row in same], same[0]
         table.append([
-            NAMES.get(name, name), mean, ", ".join(f"{100 * r['right'].mean():.1f}" for r in same),
+            NAMES.get(name.partition(" (")[0], name), mean, ", ".join(f"{100 * r['right'].mean():.1f}" for r in same),
             "" if row is found[0][0] else gap,
             *(f"{statistics.mean(t[metric]['value'] for t in test):.3f}" for metric in ("log_loss", "ece")),
             f"{statistics.median(r['seconds'] for r in same):,.0f}",
