@@ -4,8 +4,9 @@
 
 The table of the original research project, with the models at hand. Learning rate and batch are those that n24news.py found on
 validation texts, the template was chosen on training texts (dev/LOG.md); MiniLM's rate is found on validation texts here.
-Seeds draw the validation part, heads, dropout and order; the test texts are the same; the depth that the probe allows is trained
-with one of them. Accuracies are means over the seeds, and differences to SmolLM2 are in pairs, resampled by text, seeds averaged.
+Seeds draw the validation part, heads, dropout and order; the test texts are the same; the depth that the probe allows is
+trained with one of them. Accuracies are means over the seeds, and differences to SmolLM2 are in pairs, resampled by text,
+seeds averaged.
 """
 
 from __future__ import annotations
