@@ -24,8 +24,11 @@ from results import write_table
 
 from loracle import comparison, recipe, scoring
 from loracle.config import CompareConfig, RunConfig
+from loracle.data.splits import Data
 from loracle.judge.metrics import bootstrap
 from loracle.judge.paired import credit
+from loracle.run.folder import METRICS
+from loracle.series import learn_once, place
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
 LR, SEEDS = 1e-3, 3
@@ -50,7 +53,7 @@ def main() -> None:
         {"data": str(train), "test": str(test), "batch": BATCH, "epochs": EPOCHS, "lr": LR, "template": TEMPLATE}
     )
     data = recipe.read_data(plain, print)  # for its test side
-    looks = {lr: encoder_look(plain, minilm, lr) for lr in ENCODER_RATES}
+    looks = {lr: encoder_look(plain, data, minilm, lr) for lr in ENCODER_RATES}
     encoder_lr = max(looks, key=lambda lr: looks[lr])
     for seed in range(SEEDS):
         config = dataclasses.replace(
@@ -66,21 +69,17 @@ def main() -> None:
         write(found, looks)
 
 
-def encoder_look(plain: RunConfig, minilm: Path, lr: float) -> float:
+def encoder_look(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float:
     """Validation accuracy of MiniLM, every weight trained at a rate."""
-    folder = SCRATCH / f"minilm-{lr:g}"
-    if not (folder / "metrics.json").exists():
-        recipe.train(
-            dataclasses.replace(
-                plain,
-                model=dataclasses.replace(plain.model, model=str(minilm)),
-                lora=dataclasses.replace(plain.lora, full=True),
-                train=dataclasses.replace(plain.train, lr=lr),
-                baselines=False,
-                out=str(folder),
-            )
-        )
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]["accuracy"]
+    config = dataclasses.replace(
+        plain,
+        model=dataclasses.replace(plain.model, model=str(minilm)),
+        lora=dataclasses.replace(plain.lora, full=True),
+        train=dataclasses.replace(plain.train, lr=lr),
+        baselines=False,
+    )
+    folder = learn_once(config, data, place(SCRATCH, "minilm", config, data), say=print, quiet=False)
+    return json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]["accuracy"]
 
 
 def write(found: list[list[dict]], looks: dict[float, float]) -> None:

@@ -390,7 +390,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     if as_json:
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return
-    click.echo(f"{len(examples.items):,} {'groups' if info.task.kind == 'rank' else 'texts'} of {data}")
+    click.echo(f"{len(examples.items):,} {info.task.unit} of {data}")
     click.echo(summary({"test": metrics}, info.task.kind, info.base.get("note")))
 
 

@@ -230,7 +230,7 @@ def _group_row(change: GroupChange, group: RankGroup, labelled: bool) -> dict[st
 
 def lines(found: Difference, run_a: Path, run_b: Path) -> list[str]:
     """The difference for a terminal; every row that changed is in ``found.rows``."""
-    summary, unit = found.summary, "groups" if found.task.kind == "rank" else "texts"
+    summary, unit = found.summary, found.task.unit
     said = [f"{summary[unit]:,} {unit}; A is {run_a}, B is {run_b}"]
     if "difference" in summary:
         said += ["", plain_table(_metric_table(found)), "", _told(found)]

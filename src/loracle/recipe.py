@@ -16,7 +16,7 @@ import torch
 
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
-from loracle.data.examples import Example, LabeledText, RankGroup, Task
+from loracle.data.examples import Example, LabeledText, RankGroup, Task, texts_of
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split
@@ -62,8 +62,6 @@ from loracle.scoring import (
     look,
     measure,
     score_examples,
-    texts_of,
-    unit_of,
     write_scores,
 )
 from loracle.text.encode import Encoder
@@ -219,7 +217,7 @@ def learn(
     loss, chosen = choose_loss(config, data)
     if world.num_processes > 1:
         say(f"{world.num_processes} processes share each batch of {config.train.batch}")
-    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {unit_of(task)}")
+    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {task.unit}")
     say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.

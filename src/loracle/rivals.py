@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loracle.config import RunConfig
-from loracle.data.examples import Example, Task
+from loracle.data.examples import Example, Task, texts_of
 from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge import baselines, budget
@@ -23,7 +23,7 @@ from loracle.model import assemble
 from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.model.scorer import Scorer
-from loracle.scoring import by_example, encode_texts, measure, texts_of, unit_of
+from loracle.scoring import by_example, encode_texts, measure
 from loracle.text.encode import Encoder
 from loracle.text.template import bake
 from loracle.train.losses import Loss, numpy_objective
@@ -148,7 +148,7 @@ def score_baselines(
         layer, seen = best_layer(data, some, held, scorer, encoder, loss, seed)
         found["frozen"] = frozen_scores(data, some, seen, mean_features(scorer, encoder, data.test, layer), loss, seed)
         if layer is not None:
-            notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {unit_of(task)}")
+            notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {task.unit}")
     if isinstance(untuned, str):
         notes.append(f"the untuned model is not asked: {untuned}")
     elif untuned and planned.asked:

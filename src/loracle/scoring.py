@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from loracle.data.examples import Example, RankGroup, Task
+from loracle.data.examples import Example, Task, texts_of
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import as_json, classification_metrics, headline_metric, target_array
 from loracle.judge.ranking import rank_metrics
@@ -25,16 +25,6 @@ from loracle.train import distributed
 from loracle.train.losses import Loss
 
 SCORES = "scores.safetensors"
-
-
-def texts_of(example: Example) -> tuple[str, ...]:
-    """The one text of a labelled text, all titles of a group."""
-    return example.texts if isinstance(example, RankGroup) else (example.text,)
-
-
-def unit_of(task: Task) -> str:
-    """What examples are called."""
-    return "groups" if task.kind == "rank" else "texts"
 
 
 def by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:

@@ -22,6 +22,11 @@ class Task:
     label_names: tuple[str, ...] = ()
     evidence: Literal["pairs", "grades", "clicks"] | None = None
 
+    @property
+    def unit(self) -> str:
+        """What examples are called."""
+        return "groups" if self.kind == "rank" else "texts"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledText:
@@ -91,3 +96,8 @@ class Arms:
 
 
 Example = LabeledText | RankGroup
+
+
+def texts_of(example: Example) -> tuple[str, ...]:
+    """The one text of a labelled text, all titles of a group."""
+    return example.texts if isinstance(example, RankGroup) else (example.text,)

@@ -114,8 +114,7 @@ def read_reference(folder: Path) -> Reference | None:
 def facts(folder: Path, info: RunInfo, issues: Iterable[Issue]) -> dict[str, Any]:
     """What a report says of the run itself: what was trained on what, and how."""
     config, known = info.config, info.provenance
-    counts, rank = known["counts"], info.task.kind == "rank"
-    unit = "groups" if rank else "texts"
+    counts, rank, unit = known["counts"], info.task.kind == "rank", info.task.unit
     task = f"ranking from {info.task.evidence}" if rank else f"{len(info.task.label_names)} labels"
     several = ", any number a text" if info.task.kind == "multi" else ""
     shown = {

@@ -158,7 +158,6 @@ class Batcher:
     def _work(self) -> None:
         while round_ := self._next_round():
             jobs = list(dict.fromkeys(job for job, _ in round_))
-            self._at_work = sum(text.tokens for _, text in round_)
             try:
                 self._busy_since = time.monotonic()
                 self.rounds += 1
@@ -198,6 +197,7 @@ class Batcher:
                     self._jobs.remove(job)
             if self._jobs and self._jobs[0] is first:
                 self._jobs.rotate(-1)
+            self._at_work = sum(text.tokens for _, text in round_)
             return round_
 
     def _read_ahead(self) -> list[tuple[_Job, Encoded]]:

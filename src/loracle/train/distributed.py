@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from loracle.data.examples import Example, RankGroup
+from loracle.data.examples import Example, texts_of
 from loracle.errors import UserError
 
 PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
@@ -127,8 +127,7 @@ def equalise(parameters: Sequence[Tensor]) -> None:
 
 
 def _letters(example: Example) -> int:
-    texts = example.texts if isinstance(example, RankGroup) else (example.text,)
-    return sum(map(len, texts)) + len(example.context or "")
+    return sum(map(len, texts_of(example))) + len(example.context or "")
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
