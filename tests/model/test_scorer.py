@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loracle.data.examples import Task
-from loracle.model import assemble
+from loracle.model import assemble, attention
 from loracle.text.encode import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
@@ -84,3 +84,32 @@ def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
     made(batch)
     assert seen == [batch.tokens] * 2 + [3] * 4
     torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_meet_few_numbers_of_rows():
+    """A CPU makes a kernel for each; a GPU does not, and gets what there is."""
+    cpu, sizes = torch.device("cpu"), range(1, 4097)
+    rows = [attention.rows_for(n, cpu) for n in sizes]
+    assert all(n <= padded <= n * 17 / 16 for n, padded in zip(sizes, rows, strict=True))
+    assert len(set(rows)) == 31 + 7 * 16 + 1
+    assert attention.rows_for(1001, torch.device("cuda")) == 1001
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])
+def test_the_rows_that_fill_up_are_heard_by_nobody(scorer, kind, monkeypatch):
+    """Scores and gradients of all weights are those of the batch without them."""
+    made = scorer(kind, dtype=torch.float64)
+    texts = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (13, 7, 30, 9)]
+    found, widths = [], []
+    made.inner.get_input_embeddings().register_forward_hook(lambda _, x, out: widths.append(out.shape[1]))
+    batch = made.pack(texts)
+    for rows in (batch.tokens, batch.tokens + 5):
+        monkeypatch.setattr(attention, "rows_for", lambda tokens, device, rows=rows: rows)
+        made.zero_grad()
+        scores = made(batch)
+        scores.square().sum().backward()
+        found.append([scores.detach(), *(p.grad.clone() for p in made.parameters() if p.grad is not None)])
+    assert widths == [batch.tokens, batch.tokens + 5]
+    assert len(found[0]) > 10
+    for alone, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, alone, rtol=1e-4, atol=1e-6)  # norms are float32 in some models

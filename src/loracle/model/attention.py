@@ -38,6 +38,7 @@ FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never ho
 TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
 SMALLEST_HEAD = 16  # which its kernel can multiply
 GROWTH = 1.25  # of one padded length over the next shorter one, so that few are ever met, and compiled for
+ROWS_BITS = 5  # of a batch's number of rows on a CPU; the other bits are zero
 LENGTH_STEP = 1.6  # a block holds segments whose lengths differ by at most this factor
 
 
@@ -170,6 +171,15 @@ def plan(batch: PackedBatch, device: torch.device) -> AttentionPlan | FlexPlan:
     return FlexPlan.of(batch, device) if device.type == "cuda" else AttentionPlan.of(batch, device)
 
 
+def rows_for(tokens: int, device: torch.device) -> int:
+    """How many rows a batch goes through the model as: on a CPU the next of few numbers, at most a sixteenth more.
+
+    Its products get a kernel made for each number of rows they meet, which with AMX takes as long as a product or two.
+    """
+    step = 1 << max(0, tokens.bit_length() - ROWS_BITS)
+    return tokens if device.type == "cuda" else -(-tokens // step) * step
+
+
 def padded_length(tokens: int) -> int:
     """The next of few lengths, multiples of ``TILE``."""
     tiles = 1
@@ -280,27 +290,37 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
+        ctx.rows = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+        return _taken(grad, back, ctx.rows), None, None
 
 
 class _Unpad(torch.autograd.Function):
     """Padded rows to token rows; padding gets a gradient of zero."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, back: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(back)
         ctx.padded = x.shape[0]
-        return x.index_select(0, back)
+        return _taken(x, back, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (back,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.padded, *grad.shape[1:]).index_copy_(0, back, grad), None
+        padded = grad.new_zeros(ctx.padded, *grad.shape[1:])
+        return padded.index_copy_(0, back, grad[: len(back)]), None, None
+
+
+def _taken(x: Tensor, at: Tensor, rows: int) -> Tensor:
+    """The rows of ``x`` that stand ``at`` these places, and zeros behind them up to a number of ``rows``."""
+    out = x.new_empty(rows, *x.shape[1:])
+    torch.index_select(x, 0, at, out=out[: len(at)])
+    out[len(at) :] = 0
+    return out
 
 
 def tree_attention(
@@ -359,7 +379,7 @@ def tree_attention(
             common = None if block.common is None else (k[block.common], v[block.common])
             o = _products(bq, bk, bv, common, mask, shared_mask, scaling, dropout)
         out.append(o.reshape(B * L, *q.shape[1:]))
-    return _Unpad.apply(torch.cat(out), tree.query_back)[None], None
+    return _Unpad.apply(torch.cat(out), tree.query_back, query.shape[2])[None], None
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:

@@ -216,7 +216,7 @@ class LowerLayers:
         with self._layers(0, self.depth), torch.no_grad():
             norm, self.base.norm = self.base.norm, nn.Identity()
             try:
-                states = run().last_hidden_state[0]
+                states = run().last_hidden_state[0, : batch.tokens]
             finally:
                 self.base.norm = norm
         held = states.cpu().contiguous().view(torch.uint8).numpy()

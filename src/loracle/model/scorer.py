@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -113,23 +114,28 @@ class Scorer(nn.Module):
 
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
         """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
-        put = lambda a: attention.to_device(a, self.device)[None]  # noqa: E731
+        tokens, device = batch.tokens, self.device
+        more = attention.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
+
+        def put(a: np.ndarray) -> Tensor:
+            return attention.to_device(np.pad(a, (0, more)), device)[None]
+
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        positions, tree = put(batch.position_ids), attention.plan(batch, self.device)
+        positions, tree = put(batch.position_ids), attention.plan(batch, device)
 
         def run(**inputs: Tensor) -> Any:
             return self.inner.base_model(position_ids=positions, tree=tree, **inputs, **types, **caching)
 
         ids = put(batch.input_ids)
         if self.lower is not None:
-            below = self.lower.states(batch, lambda: run(input_ids=ids))[None]
+            below = F.pad(self.lower.states(batch, lambda: run(input_ids=ids)), (0, 0, 0, more))[None]
         self._rows = only
         try:
             if self.lower is None:
-                return run(input_ids=ids).last_hidden_state[0]
+                return run(input_ids=ids).last_hidden_state[0, :tokens]
             with self.lower.upper():
-                return run(inputs_embeds=below).last_hidden_state[0]
+                return run(inputs_embeds=below).last_hidden_state[0, :tokens]
         finally:
             self._rows = None
 
