@@ -49,7 +49,6 @@ def summed(rows: Rows, first: int = 1) -> list[RankGroup]:
         RankGroup(
             group=test, stratum=image, texts=tuple(titles), rows=tuple(c[0] for c in titles.values()),
             clicks=tuple(c[1] for c in titles.values()), impressions=tuple(c[2] for c in titles.values()),
-            repeats=(1,) * len(titles),
         )
         for (test, image), titles in groups.items()
     ]  # fmt: skip

@@ -467,7 +467,7 @@ def test_a_click_log_makes_groups(log):
     examples = read(log, group="test,image")
     assert examples.task == Task(kind="rank", evidence="clicks")
     assert examples.items == [
-        RankGroup(group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200), repeats=(2, 1))
+        RankGroup(group="t1|i1", texts=("A", "B"), rows=(2, 3), clicks=(5, 1), impressions=(120, 200))
     ]
     assert counted(examples.issues) == {
         "no-group": (1, (6,)), "no-count": (1, (7,)), "repeated-title": (1, (5,)), "single-title": (1, (4,)),

@@ -238,14 +238,13 @@ class TestDates:
     def test_titles_that_come_again_leave_the_held_out_side(self) -> None:
         groups = dated("1", "2", "3", "4", "5")
         groups[3] = dataclasses.replace(groups[3], texts=("0 x ", "new", "newer"), rows=(7, 8, 9),
-                                        clicks=(1, 2, 3), impressions=(100, 100, 100), repeats=(3, 2, 1),
-                                        stratum="s", weight=2.0)  # fmt: skip
+                                        clicks=(1, 2, 3), impressions=(100, 100, 100), stratum="s", weight=2.0)  # fmt: skip
         groups[4] = dataclasses.replace(groups[4], texts=("1 x", "newest"))
         sides = split_groups(groups, 0.4, 0)
         assert [g.date for g in sides.train] == ["1", "2", "3"]
         (rest,) = sides.held
-        assert (rest.texts, rest.repeats, rest.stratum, rest.weight, rest.date) == (
-            ("new", "newer"), (2, 1), "s", 2.0, "4",
+        assert (rest.texts, rest.clicks, rest.stratum, rest.weight, rest.date) == (
+            ("new", "newer"), (2, 3), "s", 2.0, "4",
         )  # fmt: skip
         assert {note.kind: note.count for note in sides.notes} == {"shared-title": 2, "shared-title-group": 1}
 

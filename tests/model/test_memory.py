@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from loracle.data.examples import Task
+from loracle.errors import UserError
 from loracle.model import assemble, memory
 from loracle.text.encode import Encoded
 
@@ -53,7 +54,7 @@ def test_scoring_goes_on_in_smaller_rounds(tiny_model):
     assert max(seen) == sum(t.tokens for t in TEXTS)
     assert sum(n > 40 for n in seen) <= 2  # once it is known, no round fails again
     forward, _ = short_of(made, 20)
-    with pytest.raises(torch.OutOfMemoryError):  # one text alone does not fit
+    with pytest.raises(UserError, match="expected memory for a text of"):  # one text alone does not fit
         assemble.in_rounds(made, forward, TEXTS)
 
 

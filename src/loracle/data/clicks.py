@@ -26,7 +26,6 @@ class Shown:
     text: str
     clicks: float
     impressions: float
-    repeats: int = 1  # lines that were added up to this one
 
 
 def check_counts(shown: Sequence[Shown], source: str) -> None:
@@ -69,7 +68,7 @@ def click_group(
         if first := merged.get(s.text):
             issues.add("repeated-title", s.row)
             clicks, impressions = first.clicks + s.clicks, first.impressions + s.impressions
-            s = Shown(first.row, s.text, clicks, impressions, first.repeats + s.repeats)
+            s = Shown(first.row, s.text, clicks, impressions)
         merged[s.text] = s
     for s in merged.values():
         if s.impressions < min_impressions:
@@ -88,5 +87,4 @@ def click_group(
         rows=tuple(s.row for s in titles),
         clicks=tuple(int(s.clicks) for s in titles),
         impressions=tuple(int(s.impressions) for s in titles),
-        repeats=tuple(s.repeats for s in titles),
     )

@@ -63,7 +63,6 @@ class RankGroup:
 
     A group whose titles are comparable only where they agree in other columns (``--compare``) is several of these, with
     one id and each with its ``stratum``. ``date`` is the latest that its rows name, so that what trains is wholly past.
-    ``repeats[i]`` counts the rows of a click log that were merged into title ``i``.
     """
 
     group: str
@@ -77,7 +76,6 @@ class RankGroup:
     weight: float = 1.0
     stratum: str | None = None
     date: str | None = None
-    repeats: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

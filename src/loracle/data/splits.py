@@ -329,7 +329,6 @@ def restricted(group: RankGroup, stay: Sequence[int]) -> RankGroup | None:
     return replace(
         group, texts=pick(group.texts), rows=pick(group.rows), preferences=preferences,
         grades=pick(group.grades), clicks=pick(group.clicks), impressions=pick(group.impressions),
-        repeats=pick(group.repeats),
     )  # fmt: skip
 
 

@@ -206,6 +206,9 @@ def in_rounds(
     scorer likes better), without gradients.
 
     Where memory runs out, rounds are halved.
+
+    Raises:
+        UserError: memory runs out over one text alone.
     """
     was_training = scorer.training
     if was_training:
@@ -222,8 +225,14 @@ def in_rounds(
                 results.append(function(scorer.pack([texts[order[i]] for i in part])).float().cpu().numpy())
                 return
             except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e) or len(part) == 1:
+                if not out_of_memory(e):
                     raise
+            if len(part) == 1:  # outside of the handler, whose traceback holds the tensors of the round that failed
+                raise UserError(
+                    f"memory for a text of {tokens:,} tokens",
+                    f"too little on {scorer.device}",
+                    "score it on another --device, or train with a smaller --max-length",
+                )
             limit = tokens // 2
             release(scorer)
         run(part[: len(part) // 2])
