@@ -126,6 +126,9 @@ class ModelConfig:
     quantize: str | None = dial(
         None, "nf4 keeps the frozen decoder in 4 bits (QLoRA): a third of the memory, slower steps", ("nf4",)
     )
+    shard: bool = dial(
+        False, "each of several processes holds a part of every frozen layer (FSDP2): for a base larger than one GPU"
+    )
     device: str = dial("auto", "cpu, cuda, mps, or auto")
 
     def __post_init__(self) -> None:
@@ -374,6 +377,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.quantize and self.lora.full:
             raise UserError("--quantize or --full", "both: 4-bit weights do not train", "leave one of them out")
+        if self.model.shard:
+            others = {
+                "--full": self.lora.full,
+                "--quantize": self.model.quantize,
+                "--depth auto": self.model.depth == "auto",
+            }
+            if given := [flag for flag, value in others.items() if value]:
+                raise UserError("--shard alone, or another flag", f"{given[0]} with it", "leave one of them out")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> RunConfig:

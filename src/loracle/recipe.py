@@ -84,6 +84,7 @@ Say = Callable[[str], None]
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
+OTHER_DEVICE = 0.1  # the same, where a bfloat16 model is asked on another device than it was trained on
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
 USABLE = 0.9  # of the free memory
 
@@ -230,7 +231,9 @@ def learn(
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
     scorer, encoder = new_model(config, task, base, tokenizer)
-    start_head(config, scorer, encoder, data)
+    if model.shard:
+        distributed.shard(scorer, device)
+    distributed.on_main(lambda: start_head(config, scorer, encoder, data), along=scorer)
     if kept := keep_lower_states(config, scorer, base):
         say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
     lr = learning_rate(config, base_config)
@@ -258,11 +261,15 @@ def learn(
     rivals: dict[str, list[np.ndarray]] = {}
     notes: list[str] = []
     planned: Plan | None = None
-    if config.baselines and world.is_main_process:
-        say("baselines …")
+
+    def ask_rivals() -> tuple[dict[str, list[np.ndarray]], list[str], Plan]:
         untuned = ask_untuned(config, data, scorer, encoder, base)
         planned = plan_baselines(data, scorer, work, untuned)
-        rivals, notes = score_baselines(data, scorer, encoder, loss, planned, untuned, seed=seed)
+        return *score_baselines(data, scorer, encoder, loss, planned, untuned, seed=seed), planned
+
+    if config.baselines:
+        say("baselines …")
+        rivals, notes, planned = distributed.on_main(ask_rivals, along=scorer)
         for line in notes:
             say(f"note: {line}")
 
@@ -283,47 +290,49 @@ def learn(
     )
 
     scorer.lower = None  # what is measured and saved is the whole model's, as whoever loads it has it
-    if not world.is_main_process:
-        world.wait_for_everyone()  # the run folder is whole when it is given back
-        return folder
 
-    # What the scores mean is settled on the validation examples too.
-    watched = score_examples(scorer, encoder, data.validation)
-    meaning = fit_meaning(watched, data, config.train.wanted_precision)
-    calibration = meaning if isinstance(meaning, Calibration) else None
-    if calibration:
-        say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
+    def finish() -> None:
+        # What the scores mean is settled on the validation examples too.
+        watched = score_examples(scorer, encoder, data.validation)
+        meaning = fit_meaning(watched, data, config.train.wanted_precision)
+        calibration = meaning if isinstance(meaning, Calibration) else None
+        if calibration:
+            say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
 
-    # The test examples, once.
-    asked = time.perf_counter()
-    scores = score_examples(scorer, encoder, data.test)
-    texts_per_s = sum(map(len, scores)) / (time.perf_counter() - asked)
-    metrics: dict[str, Any] = {
-        "task": task.kind,
-        "base": base.note or base.source,
-        "train": _speed(outcome, time.perf_counter() - started),
-        "validation": {"best_step": outcome.progress.best_step, headline_metric(task): outcome.progress.best_metric},
-        "calibration": _meaning(meaning),
-        "test": measure(scores, data.test, task, calibration),
-        "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
-        "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
-        "notes": notes,
-        "texts": lengths,
-        "noticed": {issue.kind: issue.count for issue in data.issues},
-    }
-    if meaning:
-        run_folder.write_calibration(folder, meaning)
-    run_folder.write_reference(folder, reference(tokens, np.concatenate(watched), task, calibration))
-    if keep_scores:
-        write_scores(folder, scores)
-    told = write_report(folder, data, scores, rivals, metrics, calibration, planned.searched if planned else 0)
-    save(folder, config, scorer, base, data, scores, metrics, calibration)
-    reproduce(folder, base, data.test, scorer, encoder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say(f"\n{told}\n")
-    say(summary(metrics, task.kind, base.note))
-    say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
-    world.wait_for_everyone()
+        # The test examples, once.
+        asked = time.perf_counter()
+        scores = score_examples(scorer, encoder, data.test)
+        texts_per_s = sum(map(len, scores)) / (time.perf_counter() - asked)
+        metrics: dict[str, Any] = {
+            "task": task.kind,
+            "base": base.note or base.source,
+            "train": _speed(outcome, time.perf_counter() - started),
+            "validation": {
+                "best_step": outcome.progress.best_step,
+                headline_metric(task): outcome.progress.best_metric,
+            },
+            "calibration": _meaning(meaning),
+            "test": measure(scores, data.test, task, calibration),
+            "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
+            "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
+            "notes": notes,
+            "texts": lengths,
+            "noticed": {issue.kind: issue.count for issue in data.issues},
+        }
+        if meaning:
+            run_folder.write_calibration(folder, meaning)
+        run_folder.write_reference(folder, reference(tokens, np.concatenate(watched), task, calibration))
+        if keep_scores:
+            write_scores(folder, scores)
+        told = write_report(folder, data, scores, rivals, metrics, calibration, planned.searched if planned else 0)
+        save(folder, config, scorer, base, data, scores, metrics, calibration)
+        reproduce(folder, base, data.test, scorer, encoder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        say(f"\n{told}\n")
+        say(summary(metrics, task.kind, base.note))
+        say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
+
+    distributed.on_main(finish, along=scorer)
     return folder
 
 
@@ -333,12 +342,13 @@ def learn(
 def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) -> tuple[Scorer, Encoder]:
     """The base with a fresh head and fresh adapters, and what encodes texts for it."""
     model, device = config.model, pick_device(config.model.device)
+    dtype = pick_dtype(model.dtype, config.lora.full, device)
     scorer = assemble.new_scorer(
         base.folder,
         task,
         pad_token_id=tokenizer.pad_token_id,
-        dtype=pick_dtype(model.dtype, config.lora.full, device),
-        device=device,
+        dtype=dtype,
+        device=torch.device("cpu") if model.shard else device,  # from where each process takes its parts
         pooling=model.pooling,
         head=model.head,
         depth=model.layers,
@@ -451,6 +461,8 @@ def _check_weights_fit(base: BaseModel, config: RunConfig) -> None:
     whole, small = (weight_bytes(base.folder, dtype, four_bit=four_bit) for four_bit in (False, True))
     for place in {torch.device("cpu"), device}:
         wanted = small if model.quantize and place.type != "cpu" else whole
+        if model.shard and place.type != "cpu":
+            wanted //= distributed.start(device).num_processes
         if wanted > (free := free_memory(place)):
             four_bit = place.type == "cuda" and not model.quantize and small < free
             raise UserError(
@@ -465,7 +477,7 @@ def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> Low
     """Put the layers below the adapters behind a cache, where there are such layers."""
     decoder = scorer.inner.base_model
     top, cache_gb = config.lora.adapt_top, config.train.cache_gb
-    if top is None or config.lora.full or not cache_gb or scorer.encoder or not scorer.packed:
+    if top is None or config.lora.full or not cache_gb or scorer.encoder or not scorer.packed or scorer.sharded:
         return None
     if (below := decoder.config.num_hidden_layers - top) < 1:
         return None
@@ -566,13 +578,17 @@ def save(
 
 
 def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Scorer, encoder: Encoder) -> None:
-    """Load the folder afresh and compare: a run that does not give its own scores again must not pass for one."""
+    """Load the folder afresh and compare: a run that does not give its own scores again must not pass for one.
+
+    A base that was too large for a GPU is loaded into the CPU's memory, which rounds otherwise.
+    """
     sample = [(t, e.context) for e in test for t in texts_of(e)][:REPRODUCED]
     texts, contexts = [t for t, _ in sample], [c for _, c in sample]
     own = assemble.score(scorer, encoder(texts, contexts))
-    again = Predictor(folder, base=str(base.folder), device=str(scorer.device)).scores(texts, contexts)
+    device = "cpu" if scorer.sharded else str(scorer.device)
+    again = Predictor(folder, base=str(base.folder), device=device).scores(texts, contexts)
     worst = float(np.max(np.abs(own - again) / np.maximum(1, np.abs(own))))
-    if not worst <= TOLERANCE:
+    if not worst <= (TOLERANCE if device == str(scorer.device) else OTHER_DEVICE):
         (folder / run_folder.MANIFEST).unlink()
         raise RuntimeError(
             f"{folder} does not reproduce itself: scores differ by {worst:.2g}; this is a bug in loracle"

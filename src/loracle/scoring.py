@@ -52,6 +52,8 @@ def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequ
 
 def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
     """``score_examples``, a share of them in each process, which then has them all."""
+    if scorer.sharded:
+        return distributed.on_main(lambda: score_examples(scorer, encoder, examples), along=scorer)
     world = distributed.start(scorer.device)
     own = distributed.share_out(examples, world.num_processes)[world.process_index]
     scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []

@@ -50,6 +50,15 @@ def ragged(folder):
     train(folder, texts(21), batch=4)
 
 
+def sharded(folder):
+    """The same, each process with a part of the frozen weights: rounds that only one of them has are met by the other."""
+    scorer = new_scorer()
+    distributed.shard(scorer, torch.device("cpu"))
+    weight = scorer.inner.base_model.layers[0].mlp.up_proj.weight
+    (folder.parent / "parts").write_text(f"{weight.to_local().numel()} of {weight.numel()}")
+    train(folder, texts(21), scorer=scorer, batch=4)
+
+
 def ranker(folder):
     train(folder, groups(), PAIRS, batch=5)
 
@@ -121,7 +130,7 @@ def disagreeing(folder):
     train(folder, texts(21), look=lambda: {"metric": next(metrics), "loss": 1.0}, batch=7, epochs=4, patience=2)
 
 
-def whole_run(folder):
+def whole_run(folder, **more):
     folder.mkdir(exist_ok=True, parents=True)
     data = folder / "data.csv"
     distributed.start(torch.device("cpu"))
@@ -132,12 +141,18 @@ def whole_run(folder):
         "batch": 7,
         "epochs": 2.0,
     }
-    settings |= {"dropout": 0.0, "dtype": "float32", "out": str(folder / "run"), "baselines": True}
+    settings |= {"dropout": 0.0, "dtype": "float32", "out": str(folder / "run"), "baselines": True, **more}
     recipe.train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
 
 
+def sharded_run(folder):
+    whole_run(folder, shard=True)
+
+
 MODEL = ""  # of the whole run
-ALL = (ragged, ranker, resumed, short_of_memory, diverged, interrupted, disagreeing, whole_run)
+ALL = (
+    ragged, sharded, ranker, resumed, short_of_memory, diverged, interrupted, disagreeing, whole_run, sharded_run,
+)  # fmt: skip
 
 
 def run(scenario, root):

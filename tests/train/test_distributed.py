@@ -14,9 +14,11 @@ import scenarios
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
-from small import labelled, write
+from small import QUICK, labelled, write
 
+from loracle import recipe
 from loracle.cli import main
+from loracle.config import RunConfig
 from loracle.data.examples import LabeledText
 from loracle.errors import UserError
 from loracle.train.distributed import share_out, start
@@ -72,8 +74,16 @@ def test_two_processes_train_what_one_trains(roots, name):
     assert max(r["loss"] for r in known if "loss" in r) > 1.01 * min(r["loss"] for r in known if "loss" in r)
 
 
-def test_a_whole_run_is_that_of_one_process(roots):
-    one, two = (root / "whole_run/run" for root in roots)
+def test_processes_with_parts_of_the_frozen_weights_train_what_one_trains(roots):
+    one, two = roots
+    held, whole = map(int, (two / "parts").read_text().split(" of "))
+    assert held == whole // 2
+    assert_same(one / "ragged", two / "sharded", "left.safetensors")
+
+
+@pytest.mark.parametrize("name", ["whole_run", "sharded_run"])
+def test_a_whole_run_is_that_of_one_process(roots, name):
+    one, two = roots[0] / "whole_run/run", roots[1] / name / "run"
     assert_same(one, two, "adapter_model.safetensors")
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
     known, seen = (predictions(run) for run in (one, two))
@@ -131,8 +141,30 @@ def test_other_commands_want_one_process(monkeypatch):
 
 def test_a_model_in_pieces_is_refused(monkeypatch):
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="expected processes that hold the whole model each; found FSDP"):
+    with pytest.raises(UserError, match="expected processes that cut no model by themselves; found FSDP"):
         start(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "expected several processes for --shard; found one"),
+        ({"full": True}, "found --full with it"),
+        ({"quantize": "nf4"}, "found --quantize with it"),
+        ({"depth": "auto"}, "found --depth auto with it"),
+    ],
+)
+def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, message):
+    data = write(tmp_path / "data.csv", labelled())
+    settings = QUICK | {
+        "data": str(data),
+        "model": str(tiny_model("qwen2")),
+        "shard": True,
+        "out": str(tmp_path / "run"),
+    }
+    with pytest.raises(UserError, match=message):
+        recipe.train(RunConfig.from_flat(settings | flags), say=lambda line: None, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_shares_are_disjoint_and_about_as_long():

@@ -238,7 +238,8 @@ def in_rounds(
         run(part[: len(part) // 2])
         run(part[len(part) // 2 :])
 
-    with torch.inference_mode():
+    # Gathered weights are used again by training, which may not touch what inference mode has made.
+    with torch.no_grad() if scorer.sharded else torch.inference_mode():
         rounds = min(micro_tokens, scorer.round_tokens)
         for part in micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from):
             run(part)

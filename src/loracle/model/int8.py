@@ -71,7 +71,7 @@ def _round_weights(converted: Any, ops: Any, *, labels: int) -> None:
 class Int8Scorer(nn.Module):
     """What ``Scorer`` is to a run folder, to one that holds a converted model: packed batches in, float32 scores out."""
 
-    packed = False
+    packed = sharded = False
     share_from = None
     round_tokens = 1024  # rectangles of 4,096 take half as long again (dev/LOG.md)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class Scorer(nn.Module):
             inner.set_attn_implementation(attention.NAME)
             fuse(inner)
         self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
+        self.sharded = False  # whether each of several processes holds but a part of the frozen layers
+        self.announce: Callable[..., Any] | None = None  # tells those who then have to run them along
         self._width = 0
         self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
         if kind in DECODERS:
@@ -114,6 +116,8 @@ class Scorer(nn.Module):
 
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
         """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
+        if self.announce is not None:
+            self.announce(batch, only)
         tokens, device = batch.tokens, self.device
         more = attention.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
 

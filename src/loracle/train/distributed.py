@@ -5,6 +5,10 @@ of losses and counts, and the sums of the gradients. torch's DistributedDataPara
 passes in one process as in the next, averages what has to be summed, and falters over weights without a gradient; a batch cut
 by tokens, or smaller than the number of processes, has all of these.
 
+A base too large for one GPU is cut into pieces, a part of every frozen layer in each process (FSDP2), while what is trained
+stays whole everywhere and is summed as ever. Nobody can then run a layer alone: in a step all take as many rounds, and
+whatever the main process computes by itself the others compute along (``on_main``).
+
 An error needs no word to the others: the process ends, and the launcher ends them.
 """
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed
@@ -23,6 +27,9 @@ from torch import Tensor
 
 from loracle.data.examples import Example, texts_of
 from loracle.errors import UserError
+
+if TYPE_CHECKING:
+    from loracle.model.scorer import Scorer
 
 PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
 BUCKET = 2**24  # numbers that are summed at a time, 64 MB: next to no time is lost between buckets, and little memory
@@ -39,13 +46,13 @@ def start(device: torch.device) -> PartialState:
     """Join the other processes, if there are any, and say which one this is; on GPUs each takes its own.
 
     Raises:
-        UserError: the launcher asks for a model that is cut into pieces, or one GPU is asked for in all processes.
+        UserError: the launcher asks for a model that is cut into pieces its own way, or one GPU is asked for in all processes.
     """
     if cut := [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() == "true"]:
         raise UserError(
-            "processes that hold the whole model each",
+            "processes that cut no model by themselves",
             f"{cut[0]} in Accelerate's settings",
-            "start them with torchrun or `accelerate launch --multi_gpu`; a base too large for one GPU: --quantize nf4",
+            "start them with torchrun or `accelerate launch --multi_gpu`; a base too large for one GPU: --shard",
         )
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     if state.num_processes > 1 and device.index not in (None, state.device.index):
@@ -58,8 +65,35 @@ def main_says(say: Callable[[str], None], device: torch.device) -> Callable[[str
     return say if start(device).is_main_process else lambda line: None
 
 
-def on_main(function: Callable[[], T]) -> T:
+def shard(scorer: Scorer, device: torch.device) -> None:
+    """Cut the frozen weights of every layer into as many parts as there are processes, and move the model to ``device``.
+
+    What is trained stays whole. The scorer comes in the CPU's memory, through which each process has read the base.
+
+    Raises:
+        UserError: there is one process, or the model is no decoder that can be packed.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    state = PartialState()
+    if state.num_processes == 1:
+        raise UserError("several processes for --shard", "one", "start them with torchrun, or leave out --shard")
+    if scorer.encoder or not scorer.packed:
+        raise UserError("a decoder for --shard", scorer.inner.config.model_type, "leave out --shard")
+    mesh = init_device_mesh(device.type, (state.num_processes,))
+    trained = {p for p in scorer.parameters() if p.requires_grad}
+    for layer in scorer.inner.base_model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    scorer.to(state.device)
+    scorer.sharded = True
+
+
+def on_main(function: Callable[[], T], along: Scorer | None = None) -> T:
     """What ``function`` gives in the main process, in all of them.
+
+    Args:
+        along: a scorer that ``function`` uses. Where it is sharded, the other processes compute along with the main one.
 
     Raises:
         UserError: in the others, where the main one raised something.
@@ -67,17 +101,31 @@ def on_main(function: Callable[[], T]) -> T:
     state = PartialState()
     if state.num_processes == 1:
         return function()
-    held: list[Any] = [None, False]
     if state.is_main_process:
+        held: list[Any] = [None, "failed"]
+        if along is not None and along.sharded:
+            along.announce = lambda *asked: broadcast_object_list([asked, "compute"])
         try:
-            held = [function(), True]
-        except Exception:
+            held = [function(), "done"]
+        finally:
+            if along is not None:
+                along.announce = None
             broadcast_object_list(held)
-            raise
-    value, well = broadcast_object_list(held)
-    if not well:
-        raise UserError("the main process to go on", "an error in it", "do what it says")
-    return value
+        return held[0]
+    while True:
+        value, said = broadcast_object_list([None, None])
+        if said == "failed":
+            raise UserError("the main process to go on", "an error in it", "do what it says")
+        if said == "done":
+            return value
+        assert along is not None
+        with torch.no_grad():
+            along.states(*value)
+
+
+def most(number: int) -> int:
+    """The largest number that any process has."""
+    return max(gathered([number]))
 
 
 def gathered(values: list[T]) -> list[T]:

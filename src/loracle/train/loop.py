@@ -43,6 +43,7 @@ from loracle.train.checkpoint import (
 from loracle.train.losses import Loss
 from loracle.train.optim import lr_factor, make_optimizer
 
+NOTHING = Encoded(chunks=((0,),), starts=(0,))
 FEWEST_TOKENS = 64  # a round that does not fit with so few will not fit at all
 
 Encode = Callable[[Sequence[Example]], list[list[Encoded]]]
@@ -264,6 +265,7 @@ def _step(
     torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
     rounds, losses, short = _rounds(scorer, batch, schedule), [], 0.0
     count = tokens = computed = 0.0
+    empty = distributed.most(len(rounds)) - len(rounds) if scorer.sharded else 0  # rounds that only others have
     try:
         for part in rounds:
             packed = scorer.pack([e for i in part for e in batch.encoded[i]])
@@ -272,9 +274,13 @@ def _step(
             losses.append(summed.detach())
             count += counted
             tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
+        for _ in range(empty):  # the others need this one's weights
+            (0 * scorer(scorer.pack([NOTHING])).sum()).backward()
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
+        if scorer.sharded:
+            raise _too_little_memory(schedule, step) from e  # the others wait in the midst of a layer
         short = 1.0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     known = [p.grad is not None for p in parameters]
@@ -321,12 +327,16 @@ def _rounds(scorer: Scorer, batch: _Batch, schedule: Schedule) -> list[list[int]
 def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
     """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
     if schedule.micro_tokens < 2 * FEWEST_TOKENS:
-        raise UserError(
-            f"memory for rounds of {schedule.micro_tokens:,} tokens",
-            f"too little, at step {step + 1}",
-            "pass a smaller --micro-tokens, --max-length or --model",
-        )
+        raise _too_little_memory(schedule, step)
     return dataclasses.replace(schedule, micro_tokens=schedule.micro_tokens // 2)
+
+
+def _too_little_memory(schedule: Schedule, step: int) -> UserError:
+    return UserError(
+        f"memory for rounds of {schedule.micro_tokens:,} tokens",
+        f"too little, at step {step + 1}",
+        "pass a smaller --micro-tokens, --max-length or --model",
+    )
 
 
 def _batch_indices(examples: int, schedule: Schedule, step: int) -> np.ndarray:
