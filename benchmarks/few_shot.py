@@ -1,6 +1,6 @@
 """Banking77 with 1, 5 and 10 examples an intent: a head drawn at random beside one that starts from the intents' names.
 
-    python benchmarks/few_shot.py    # not run yet
+    python benchmarks/few_shot.py
 
 The embedded model. Training texts are the first of each intent in a seeded order, the next two of each are the validation
 texts by which the best look is kept, and 500 seeded texts of the official test file are scored. Epochs are set beforehand.
@@ -26,6 +26,7 @@ from loracle.judge.report import figure
 
 EPOCHS = {1: 8, 5: 4, 10: 3}  # by examples a class
 TEST, WATCHED, SEED = 500, 2, 0
+PUBLISHED = "Published with 5 examples an intent: RoBERTa 74.0, ICDA, which adds generated texts, 84.0."
 SETTINGS = {"template": "Customer: {text}\nIntent:", "max_length": 128, "batch": 16, "patience": 0, "baselines": False}
 
 
@@ -67,6 +68,7 @@ def main() -> None:
             f"77 intents, {TEST} seeded texts of the official test file, {WATCHED} validation texts an intent beside the "
             f"training ones, seed {SEED}; epochs by size {EPOCHS}, {SETTINGS}, learning rate by default. "
             f"Model: {metrics['base']}. p: exact McNemar, unadjusted.",
+            PUBLISHED,
         ]
         write_table("few_shot", rows, notes)
 
