@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from small import CHINESE, ENGLISH, QUICK, labelled, write
 
 # Tiny models gain nothing from a second thread, and lose much where something else runs; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Whoever runs tests in the background of a script has Ctrl-C ignored, in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and reads the news",

@@ -124,8 +124,11 @@ def another(kind: type, f: dataclasses.Field) -> typing.Any:
     return (f.default or 0) + (7 if base is int else 0.5) if base in (int, float) else f'{f.name}, "quoted" \\ ö 标\n'
 
 
-@pytest.mark.parametrize("left_out", [("full", "head"), ("adapt_top", "quantize", "head_init")])
-def test_run_toml_gives_every_field_back(tmp_path, left_out):  # some exclude each other
+@pytest.mark.parametrize(
+    "left_out",  # some exclude each other
+    [("full", "head", "shard"), ("adapt_top", "quantize", "head_init", "shard"), ("full", "quantize", "head")],
+)
+def test_run_toml_gives_every_field_back(tmp_path, left_out):
     sections = {
         name: type(section)(
             **{f.name: another(type(section), f) for f in dataclasses.fields(section) if f.name not in left_out}
