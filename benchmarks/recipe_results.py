@@ -1,0 +1,80 @@
+"""What the recipes for rankers give with the embedded model in place of the 7B one: their settings as they stand, little data.
+
+    python benchmarks/recipe_results.py ad_titles    # a simulated log: four headlines of one topic answer a brief that names it
+    python benchmarks/recipe_results.py original     # chosen and rejected titles of Upworthy's tests, in the original's format
+
+The learning rate is the recipe's where it names one, else the default of the embedded model's width.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from rank_speed import arms
+from results import HERE, write_table
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.data.demo import bbc_headlines, simulate_clicks
+from loracle.judge.report import result_rows
+from loracle.run.recipes import read_recipe
+
+TESTS = 100  # of Upworthy
+
+
+def ad_titles(folder: Path) -> tuple[Path, str]:
+    """Every headline of the BBC's once, in groups of four of a topic; clicks are drawn as for the demo."""
+    path, by_topic = folder / "log.csv", {}
+    for headline, topic in bbc_headlines():
+        by_topic.setdefault(topic, []).append(headline)
+    with path.open("w", encoding="utf-8", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["ad_group", "brief", "title", "impressions", "clicks"])
+        for seed, (topic, headlines) in enumerate(by_topic.items()):
+            log = simulate_clicks(headlines, [topic] * len(headlines), seed, tests=len(headlines) // 4)
+            for number, test in enumerate(zip(log.headlines, log.impressions, log.clicks, strict=True)):
+                brief = f"News of {topic}, for readers who come back"
+                out.writerows((f"{topic} {number}", brief, *row) for row in zip(*test, strict=True))
+    return path, "a simulated log over BBC headlines, four of a topic a group, clicks drawn from a known truth"
+
+
+def original(folder: Path) -> tuple[Path, str]:
+    """Pairs of titles of one test and image, the one with the higher click rate chosen."""
+    path = folder / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as f:
+        for group in arms(TESTS):
+            for (a, (ca, na)), (b, (cb, nb)) in itertools.combinations(group.items(), 2):
+                if ca * nb != cb * na:
+                    best, other = (a, b) if ca * nb > cb * na else (b, a)
+                    pair = {"chosen": f"<title>{best}</title>", "rejected": f"<title>{other}</title>"}
+                    f.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    return path, f"all pairs of {TESTS} Upworthy tests, whichever was clicked more, by chance or not"
+
+
+SETS = {one.__name__: one for one in (ad_titles, original)}
+
+
+def main(name: str) -> None:
+    """Train by the recipe, write the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, about = SETS[name](Path(scratch))
+        flat, _ = read_recipe(HERE.parent / "recipes" / f"{name}.toml")
+        more = {"data": str(data), "model": "demo", "out": str(Path(scratch) / "run")}
+        run = recipe.train(RunConfig.from_flat(flat | more))
+        metrics = json.loads((run / "metrics.json").read_text())
+    notes = [
+        f"recipes/{name}.toml with {metrics['base']} in place of its model, seed 0, {metrics['train']['steps']:,} steps "
+        f"in {metrics['train']['seconds']:,.0f} s. Data: {about}."
+    ]
+    write_table(f"recipe_{name}", result_rows(metrics, metrics["task"]), notes)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in SETS:
+        sys.exit(f"expected one of {', '.join(SETS)}; found {' '.join(sys.argv[1:]) or 'nothing'}")
+    main(sys.argv[1])
