@@ -1,11 +1,12 @@
-"""LoRA training speed of a 7B model on one GPU, with the share of what the card's matrix products reach.
+"""LoRA training speed of a 7B model on one GPU, beside transformers' Trainer with PEFT, and the share of what the card can do.
 
     python benchmarks/gpu_train.py                    # Qwen2.5-7B's true shape, random weights: no hub needed
     python benchmarks/gpu_train.py --size 0.5b --rounds 5
+    python benchmarks/gpu_train.py --profile          # where the time goes, by kernel
 
 Texts have the lengths of N24News abstracts (28 tokens on average); LoRA r 16 on every linear layer, bfloat16, no dropout. The
 limit counts 4 N operations a token (N: weights that a token passes through), against the rate that this card reaches for the
-model's own largest product. Not run yet: no GPU has been lent to this project (dev/LOG.md).
+model's own largest product. The Trainer gets the same token ids, sorted by length, in the best of its batch sizes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,27 @@ SIZES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152_064},
 }  # fmt: skip
-LABELS, BATCH, STEPS, WARM = 24, 256, 12, 3
+LABELS, STEPS, WARM = 24, 12, 3
+PEER_BATCHES = (32, 64, 128)
 
 
-def scorer_of(size: str, device: Any) -> Any:
-    """A scorer of that shape with random weights, made on the device itself."""
+def model_of(size: str, device: Any) -> Any:
+    """A model of that shape with random weights, made on the device itself."""
     import torch
     import transformers
 
+    config = transformers.Qwen2Config(**SIZES[size], num_labels=LABELS, pad_token_id=0, use_cache=False)
+    with torch.device(device):
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
+def scorer_of(size: str, device: Any) -> Any:
+    """That model with our adapters."""
     from loracle.model.adapters import add_lora
     from loracle.model.scorer import Scorer
 
-    config = transformers.Qwen2Config(**SIZES[size], num_labels=LABELS, pad_token_id=0)
-    with torch.device(device):
-        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    model = model_of(size, device)
     model.score.float()
     return Scorer(add_lora(model, r=16, alpha=32, dropout=0.0).to(device))
 
@@ -55,65 +64,142 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
     return [Encoded(chunks=(tuple(rng.integers(1, vocabulary, n).tolist()),), starts=(0,)) for n in lengths]
 
 
-def measure(size: str, scorer: Any, seed: int, folder: Path, micro_tokens: int) -> dict[str, float]:
+def measure(size: str, scorer: Any, seed: int, batch: int, micro_tokens: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
     from loracle.data.examples import LabeledText, Task
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 
-    encoded = texts(BATCH * STEPS, SIZES[size]["vocab_size"], seed)
+    encoded = texts(batch * STEPS, SIZES[size]["vocab_size"], seed)
     examples = [LabeledText(text=str(i), labels=(i % LABELS,), row=i + 1) for i in range(len(encoded))]
 
     def encode(some: Any) -> list[list[Any]]:
         return [[encoded[int(e.text)]] for e in some]
 
     task = Task(kind="single", label_names=tuple(map(str, range(LABELS))))
-    schedule = Schedule(epochs=1, batch=BATCH, lr=1e-4, save_steps=10**9, micro_tokens=micro_tokens, seed=seed)
-    folder.mkdir()
+    schedule = Schedule(epochs=1, batch=batch, lr=1e-4, save_steps=10**9, micro_tokens=micro_tokens, seed=seed)
     look = {"metric": 0.0, "loss": 0.0}
-    fit(scorer, examples, encode, make_loss(task), lambda: look, schedule=schedule, folder=folder, quiet=True)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(scorer, examples, encode, make_loss(task), lambda: look, schedule=schedule, folder=Path(folder), quiet=True)
+        lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     # The log has means since the beginning. In each step the processor waits once for the GPU, so its clock serves for both.
-    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [r for r in logged if "loss" in r]
-    seconds = [BATCH * r["step"] / r["examples_per_s"] for r in steps]
+    steps = [r for line in lines if "loss" in (r := json.loads(line))]
+    seconds = [batch * r["step"] / r["examples_per_s"] for r in steps]
     tokens = [r["tokens_per_s"] * s for r, s in zip(steps, seconds, strict=True)]
-    return {"tokens_per_s": (tokens[-1] - tokens[WARM - 1]) / (seconds[-1] - seconds[WARM - 1])}
+    return (tokens[-1] - tokens[WARM - 1]) / (seconds[-1] - seconds[WARM - 1])
 
 
-def main(size: str, rounds: int, micro_tokens: int) -> None:
-    """Several rounds, then the table."""
+def measure_peer(size: str, model: Any, seed: int, batch: int) -> float:
+    """The same of transformers' Trainer, as ``../shared/bench/peer_classify.py`` sets it up."""
     import torch
+    import transformers
+
+    encoded = texts(batch * STEPS, SIZES[size]["vocab_size"], seed)
+    rows = [{"input_ids": list(e.chunks[0]), "labels": i % LABELS} for i, e in enumerate(encoded)]
+    marks: list[float] = []
+    tokens: list[int] = []
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [torch.tensor(row["input_ids"]) for row in some]
+        tokens.append(sum(map(len, ids)))
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # 0 is the pad token, and in no text
+        return {
+            "input_ids": padded,
+            "attention_mask": (padded != 0).long(),
+            "labels": torch.tensor([row["labels"] for row in some]),
+        }
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, learning_rate=1e-4, seed=seed,
+            lr_scheduler_type="cosine", weight_decay=0.0, logging_steps=1000, save_strategy="no", report_to=[],
+            use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]
+        )
+        trainer.train()
+    return sum(tokens[WARM : len(marks)]) / (marks[-1] - marks[WARM - 1])
+
+
+def profile(size: str, scorer: Any, batch: int, micro_tokens: int) -> None:
+    """Print the kernels of a few steps, longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        measure(size, scorer, 0, batch, micro_tokens)
+    kernels = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    print(f"{sum(e.self_device_time_total for e in kernels) / 1e6:.2f} s on the card, of {STEPS} steps:")
+    for e in kernels[:40]:
+        print(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:7,d}  {e.key[:110]}")
+
+
+def main(size: str, rounds: int, batch: int, micro_tokens: int, peers: bool, look_inside: bool) -> None:
+    """Several rounds in turn, then the table."""
+    import torch
+    from peft import LoraConfig, get_peft_model
 
     from loracle.model.backbone import pick_device
     from loracle.model.memory import matrix_rate, training_need
 
     device = pick_device("auto")
     scorer = scorer_of(size, device)
-    rate = matrix_rate(scorer, seconds=1.0)
-    with tempfile.TemporaryDirectory() as folder:
-        found = [
-            measure(size, scorer, seed, Path(folder) / str(seed), micro_tokens)["tokens_per_s"]
-            for seed in range(rounds)
-        ]
-    speed = statistics.median(found)
-    done = speed * training_need(scorer).flops_per_token
-    peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type == "cuda" else "not measured"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rows = [
-        ["useful tokens/s, median", "all rounds", "TFLOP/s", "share of the card's own matrix rate", "peak memory"],
-        [f"{speed:,.0f}", ", ".join(f"{v:,.0f}" for v in found), f"{done / 1e12:.1f}", f"{done / rate:.0%}", peak],
-    ]
+    measure(size, scorer, 99, batch, micro_tokens)  # what is compiled is compiled here
+    ways = {"loracle": lambda seed: measure(size, scorer, seed, batch, micro_tokens)}
+    if peers:
+        lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model_of(size, device), lora)
+        for n in PEER_BATCHES:
+            ways[f"Trainer + PEFT, batch {n}"] = lambda seed, n=n: measure_peer(size, model, seed, n)
+    rate = matrix_rate(scorer, seconds=1.0, rows=micro_tokens)
+    cuda = device.type == "cuda"
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    peak: dict[str, float] = {}
+    for seed in range(rounds):
+        for name, way in ways.items():
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            found[name].append(way(seed))
+            peak[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+            print(f"{name}: {found[name][-1]:,.0f} tokens/s, {peak[name]:.1f} GB", flush=True)
+    best = max((statistics.median(v) for name, v in found.items() if name != "loracle"), default=float("nan"))
+    operations = training_need(scorer).flops_per_token
+    rows = [["way", "useful tokens/s, median", "all rounds", "ratio to the best peer", "TFLOP/s", "share of the rate"]]
+    for name, values in found.items():
+        speed = statistics.median(values)
+        done = speed * operations
+        rows.append([
+            name, f"{speed:,.0f}", ", ".join(f"{v:,.0f}" for v in values), f"{speed / best:.2f}×", f"{done / 1e12:.0f}",
+            f"{done / rate:.0%}",
+        ])  # fmt: skip
+    card = torch.cuda.get_device_name(device) if cuda else "the CPU"
     notes = [
-        f"Qwen2.5 of {size}, random weights, on {name}; LoRA r 16 on every linear layer, bfloat16, {BATCH} texts a step, "
-        f"rounds of {micro_tokens:,} tokens; its largest product runs at {rate / 1e12:.1f} TFLOP/s."
+        f"Qwen2.5 of {size}, random weights, on {card}; LoRA r 16 on every linear layer, bfloat16, ours in steps of {batch} "
+        f"texts and rounds of {micro_tokens:,} tokens. Operations are 4 N a token and those of the adapters. The model's "
+        f"largest product runs at {rate / 1e12:.0f} TFLOP/s here. Memory at most: "
+        + ", ".join(f"{name} {gb:.0f} GB" for name, gb in peak.items())
+        + " (both models are held at once).",
     ]
     write_table(f"gpu_train_{size}", rows, notes)
+    if look_inside:
+        profile(size, scorer, batch, micro_tokens)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
-    main(given.size, given.rounds, given.micro_tokens)
+    main(given.size, given.rounds, given.batch, given.micro_tokens, not given.no_peers, given.profile)

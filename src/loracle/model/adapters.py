@@ -5,6 +5,7 @@ The head is PEFT's ``modules_to_save``: saved with the adapter, never a target o
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
@@ -95,32 +95,25 @@ class LeanLinear(PeftLinear):
     PEFT's.
 
     PEFT casts ``x [T, in]`` to float32, multiplies, adds and casts back; here the small matrices are cast instead, and the
-    adapter's product is added in place by the matrix product itself. Layers that read the same x, as q, k and v do, go
-    through A in one product and drop out the same numbers of it.
+    matrix products add up by themselves. Layers that read the same x, as q, k and v do, are computed at once: they go through
+    A in one product, drop out the same numbers of x, and their gradients for x are one sum.
     """
 
     together: _Together
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._kept_up = _Kept()
+        self.kept_up = _Kept()
 
     def train(self, mode: bool = True):
         """As any module; what was kept of the adapters is made anew, however their weights were set in between."""
-        self._kept_up = _Kept()
+        self.kept_up = _Kept()
         if hasattr(self, "together"):
             self.together.kept_down = _Kept()
         return super().train(mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if (name := self.at_work) is None:
-            return super().forward(x, *args, **kwargs)
-        base: Any = self.get_base_layer()
-        inside = self.together.inside(self, x, name)
-        b, scaling = self.lora_B[name].weight, self.scaling[name]
-        if not torch.is_grad_enabled():
-            return _product(x, base.weight, base.bias, inside, self._kept_up.of((b,), scaling, x.dtype))
-        return _LoraProduct.apply(x, base.weight, base.bias, inside, b, scaling)
+        return super().forward(x, *args, **kwargs) if self.at_work is None else self.together.output(self, x)
 
     @property
     def at_work(self) -> str | None:
@@ -137,7 +130,7 @@ class _Kept:
         self.known: tuple = ()
         self.made: Tensor | None = None
 
-    def of(self, weights: tuple[Any, ...], scale: float, dtype: torch.dtype) -> Tensor:
+    def of(self, weights: Sequence[Any], scale: float, dtype: torch.dtype) -> Tensor:
         """Made anew where anything is another one, or a weight was written to."""
         if any(w.is_inference() for w in weights):  # made in inference mode, they do not tell of being written to
             return _joined(weights, scale, dtype)
@@ -154,7 +147,7 @@ def _joined(weights: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tens
 
 
 class _Together:
-    """The adapted layers of one module that read the same input, and what A makes of it until each has taken its part."""
+    """The adapted layers of one module that read the same input, and their outputs until each has taken its own."""
 
     def __init__(self, layers: list[LeanLinear]):
         self.layers = layers
@@ -164,25 +157,34 @@ class _Together:
     def forget(self) -> None:
         """Let go of what a forward that failed has left; it would keep its whole graph alive."""
         self.x: Tensor | None = None
-        self.parts: dict[LeanLinear, Tensor] = {}
+        self.outputs: dict[LeanLinear, Tensor] = {}
 
-    def inside(self, layer: LeanLinear, x: Tensor, adapter: str) -> Tensor:
-        """``A x`` of one layer, ``[T, r]``."""
-        if self.x is not x or layer not in self.parts:
-            a: dict[LeanLinear, Any] = {
-                other: other.lora_A[name].weight for other in self.layers if (name := other.at_work)
-            }
-            p = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
-            if torch.is_grad_enabled() or p:
-                parts = _Down.apply(x, p, *a.values())
-            else:
-                down = self.kept_down.of(tuple(a.values()), 1.0, x.dtype)
-                parts = (x.reshape(-1, x.shape[-1]) @ down.t()).split([len(one) for one in a.values()], dim=1)
-            self.x, self.parts = x, dict(zip(a, parts, strict=True))
-        part = self.parts.pop(layer)
-        if not self.parts:
+    def output(self, layer: LeanLinear, x: Tensor) -> Tensor:
+        """What one layer makes of ``x [..., in]``."""
+        if self.x is not x or layer not in self.outputs:
+            at_work = {other: name for other in self.layers if (name := other.at_work)}
+            p = getattr(layer.lora_dropout[at_work[layer]], "p", 0.0) if layer.training else 0.0
+            self.x, self.outputs = x, dict(zip(at_work, self._computed(x, p, at_work), strict=True))
+        out = self.outputs.pop(layer)
+        if not self.outputs:
             self.x = None
-        return part
+        return out
+
+    def _computed(self, x: Tensor, p: float, layers: dict[LeanLinear, str]) -> Sequence[Tensor]:
+        bases: list[Any] = [layer.get_base_layer() for layer in layers]
+        a, b = ([getattr(layer, part)[name].weight for layer, name in layers.items()] for part in ("lora_A", "lora_B"))
+        scales = [layer.scaling[name] for layer, name in layers.items()]
+        if torch.is_grad_enabled() or p:
+            each = zip((base.weight for base in bases), (base.bias for base in bases), a, b, strict=True)
+            return _LoraProducts.apply(x, p, scales, *itertools.chain.from_iterable(each))
+        down = self.kept_down.of(a, 1.0, x.dtype)
+        up = [layer.kept_up.of([one], s, x.dtype) for layer, one, s in zip(layers, b, scales, strict=True)]
+        flat = x.reshape(-1, x.shape[-1])
+        inside = (flat @ down.t()).split([len(one) for one in a], dim=1)
+        return [
+            _product(flat, base.weight, base.bias, *parts).view(*x.shape[:-1], -1)
+            for base, *parts in zip(bases, inside, up, strict=True)
+        ]
 
 
 def _join(model: nn.Module) -> nn.Module:
@@ -205,34 +207,6 @@ def forget(model: nn.Module) -> None:
             layer.together.forget()
 
 
-class _Down(torch.autograd.Function):
-    """``(x ⊙ keep) Aᵀ / (1 - p)`` for several A at once, with gradients for x and each A.
-
-    x ``[..., in]``, A ``[r, in]``; a result ``[T, r]`` for each A.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, *a: Tensor):
-        flat = x.reshape(-1, x.shape[-1])
-        keep, ctx.scale = _dropout(flat, p) if p else (None, 1.0)
-        seen = flat if keep is None else flat * keep
-        down = _joined(a, ctx.scale, x.dtype)
-        ctx.save_for_backward(seen, down, keep)
-        ctx.like = x.shape, a[0].dtype, [len(one) for one in a]
-        return (seen @ down.t()).split(ctx.like[2], dim=1)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        seen, down, keep = ctx.saved_tensors
-        shape, dtype, ranks = ctx.like
-        g = torch.cat(grads, dim=1)
-        g_x = None
-        if ctx.needs_input_grad[0]:
-            g_x = g @ down
-            g_x = (g_x if keep is None else g_x.mul_(keep)).view(shape)
-        return g_x, None, *(g.t() @ seen).to(dtype).mul_(ctx.scale).split(ranks)
-
-
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
     """A mask of ones and zeros for ``x``, and what the kept numbers are then to be multiplied by.
 
@@ -252,32 +226,56 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
     return bits.view(torch.bfloat16).view(x.shape).to(x.dtype), 2**16 / (2**16 - dropped)
 
 
-class _LoraProduct(torch.autograd.Function):
-    """``x Wᵀ + bias + s inside Bᵀ`` with gradients for x, inside and B; W and the bias are frozen.
+class _LoraProducts(torch.autograd.Function):
+    """``x Wᵀ + bias + s (x ⊙ keep) Aᵀ Bᵀ / (1 - p)`` of several layers, with gradients for x and each A and B; W and the bias
+    are frozen.
 
-    x ``[..., in]``, W ``[out, in]``, inside ``[T, r]``, B ``[out, r]``.
+    x ``[..., in]``; then W ``[out, in]``, bias ``[out]`` or None, A ``[r, in]`` and B ``[out, r]`` of each layer, whose own
+    out and r they are. A result ``[..., out]`` for each.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor, b: Tensor, scaling: float):
-        up = _joined((b,), scaling, x.dtype)
-        ctx.save_for_backward(weight, inside, up)
-        ctx.scaling, ctx.dtype = scaling, b.dtype
-        return _product(x, weight, bias, inside, up)
+    def forward(ctx, x: Tensor, p: float, scales: list[float], *each: Any):
+        weights, biases, a, b = (each[part::4] for part in range(4))
+        flat = x.reshape(-1, x.shape[-1])
+        keep, ctx.rest = _dropout(flat, p) if p else (None, 1.0)
+        seen = flat if keep is None else flat * keep
+        down = _joined(a, ctx.rest, x.dtype)
+        up = [_joined([one], scale, x.dtype) for one, scale in zip(b, scales, strict=True)]
+        ctx.ranks = [len(one) for one in a]
+        inside = seen @ down.t()
+        ctx.save_for_backward(seen, keep, down, inside, *weights, *up)
+        ctx.shape, ctx.dtype, ctx.scales = x.shape, a[0].dtype, scales
+        parts = zip(weights, biases, inside.split(ctx.ranks, dim=1), up, strict=True)
+        return tuple(_product(flat, *part).view(*x.shape[:-1], -1) for part in parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, inside, up = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        g_x = (g @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        g_b = (inside.t() @ g).t().to(ctx.dtype, memory_format=torch.contiguous_format).mul_(ctx.scaling)
-        return g_x, None, None, g @ up, g_b, None
+    def backward(ctx, *grads: Tensor):
+        seen, keep, down, inside, *saved = ctx.saved_tensors
+        n = len(grads)
+        weights, up = saved[:n], saved[n:]
+        flat = [g.reshape(-1, g.shape[-1]) for g in grads]
+        within = torch.cat([g @ u for g, u in zip(flat, up, strict=True)], dim=1)  # gradient of inside
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = within @ down
+            g_x = g_x if keep is None else g_x.mul_(keep)
+            for g, weight in zip(flat, weights, strict=True):
+                g_x.addmm_(g, weight)
+            g_x = g_x.view(ctx.shape)
+        g_a = (within.t() @ seen).to(ctx.dtype).mul_(ctx.rest).split(ctx.ranks)
+        g_b = [
+            (i.t() @ g).t().to(ctx.dtype, memory_format=torch.contiguous_format).mul_(scale)
+            for i, g, scale in zip(inside.split(ctx.ranks, dim=1), flat, ctx.scales, strict=True)
+        ]
+        each = itertools.chain.from_iterable((None, None, *one) for one in zip(g_a, g_b, strict=True))
+        return g_x, None, None, *each
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, inside: Tensor, up: Tensor) -> Tensor:
-    """``x Wᵀ + bias + inside upᵀ``; up ``[out, r]``."""
-    out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).addmm_(inside, up.t())
-    return out.view(*x.shape[:-1], -1)
+    """``x Wᵀ + bias + inside upᵀ``, ``[T, out]``; x ``[T, in]``, up ``[out, r]``. The large product adds to the small one."""
+    small = inside @ up.t() if bias is None else torch.addmm(bias, inside, up.t())
+    return small.addmm_(x, weight.t())
 
 
 def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> str:

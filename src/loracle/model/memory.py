@@ -92,12 +92,12 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def matrix_rate(scorer: Any, seconds: float = 0.1) -> float:
+def matrix_rate(scorer: Any, seconds: float = 0.1, rows: int = 1024) -> float:
     """Floating-point operations a second of the machine's own product with the largest of the model's matrices."""
     shape = max(map(_shape, _matrices(scorer).values()), key=math.prod)
     like = next(scorer.inner.base_model.parameters())
     device = like.device
-    w, x = (torch.randn(rows, shape[1], device=device).to(like.dtype) for rows in (shape[0], 1024))
+    w, x = (torch.randn(n, shape[1], device=device).to(like.dtype) for n in (shape[0], rows))
 
     def run(times: int) -> float:
         started = time.perf_counter()

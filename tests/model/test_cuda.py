@@ -1,0 +1,149 @@
+"""On a GPU as on a CPU: scores, gradients, the losses of a training, what runs out of memory, and a whole run.
+
+The kernels that this takes are compiled here; each test holds them to the CPU's result in float32. Without a GPU all of it
+is skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from small import QUICK, labelled, write
+from test_exact import LORA, SHAPES, assert_same, assert_same_gradients, gradients
+from test_flex import LONG
+
+from loracle import recipe
+from loracle.config import RunConfig
+from loracle.data.examples import LabeledText, Task
+from loracle.model import attention
+from loracle.model.adapters import add_lora
+from loracle.model.scorer import Scorer
+from loracle.run.predictor import Predictor
+from loracle.text.encode import Encoded
+from loracle.train.loop import Schedule, fit
+from loracle.train.losses import make_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 160,
+    "max_position_embeddings": 2048, "initializer_range": 0.1, "pad_token_id": 1, "num_labels": 3,
+}  # fmt: skip
+DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 32}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+KINDS = {
+    "Qwen2": DECODER,
+    "Qwen3": DECODER,
+    "Llama": DECODER,
+    "Mistral": DECODER | {"sliding_window": 6},
+    "Gemma3Text": DECODER | {"sliding_window": 6, "layer_types": WINDOWS},
+    "Bert": SIZES | {"attention_probs_dropout_prob": 0.0},
+}
+SHARED = "instruction and contexts"
+
+
+def scorer(kind: str, *, lora: dict = LORA, **sizes) -> Scorer:
+    """A small model on the CPU, with heads that the kernel can multiply and with adapters that are not zero."""
+    config = getattr(transformers, f"{kind}Config")(**KINDS[kind] | sizes)
+    torch.manual_seed(0)
+    made = Scorer(add_lora(transformers.AutoModelForSequenceClassification.from_config(config), **lora))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    return made.eval()
+
+
+def both(made: Scorer) -> tuple[Scorer, Scorer]:
+    """It, and a copy on the GPU."""
+    return made, copy.deepcopy(made).to("cuda")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores(kind):
+    cpu, gpu = both(scorer(kind))
+    for name, texts in (SHAPES | {"chunks": [LONG, *SHAPES["flat"]]}).items():
+        if kind != "Bert" or "instruction" not in name:  # whose texts are as long as they may be
+            assert_same(gpu(gpu.pack(texts)).cpu(), cpu(cpu.pack(texts)), 1e-4)
+    assert isinstance(attention.plan(gpu.pack(SHAPES["flat"]), gpu.device), attention.FlexPlan)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind):
+    texts = SHAPES["flat" if kind == "Bert" else SHARED][:5]
+    cpu, gpu = both(scorer(kind))
+    wanted = gradients(cpu, enumerate(cpu(cpu.pack(texts))))
+    found = gradients(gpu, enumerate(gpu(gpu.pack(texts)).cpu()))
+    assert_same_gradients({name: g.cpu() for name, g in found.items()}, wanted, 1e-4)
+
+
+def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule) -> list[float]:
+    """The losses of a training on random texts of 5 to 60 tokens, a third of them behind an instruction."""
+    draw = np.random.default_rng(0)
+    ids = lambda n: tuple(draw.integers(10, 150, n).tolist())  # noqa: E731
+    instruction, texts = ids(24), []
+    for i in range(steps * batch):
+        before = instruction if i % 3 == 0 else ()
+        texts.append(Encoded(chunks=((*before, *ids(int(draw.integers(5, 60)))),), starts=(len(before),)))
+    examples = [LabeledText(text=str(i), labels=(i % 3,), row=i + 1) for i in range(len(texts))]
+    plan = Schedule(epochs=1, batch=batch, lr=2e-3, save_steps=10**9, **schedule)
+    folder.mkdir()
+    fit(
+        made, examples, lambda some: [[texts[int(e.text)]] for e in some],
+        make_loss(Task(kind="single", label_names=("a", "b", "c"))), lambda: {"metric": 0.0, "loss": 0.0},
+        schedule=plan, folder=folder, quiet=True,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_training_has_the_losses_of_the_cpu(tmp_path):
+    cpu, gpu = both(scorer("Qwen2"))
+    wanted = trained(cpu, tmp_path / "cpu", micro_tokens=300)
+    found = trained(gpu, tmp_path / "gpu", micro_tokens=300)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert wanted[-1] != pytest.approx(wanted[0], rel=1e-2)
+
+
+def test_dropout_in_bfloat16_learns_as_in_float32(tmp_path):
+    """Other masks and another precision, so near is all that can be said."""
+    made = scorer("Qwen2", lora=LORA | {"dropout": 0.05})
+    half = copy.deepcopy(made)
+    half.inner.base_model.to(torch.bfloat16)
+    for name, p in half.named_parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+        assert p.dtype == (torch.float32 if p.requires_grad or "score" in name else torch.bfloat16)
+    wanted, found = (trained(m.to("cuda"), tmp_path / n) for n, m in (("32", made), ("16", half)))
+    np.testing.assert_allclose(found, wanted, atol=0.1)
+
+
+def test_memory_that_runs_out_halves_the_rounds(tmp_path):
+    made = scorer("Qwen2", hidden_size=512, intermediate_size=2048, head_dim=128)
+    wanted = trained(copy.deepcopy(made).to("cuda"), tmp_path / "small", steps=3, batch=512, micro_tokens=1024)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600e6) / total)
+    try:
+        found = trained(made.to("cuda"), tmp_path / "large", steps=3, batch=512, micro_tokens=2**15)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.max_memory_allocated() < 1.2e9
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"adapt_top": 1}, {"pooling": "mean", "head": "mlp"}], ids=str)
+def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
+    config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
+    config |= {"out": str(tmp_path / "run"), "device": "cuda", "dtype": "float32", "epochs": 4.0, "baselines": True}
+    run = recipe.train(RunConfig.from_flat(config | more), say=lambda line: None, quiet=True)
+    texts = ["good number 3", "bad number 4", "so number 5", ""]
+    gpu, cpu = (Predictor(run, device=device) for device in ("cuda", "cpu"))
+    assert gpu.scorer.device.type == "cuda"
+    np.testing.assert_allclose(gpu.scores(texts), cpu.scores(texts), atol=1e-4)
+    assert gpu.predict(texts[:3]) == ["pos", "neg", "mid"]
