@@ -1,10 +1,13 @@
-"""The mask that flex attention is given on a GPU: the drawing of the token tree, and the scores and gradients of the CPU's way.
+"""What the kernels of a GPU are given: the drawing of the token tree, and the scores and gradients of the CPU's way.
 
-The kernel itself needs a GPU. Here torch's own uncompiled one stands in for it, and, as that knows no backward on a CPU, SDPA
-with the same mask cut down to the tiles that the kernel would visit.
+The kernels themselves need a GPU (test_cuda.py). Here torch's own uncompiled one stands in for flex attention, and, as that
+knows no backward on a CPU, SDPA with the same mask cut down to the tiles that the kernel would visit; for flash attention one
+product after another.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -99,6 +102,65 @@ def test_gradients_are_those_of_the_other_way(tiny_model, by_flex, kind):
         torch.testing.assert_close(found, wanted[name], rtol=1e-5, atol=1e-5 * wanted[name].abs().max().item())
     assert used
     assert max(g.abs().max() for g in wanted.values()) > 0.01
+
+
+def flash(q, k, v, query_ends, key_ends, most_queries, most_keys, dropout, causal, debug, **more):
+    """Flash attention as its authors describe it: of each sequence the last query sees the last key."""
+    left, out = more.get("window_size_left", -1), []
+    ends = [e.tolist() for e in (query_ends, key_ends)]
+    for (a, b), (c, d) in zip(*(itertools.pairwise(e) for e in ends), strict=True):
+        assert b - a <= most_queries
+        assert d - c <= most_keys
+        at, keys = torch.arange(d - c - (b - a), d - c)[:, None], torch.arange(d - c)[None]
+        seen = (keys <= at if causal else keys >= 0) & (at - keys <= left if left >= 0 else True)
+        one, *two = (
+            x[span].transpose(0, 1)[None] for x, span in ((q, slice(a, b)), (k, slice(c, d)), (v, slice(c, d)))
+        )
+        o = F.scaled_dot_product_attention(one, *two, attn_mask=seen, scale=more["scale"], enable_gqa=True)
+        out.append(o[0].transpose(0, 1))
+    assert dropout == 0
+    assert not debug
+    return F.pad(torch.cat(out), (0, 0, 0, 0, 0, len(q) - ends[0][-1])), None  # rows that only a CPU has
+
+
+@pytest.fixture
+def by_flash(monkeypatch, by_flex):
+    used = by_flex(None)
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    monkeypatch.setattr(attention, "_flash_takes", lambda query: True)
+    monkeypatch.setattr(attention, "_flash_kernel", lambda *a, **b: used.append(None) or flash(*a, **b))
+    return used
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_give_the_scores_and_gradients_of_blocks(tiny_model, request, kind, shape):
+    if kind == "bert" and shape not in ("flat", "long"):
+        pytest.skip("an encoder shares nothing")
+    made = scorer(tiny_model(kind), lora=LORA)
+    batch = made.pack(BATCHES[shape])
+    weights = torch.from_numpy(np.random.default_rng(0).normal(size=(batch.texts, 3)).astype(np.float32))
+
+    def results() -> dict[str, torch.Tensor]:
+        made.zero_grad()
+        scores = made(batch)
+        (scores * weights).sum().backward()
+        return {"scores": scores.detach()} | {
+            n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None
+        }
+
+    wanted = results()
+    used = request.getfixturevalue("by_flash")
+    for name, found in results().items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-4 * wanted[name].abs().max().item())
+    assert len(used) == made.inner.config.num_hidden_layers
+
+
+def test_one_long_instruction_is_not_copied_for_every_text(monkeypatch):
+    short, long = ([Encoded(chunks=((*range(n), 500 + i),), starts=(n,)) for i in range(20)] for n in (16, 300))
+    monkeypatch.setattr(attention, "KEYS_A_TOKEN", 10)
+    assert attention.Sequences.of(pack(short), CPU) is not None
+    assert attention.Sequences.of(pack(long), CPU) is None
 
 
 def test_what_the_kernel_cannot_do_goes_the_other_way(tiny_model, by_flex):

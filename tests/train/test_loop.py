@@ -145,7 +145,7 @@ def gradients(examples, loss, labels: int, micro_tokens: int) -> tuple[dict, flo
     optimizer = torch.optim.SGD([p for p in scorer.parameters() if p.requires_grad], lr=1.0)
     plan = schedule(batch=len(examples), lr=1.0, clip=1e9, micro_tokens=micro_tokens)
     accelerator = Accelerator(cpu=True)
-    with loop._Ahead(examples, encode, plan, 1, accelerator) as batches:
+    with loop._Ahead(scorer, examples, encode, plan, 1, accelerator) as batches:
         taken = loop._step(scorer, optimizer, batches.of(0), counted, plan, 0, 1, accelerator)
     return {n: before[n] - p for n, p in trainable_state(scorer).items()}, taken.loss, len(calls)
 

@@ -9,8 +9,9 @@ to the longest one, which costs little because only attention sees it, and atten
 of the arithmetic. What all segments of a block have above them (the instruction) is not copied: their queries meet its keys
 in one matrix product, and one softmax runs over both parts, which is exact.
 
-On CUDA the same relation is a mask of flex attention instead: who is above whom, and where (``FlexPlan``). Nothing is copied or
-padded but the end of the batch.
+On CUDA, in 16 bits, each segment is a sequence of flash attention instead, whose keys are all above it and its own
+(``Sequences``). In float32, and where that would copy too many keys, the relation is a mask of flex attention: who is above
+whom, and where (``FlexPlan``).
 
 Shapes: T tokens, P tokens with that padding, B segments of a block, L its longest segment, A tokens above all of the block,
 K = context + own keys, H query heads, G key heads (R = H / G queries a key head), D head size.
@@ -37,6 +38,7 @@ NAME = "loracle_tree"
 FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
 TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
 SMALLEST_HEAD = 16  # which its kernel can multiply
+KEYS_A_TOKEN = 4  # that flash attention may be given: more would be copies of one long instruction
 GROWTH = 1.25  # of one padded length over the next shorter one, so that few are ever met, and compiled for
 ROWS_BITS = 5  # of a batch's number of rows on a CPU; the other bits are zero
 LENGTH_STEP = 1.6  # a block holds segments whose lengths differ by at most this factor
@@ -108,6 +110,33 @@ class AttentionPlan:
 
 
 @dataclass(slots=True, kw_only=True)
+class Sequences:
+    """The same as sequences of flash attention, one a segment: its queries stand at the end of its keys."""
+
+    query_ends: Tensor  # int32 [N + 1], where the queries of each segment begin, and the last ones end
+    key_ends: Tensor  # int32 [N + 1], and its keys
+    longest: tuple[int, int]  # queries, keys
+    key_rows: Tensor | None  # int64, token row of each key, if they are not the tokens themselves
+
+    @classmethod
+    def of(cls, batch: PackedBatch, device: torch.device) -> Sequences | None:
+        """Lay a batch out, or None where it would take more than ``KEYS_A_TOKEN``."""
+        above = np.where(batch.parent == ROOT, 0, batch.position_ids[batch.start])
+        keys = batch.length + above
+        if keys.sum() > KEYS_A_TOKEN * batch.tokens:
+            return None
+        rows = [_rows(batch, [*ancestors(batch.parent, n), n]) for n in range(len(keys))] if above.any() else None
+        ends = (np.concatenate(([0], np.cumsum(x))).astype(np.int32) for x in (batch.length, keys))
+        query_ends, key_ends = (to_device(x, device) for x in ends)
+        return cls(
+            query_ends=query_ends,
+            key_ends=key_ends,
+            longest=(int(batch.length.max()), int(keys.max())),
+            key_rows=None if rows is None else to_device(np.concatenate(rows), device),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
 class FlexPlan:
     """The same as a mask for flex attention.
 
@@ -121,6 +150,7 @@ class FlexPlan:
     at: Tensor  # int32 [P], position of each token
     masks: dict[tuple, BlockMask] = field(default_factory=dict)
     blocks: AttentionPlan | None = None
+    sequences: Sequences | None = None  # only where flash attention can be had
 
     @classmethod
     def of(cls, batch: PackedBatch, device: torch.device) -> FlexPlan:
@@ -135,7 +165,8 @@ class FlexPlan:
             np.concatenate([batch.position_ids, np.arange(more)]),
         )
         held = [to_device(c.astype(np.int32), device) for c in columns]
-        return cls(batch=batch, entered=held[0], last=held[1], at=held[2])
+        sequences = Sequences.of(batch, device) if _has_flash(device) else None
+        return cls(batch=batch, entered=held[0], last=held[1], at=held[2], sequences=sequences)
 
     def sees(self, causal: bool, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Whether the token in one row attends to that in another, as flex attention asks."""
@@ -350,6 +381,8 @@ def tree_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
     if isinstance(tree, FlexPlan):
+        if tree.sequences is not None and not dropout and _flash_takes(query):
+            return _flash(query, key, value, tree.sequences, causal, sliding_window, scaling), None
         if not dropout and query.dtype != torch.float64 and query.shape[-1] >= SMALLEST_HEAD:
             return _flex(query, key, value, tree.mask(causal, sliding_window), scaling), None
         tree = tree.as_blocks()
@@ -380,6 +413,52 @@ def tree_attention(
             o = _products(bq, bk, bv, common, mask, shared_mask, scaling, dropout)
         out.append(o.reshape(B * L, *q.shape[1:]))
     return _Unpad.apply(torch.cat(out), tree.query_back, query.shape[2])[None], None
+
+
+# What torch.nn.attention.varlen calls, whose own arguments change with every release.
+_flash_kernel = torch.ops.aten._flash_attention_forward
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs there: it was built, and the card is an Ampere or newer."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_takes(query: Tensor) -> bool:
+    return query.element_size() == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, given: Sequences, causal: bool, window: int | None, scaling: float
+) -> Tensor:
+    """Flash attention of ``query [1, H, T, D]``, ``key`` and ``value [1, G, T, D]``, ``[1, T, H, D]``."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if given.key_rows is not None:
+        k, v = (_Copied.apply(x, given.key_rows) for x in (k, v))
+    near = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0 if causal else -1}
+    out, *_ = _flash_kernel(
+        q, k, v, given.query_ends, given.key_ends, *given.longest, 0.0, causal, False, scale=scaling, **near
+    )
+    return out[None]
+
+
+class _Copied(torch.autograd.Function):
+    """Rows ``[K, G, D]`` of ``x [T, G, D]``, some of them many times: their gradients are added in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.like = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.like, dtype=torch.float32)
+        return whole.index_add_(0, rows, grad.float()).to(grad.dtype), None
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:

@@ -29,7 +29,7 @@ from loracle.errors import Interrupted, UserError
 from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import Scorer
 from loracle.text.encode import Encoded
-from loracle.text.packing import micro_batches
+from loracle.text.packing import PackedBatch, micro_batches
 from loracle.train import distributed
 from loracle.train.checkpoint import (
     Checkpoint,
@@ -149,14 +149,14 @@ def fit(
     with (
         _Log(folder, total, progress.step, accelerator, quiet) as log,
         _deferred_interrupt() as interrupted,
-        _Ahead(examples, encode, schedule, total, accelerator) as batches,
+        _Ahead(scorer, examples, encode, schedule, total, accelerator) as batches,
     ):
         while progress.step < total and not progress.done:
             started = time.perf_counter()
             batch = batches.of(progress.step)
             taken = _step(scorer, optimizer, batch, loss, schedule, progress.step, total, accelerator)
             if taken is None:  # outside of the handler, whose traceback held the tensors of the step that failed
-                schedule = _smaller_rounds(schedule, progress.step)
+                schedule = batches.schedule = _smaller_rounds(schedule, progress.step)
                 log.note(
                     f"out of memory at step {progress.step + 1}: rounds of {schedule.micro_tokens:,} tokens from here"
                 )
@@ -199,25 +199,31 @@ def fit(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    """What one process takes of a batch."""
+    """What one process takes of a batch, cut into rounds: the examples of each and how they go through the model."""
 
     examples: list[Example]
-    encoded: list[list[Encoded]]
+    rounds: list[tuple[list[Example], PackedBatch]]
     whole: int  # examples of all processes
+    micro_tokens: int  # of a round
 
 
 class _Ahead:
-    """Batches of this process; while one is computed, the next one is encoded in a thread."""
+    """Batches of this process; while one is computed, the next one is encoded and packed in a thread."""
 
     def __init__(
-        self, examples: Sequence[Example], encode: Encode, schedule: Schedule, total: int, accelerator: Accelerator
+        self,
+        scorer: Scorer,
+        examples: Sequence[Example],
+        encode: Encode,
+        schedule: Schedule,
+        total: int,
+        accelerator: Accelerator,
     ):
-        self.examples, self.encode, self.schedule, self.total = examples, encode, schedule, total
+        self.scorer, self.examples, self.encode = scorer, examples, encode
+        self.schedule, self.total = schedule, total  # the schedule may be given smaller rounds at any time
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.pool = ThreadPoolExecutor(1, "loracle-encode")
-        self.step = -1
-        self.now: Future[_Batch] | None = None
-        self.next: Future[_Batch] | None = None
+        self.next: tuple[int, Future[_Batch]] | None = None
 
     def __enter__(self) -> _Ahead:
         return self
@@ -226,18 +232,21 @@ class _Ahead:
         self.pool.shutdown(cancel_futures=True)
 
     def of(self, step: int) -> _Batch:
-        """The batch of a step: the one asked for last, or the one after it."""
-        if step != self.step:
-            self.step, self.now = step, self.next or self.pool.submit(self._take, step)
-            self.next = self.pool.submit(self._take, step + 1) if step + 1 < self.total else None
-        assert self.now is not None
-        return self.now.result()
+        """The batch of a step, in rounds as the schedule now wants them."""
+        known, batch = self.next or (None, None)
+        found = batch.result() if batch is not None and known == step else None
+        if found is None or found.micro_tokens != self.schedule.micro_tokens:
+            found = self.pool.submit(self._take, step).result()
+        self.next = (step + 1, self.pool.submit(self._take, step + 1)) if step + 1 < self.total else None
+        return found
 
     def _take(self, step: int) -> _Batch:
-        whole = [self.examples[i] for i in _batch_indices(len(self.examples), self.schedule, step)]
+        schedule = self.schedule
+        whole = [self.examples[i] for i in _batch_indices(len(self.examples), schedule, step)]
         own = distributed.share_out(whole, self.world)[self.rank]
         examples = [whole[i] for i in own]
-        return _Batch(examples=examples, encoded=self.encode(examples) if examples else [], whole=len(whole))
+        rounds = _rounds(self.scorer, examples, self.encode(examples), schedule) if examples else []
+        return _Batch(examples=examples, rounds=rounds, whole=len(whole), micro_tokens=schedule.micro_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,18 +272,17 @@ def _step(
     """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
     scorer.train()
     torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
-    rounds, losses, short = _rounds(scorer, batch, schedule), [], 0.0
+    losses, short = [], 0.0
     count = tokens = computed = 0.0
-    empty = distributed.most(len(rounds)) - len(rounds) if scorer.sharded else 0  # rounds that only others have
+    more = distributed.most(len(batch.rounds)) - len(batch.rounds) if scorer.sharded else 0  # that only others have
     try:
-        for part in rounds:
-            packed = scorer.pack([e for i in part for e in batch.encoded[i]])
-            summed, counted = loss([batch.examples[i] for i in part])(scorer(packed))
+        for examples, packed in batch.rounds:
+            summed, counted = loss(examples)(scorer(packed))
             summed.backward()
             losses.append(summed.detach())
             count += counted
             tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
-        for _ in range(empty):  # the others need this one's weights
+        for _ in range(more):  # the others need this one's weights
             (0 * scorer(scorer.pack([NOTHING])).sum()).backward()
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
@@ -297,14 +305,14 @@ def _step(
     norm = torch.nn.utils.clip_grad_norm_(trained, schedule.clip)
     # Asked once a step, before the weights are touched: each question makes the processor wait for the GPU.
     *values, size = torch.stack([x.to(norm.device, torch.float32) for x in (*losses, norm)]).tolist()
-    found = [(rounds[i], f"a loss of {value}") for i, value in enumerate(values) if not math.isfinite(value)]
+    each = zip(batch.rounds, values, strict=True)
+    found = [(examples, f"a loss of {value}") for (examples, _), value in each if not math.isfinite(value)]
     if not found and not math.isfinite(size):
-        found = [(list(range(len(batch.examples))), f"a gradient norm of {size}")]
+        found = [(batch.examples, f"a gradient norm of {size}")]
     (value,) = distributed.summed([sum(values)])
     if not math.isfinite(size) or not math.isfinite(value):
-        told = [([batch.examples[i] for i in part], what) for part, what in found]
         # Where one process has a loss that is no number, all have such gradients: the loss says more.
-        rows, what = min(distributed.gathered(told), key=lambda known: "norm" in known[1])
+        rows, what = min(distributed.gathered(found), key=lambda known: "norm" in known[1])
         raise _diverged(step + 1, rows, what)
     for group in optimizer.param_groups:
         group["lr"] = schedule.lr * lr_factor(step, total, schedule.warmup)
@@ -313,15 +321,16 @@ def _step(
     return _Taken(loss=value / max(count, 1e-12), examples=batch.whole, tokens=int(tokens), computed=int(computed))
 
 
-def _rounds(scorer: Scorer, batch: _Batch, schedule: Schedule) -> list[list[int]]:
-    """Indices of a batch's examples, cut into rounds; none for a process that has nothing of a small batch."""
-    if not batch.examples:
-        return []
-    sizes = [sum(e.tokens for e in unit) for unit in batch.encoded]
+def _rounds(
+    scorer: Scorer, examples: list[Example], encoded: list[list[Encoded]], schedule: Schedule
+) -> list[tuple[list[Example], PackedBatch]]:
+    """Examples cut into rounds, each packed as the scorer takes it."""
+    sizes = [sum(e.tokens for e in unit) for unit in encoded]
     # Padding costs least among equals; a packed batch has none, and keeps its order.
-    order = range(len(sizes)) if scorer.packed else sorted(range(len(sizes)), key=sizes.__getitem__)
-    parts = micro_batches([batch.encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
-    return [[order[i] for i in part] for part in parts]
+    order = list(range(len(sizes))) if scorer.packed else sorted(range(len(sizes)), key=sizes.__getitem__)
+    parts = micro_batches([encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
+    of_round = [[order[i] for i in part] for part in parts]
+    return [([examples[i] for i in part], scorer.pack([e for i in part for e in encoded[i]])) for part in of_round]
 
 
 def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
