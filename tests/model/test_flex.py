@@ -132,11 +132,10 @@ def by_flash(monkeypatch, by_flex):
     return used
 
 
-@pytest.mark.parametrize("shape", BATCHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [*itertools.product(KINDS[:3], BATCHES), ("bert", "flat"), ("bert", "long")]
+)
 def test_sequences_give_the_scores_and_gradients_of_blocks(tiny_model, request, kind, shape):
-    if kind == "bert" and shape not in ("flat", "long"):
-        pytest.skip("an encoder shares nothing")
     made = scorer(tiny_model(kind), lora=LORA)
     batch = made.pack(BATCHES[shape])
     weights = torch.from_numpy(np.random.default_rng(0).normal(size=(batch.texts, 3)).astype(np.float32))
@@ -161,6 +160,30 @@ def test_one_long_instruction_is_not_copied_for_every_text(monkeypatch):
     monkeypatch.setattr(attention, "KEYS_A_TOKEN", 10)
     assert attention.Sequences.of(pack(short), CPU) is not None
     assert attention.Sequences.of(pack(long), CPU) is None
+
+
+def shifted(q, k, v, *ends, **more):
+    """Causal from the first key on, as torch's own scaled_dot_product_attention is."""
+    return flash(q, k.roll(1, 0), v.roll(1, 0), *ends, **more)
+
+
+def blind(*given, **more):
+    return flash(*given, **{name: x for name, x in more.items() if "window" not in name})
+
+
+def changed(*given, **more):
+    raise TypeError("_flash_attention_forward() got an unexpected keyword argument")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "says"), [(flash, None), (shifted, "its error"), (blind, "its error"), (changed, "unexpected keyword")]
+)
+def test_flash_attention_is_used_only_where_it_is_right(monkeypatch, caplog, kernel, says, inference):
+    monkeypatch.setattr(attention, "_flash_kernel", kernel)
+    with torch.inference_mode(inference):
+        assert attention._flash_is_right(CPU) == (says is None)
+    assert [says in line for line in caplog.messages] == [True] * (says is not None)
 
 
 def test_what_the_kernel_cannot_do_goes_the_other_way(tiny_model, by_flex):

@@ -20,8 +20,10 @@ K = context + own keys, H query heads, G key heads (R = H / G queries a key head
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,13 +34,17 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from loracle.errors import UserError
-from loracle.text.packing import ROOT, PackedBatch, ancestors
+from loracle.text.encode import Encoded
+from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
+
+logger = logging.getLogger(__name__)
 
 NAME = "loracle_tree"
 FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
 TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
 SMALLEST_HEAD = 16  # which its kernel can multiply
 KEYS_A_TOKEN = 4  # that flash attention may be given: more would be copies of one long instruction
+FLASH_ERROR = 0.02  # of its results in bfloat16, which rounds to 0.004; a key too many or too few is ten times that
 GROWTH = 1.25  # of one padded length over the next shorter one, so that few are ever met, and compiled for
 ROWS_BITS = 5  # of a batch's number of rows on a CPU; the other bits are zero
 LENGTH_STEP = 1.6  # a block holds segments whose lengths differ by at most this factor
@@ -421,10 +427,50 @@ _flash_kernel = torch.ops.aten._flash_attention_forward
 
 @functools.cache
 def _has_flash(device: torch.device) -> bool:
-    """Whether torch's flash attention runs there: it was built, and the card is an Ampere or newer."""
+    """Whether torch's flash attention can be had and is right there: it was built, for an Ampere or a newer card."""
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and _flash_is_right(device)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _flash_is_right(device: torch.device, window: int = 16) -> bool:
+    """Whether its values and gradients are those of plain products, for texts behind a shared start.
+
+    Asked once a process: the operation is not public, and one that saw other keys would give other scores without a word.
+    """
+    texts = [Encoded(chunks=((*range(40), 50 + i, *range(60, 60 + 9 * i)),), starts=(40,)) for i in range(4)]
+    batch, module = pack(texts), SimpleNamespace(is_causal=True)
+    sequences, blocks = Sequences.of(batch, device), AttentionPlan.of(batch, device)
+    assert sequences is not None
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, batch.tokens, 64), *2 * ((1, 2, batch.tokens, 64),), (1, batch.tokens, 4, 64))
+    *given, grad = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes)
+
+    def results(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        x = [t.to(dtype, copy=True).requires_grad_() for t in given]
+        out = attend(*x)
+        return [out.detach(), *torch.autograd.grad(out, x, grad.to(dtype))]
+
+    def plain(near: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tree_attention(module, q, k, v, None, tree=blocks, sliding_window=near)[0]  # type: ignore[arg-type]
+
+    def flash(near: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _flash(q, k, v, sequences, True, near, 64**-0.5)
+
+    worst = 0.0
+    try:
+        for near in (None, window):
+            wanted = results(functools.partial(plain, near), torch.float32)
+            found = results(functools.partial(flash, near), torch.bfloat16)
+            worst = max(worst, *(((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)))
+    except (RuntimeError, TypeError, AttributeError) as e:
+        logger.warning("flash attention is left out on %s: %s", device, str(e).splitlines()[0])
+        return False
+    if not worst < FLASH_ERROR:
+        logger.warning("flash attention is left out on %s: its error is %.1e", device, worst)
+    return worst < FLASH_ERROR
 
 
 def _flash_takes(query: Tensor) -> bool:

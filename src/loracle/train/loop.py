@@ -270,7 +270,8 @@ def _step(
     accelerator: Accelerator,
 ) -> _Taken | None:
     """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
-    scorer.train()
+    if not scorer.training:  # going through some thousand modules takes a GPU's time for a whole layer
+        scorer.train()
     torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
     losses, short = [], 0.0
     count = tokens = computed = 0.0
