@@ -1,13 +1,15 @@
-"""Norms and rotations in one step are transformers' own, value and gradient, and no other model is touched."""
+"""Norms, rotations and gated units in one step are transformers' own, value and gradient, and no other model is touched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModel
 from transformers.models.llama import modeling_llama as llama
 
-from loracle.model.fused import RmsNorm, fuse, rotate
+from loracle.model import fused
+from loracle.model.fused import RmsNorm, SwiGlu, fuse, rotate
 
 
 def drawn(*shape, dtype=torch.float64):
@@ -51,3 +53,27 @@ def test_only_this_model_is_fused(tiny_model, kind):
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         torch.testing.assert_close(one(ids).last_hidden_state, other(ids).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_gated_unit_value_and_gradient():
+    gate, up = drawn(3, 5, 16).requires_grad_(), drawn(5, 3, 16).transpose(0, 1).requires_grad_()
+    torch.testing.assert_close(SwiGlu.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGlu.apply, (gate, up))
+
+
+def test_what_is_turned_at_once_is_turned():
+    x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 8)
+    for sign in (1, -1):
+        torch.testing.assert_close(
+            fused._turned_at_once(x, angle.cos(), angle.sin(), sign), fused._turned(x, angle.cos(), angle.sin(), sign)
+        )
+
+
+@pytest.mark.parametrize("lacks", [None, "Triton", "a C compiler", "Python's headers"])
+def test_nothing_is_compiled_where_something_lacks(monkeypatch, tmp_path, lacks):
+    (tmp_path / "Python.h").touch()
+    include = tmp_path / "elsewhere" if lacks == "Python's headers" else tmp_path
+    monkeypatch.setattr(fused, "has_triton", lambda: lacks != "Triton")
+    monkeypatch.setattr(fused.shutil, "which", lambda name: None if lacks == "a C compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr(fused.sysconfig, "get_paths", lambda: {"include": str(include)})
+    assert fused.can_compile.__wrapped__() == (lacks is None)

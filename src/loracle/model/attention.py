@@ -34,6 +34,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from loracle.errors import UserError
+from loracle.model.fused import can_compile
 from loracle.text.encode import Encoded
 from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
 
@@ -389,7 +390,7 @@ def tree_attention(
     if isinstance(tree, FlexPlan):
         if tree.sequences is not None and not dropout and _flash_takes(query):
             return _flash(query, key, value, tree.sequences, causal, sliding_window, scaling), None
-        if not dropout and query.dtype != torch.float64 and query.shape[-1] >= SMALLEST_HEAD:
+        if not dropout and _flex_takes(query):
             return _flex(query, key, value, tree.mask(causal, sliding_window), scaling), None
         tree = tree.as_blocks()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
@@ -505,6 +506,10 @@ class _Copied(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         whole = grad.new_zeros(ctx.like, dtype=torch.float32)
         return whole.index_add_(0, rows, grad.float()).to(grad.dtype), None
+
+
+def _flex_takes(query: Tensor) -> bool:
+    return query.dtype != torch.float64 and query.shape[-1] >= SMALLEST_HEAD and (query.is_cpu or can_compile())
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 
 def fuse(model: Any) -> None:
@@ -46,9 +51,16 @@ def _gated(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(SwiGlu.apply(module.gate_proj(x), module.up_proj(x)))
 
 
+@functools.cache
+def can_compile() -> bool:
+    """Whether kernels can be compiled for a GPU: Triton writes them, and a C compiler the program that launches each."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
+    return has_triton() and compiler and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
 def _step(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """The function for tensors like ``x``: on CUDA as one kernel."""
-    return _compiled(function) if x.device.type == "cuda" else function
+    return _compiled(function) if x.device.type == "cuda" and can_compile() else function
 
 
 @functools.cache
@@ -108,7 +120,7 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     if x.device.type == "cuda":
-        return _compiled(_turned_at_once)(x, cos, sin, sign)
+        return _step(_turned_at_once, x)(x, cos, sin, sign)
     out, half = x * cos, x.shape[-1] // 2
     out[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-sign)
     out[..., half:].addcmul_(x[..., :half], sin[..., :half], value=sign)
