@@ -62,7 +62,7 @@ def test_gated_unit_value_and_gradient():
 
 
 def test_what_is_turned_at_once_is_turned():
-    x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 8)
+    x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 4).repeat(1, 1, 1, 2)
     for sign in (1, -1):
         torch.testing.assert_close(
             fused._turned_at_once(x, angle.cos(), angle.sin(), sign), fused._turned(x, angle.cos(), angle.sin(), sign)
