@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -463,6 +464,8 @@ def _check_weights_fit(base: BaseModel, config: RunConfig) -> None:
         wanted = small if model.quantize and place.type != "cpu" else whole
         if model.shard and place.type != "cpu":
             wanted //= distributed.start(device).num_processes
+        elif model.shard:  # each process of this machine reads all of them
+            wanted *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if wanted > (free := free_memory(place)):
             four_bit = place.type == "cuda" and not model.quantize and small < free
             raise UserError(

@@ -171,13 +171,18 @@ def blind(*given, **more):
     return flash(*given, **{name: x for name, x in more.items() if "window" not in name})
 
 
+def empty(*given, **more):
+    return flash(*given, **more)[0] * torch.nan, None
+
+
 def changed(*given, **more):
     raise TypeError("_flash_attention_forward() got an unexpected keyword argument")
 
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "says"), [(flash, None), (shifted, "its error"), (blind, "its error"), (changed, "unexpected keyword")]
+    ("kernel", "says"),
+    [(flash, None), (shifted, "errors are"), (blind, "errors are"), (empty, "'nan'"), (changed, "unexpected keyword")],
 )
 def test_flash_attention_is_used_only_where_it_is_right(monkeypatch, caplog, kernel, says, inference):
     monkeypatch.setattr(attention, "_flash_kernel", kernel)

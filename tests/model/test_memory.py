@@ -58,6 +58,16 @@ def test_scoring_goes_on_in_smaller_rounds(tiny_model):
         assemble.in_rounds(made, forward, TEXTS)
 
 
+def test_a_sharded_model_is_not_asked_again(tiny_model):
+    """The other processes wait in the midst of a layer."""
+    made = scorer(tiny_model("qwen2"))
+    made.sharded = True
+    forward, seen = short_of(made, 40)
+    with pytest.raises(torch.OutOfMemoryError):
+        assemble.in_rounds(made, forward, TEXTS)
+    assert len(seen) == 1
+
+
 def test_a_forward_that_failed_keeps_nothing_alive(tiny_model):
     """q has asked for what k and v read too, and then k fails: the graph below must not wait for them."""
     made = scorer(tiny_model("qwen2")).train()

@@ -21,7 +21,7 @@ from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor
 from loracle.serve.guard import is_loopback
-from loracle.serve.server import load, read_token
+from loracle.serve.server import _listen, load, read_token
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,14 @@ def test_a_process_bears_broken_requests_and_answers_what_is_at_work_at_sigterm(
     assert "Traceback" not in err
     assert "secret" not in err
     assert [r["labels"] for r in results] == [[label] for label in Predictor(run).predict(texts)]
+
+
+def test_an_answer_is_not_kept_back_for_a_client_that_is_slow_to_acknowledge():
+    """Headers and body leave one after the other; with Nagle's algorithm the second waits for the client, 40 ms."""
+    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def _break(port):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.data.examples import LabeledText
 from loracle.errors import UserError
-from loracle.train.distributed import share_out, start
+from loracle.train import distributed
+from loracle.train.distributed import on_main, share_out, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -165,6 +167,24 @@ def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, messa
     with pytest.raises(UserError, match=message):
         recipe.train(RunConfig.from_flat(settings | flags), say=lambda line: None, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sharded", "error", "told"),
+    [
+        (True, torch.OutOfMemoryError("CUDA out of memory"), 0),  # the others would take the word for a part of a layer
+        (True, RuntimeError("shapes differ"), 1),
+        (False, torch.OutOfMemoryError("CUDA out of memory"), 1),
+    ],
+)
+def test_what_the_others_hear_of_an_error_in_the_main_process(monkeypatch, sharded, error, told):
+    said, along = [], SimpleNamespace(sharded=sharded, announce=None)
+    monkeypatch.setattr(distributed, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+    monkeypatch.setattr(distributed, "broadcast_object_list", said.append)
+    with pytest.raises(UserError if not told else type(error)):
+        on_main(lambda: (_ for _ in ()).throw(error), along=along)
+    assert [held[1] for held in said] == ["failed"] * told
+    assert along.announce is None
 
 
 def test_shares_are_disjoint_and_about_as_long():

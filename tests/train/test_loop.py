@@ -208,6 +208,20 @@ def test_out_of_memory_in_the_middle_of_a_step_only_makes_the_rounds_smaller(tmp
     np.testing.assert_allclose(losses_of(tmp_path / "short"), losses_of(tmp_path / "whole"), rtol=1e-4)
 
 
+def test_all_of_a_model_trains_from_the_first_step_on(tmp_path):
+    """transformers hands models over in eval mode, which what is built around them does not say."""
+    scorer = new_scorer()
+    scorer.inner.eval()
+    assert scorer.training
+    modes = []
+    for module in scorer.modules():
+        module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    run(tmp_path, scorer, max_steps=1)
+    assert len(modes) > 20
+    assert all(modes)
+    assert not any(module.training for module in scorer.modules())  # and is left as it is used
+
+
 def test_memory_for_nothing_is_said(tmp_path, monkeypatch):
     scorer = new_scorer()
     monkeypatch.setattr(scorer, "forward", lambda batch: (_ for _ in ()).throw(MemoryError()))

@@ -225,7 +225,7 @@ def in_rounds(
                 results.append(function(scorer.pack([texts[order[i]] for i in part])).float().cpu().numpy())
                 return
             except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e):
+                if not out_of_memory(e) or scorer.sharded:  # then other processes wait in the midst of a layer
                     raise
             if len(part) == 1:  # outside of the handler, whose traceback holds the tensors of the round that failed
                 raise UserError(

@@ -87,6 +87,8 @@ def _whole(scorer: Scorer, folder: Path) -> tuple[Scorer, Tensor]:
     if scorer.encoder or not scorer.packed:
         raise NoLikelihoodError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
     if scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers:
+        if scorer.sharded:
+            raise NoLikelihoodError("the whole base may not fit where a part of each of its layers does")
         dtype = next(scorer.inner.base_model.parameters()).dtype
         pad = scorer.inner.config.pad_token_id
         rank = Task(kind="rank", evidence="clicks")

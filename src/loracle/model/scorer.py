@@ -116,9 +116,11 @@ class Scorer(nn.Module):
 
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
         """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
-        if self.announce is not None:
-            self.announce(batch, only)
         tokens, device = batch.tokens, self.device
+        if only is not None:
+            only = only.to(device)  # the others are told of rows in the CPU's memory: their device is another one
+        if self.announce is not None:
+            self.announce(batch, None if only is None else only.cpu())
         more = attention.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
 
         def put(a: np.ndarray) -> Tensor:

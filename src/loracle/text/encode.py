@@ -6,6 +6,7 @@ What is cut is counted; what the head reads at is never cut, because the templat
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ class Encoder:
         self._typed = encoder and "token_type_ids" in tokenizer.model_input_names
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
+        self._one_at_a_time = threading.Lock()  # training encodes the next batch while validation texts are encoded
 
     def __call__(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[Encoded]:
         """Encode a batch of texts, each with its context where there is one. Lone surrogates become U+FFFD."""
@@ -59,9 +61,11 @@ class Encoder:
             clean(text) if context is None else (clean(context), clean(text))
             for text, context in zip(texts, contexts, strict=True)
         ]
-        self._backend.enable_truncation(self.tokenizer.model_max_length)
-        self._backend.encode_special_tokens = True
-        return [self._encoded(e) for e in self._backend.encode_batch(inputs)]
+        with self._one_at_a_time:
+            self._backend.enable_truncation(self.tokenizer.model_max_length)
+            self._backend.encode_special_tokens = True
+            encodings = self._backend.encode_batch(inputs)
+        return [self._encoded(e) for e in encodings]
 
     @property
     def after(self) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from loracle.data.examples import Example, texts_of
 from loracle.errors import UserError
+from loracle.model.memory import out_of_memory
 
 if TYPE_CHECKING:
     from loracle.model.scorer import Scorer
@@ -103,14 +104,25 @@ def on_main(function: Callable[[], T], along: Scorer | None = None) -> T:
         return function()
     if state.is_main_process:
         held: list[Any] = [None, "failed"]
-        if along is not None and along.sharded:
+        together = along is not None and along.sharded
+        if along is not None and together:
             along.announce = lambda *asked: broadcast_object_list([asked, "compute"])
         try:
             held = [function(), "done"]
+        except (RuntimeError, MemoryError) as e:
+            if together and out_of_memory(
+                e
+            ):  # the others wait in the midst of a layer, where nothing can be told to them
+                held = []
+                raise UserError(
+                    "memory to score with a sharded base", "too little", "pass a smaller --micro-tokens or --max-length"
+                ) from e
+            raise
         finally:
             if along is not None:
                 along.announce = None
-            broadcast_object_list(held)
+            if held:
+                broadcast_object_list(held)
         return held[0]
     while True:
         value, said = broadcast_object_list([None, None])

@@ -138,6 +138,7 @@ def fit(
         set_optimizer_tensors(optimizer, saved.optimizer)
     total, looks = schedule.total_steps(len(examples)), schedule.looks(len(examples))
     result = Fit(progress=progress, steps=total)
+    scorer.train()  # all of it, whatever it says of itself: transformers hands its models over in eval mode
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -270,7 +271,7 @@ def _step(
     accelerator: Accelerator,
 ) -> _Taken | None:
     """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
-    if not scorer.training:  # going through some thousand modules takes a GPU's time for a whole layer
+    if not scorer.training:  # since the last look; going through thousands of modules costs a step of a GPU 3 %
         scorer.train()
     torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
     losses, short = [], 0.0
