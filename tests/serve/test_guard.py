@@ -109,6 +109,19 @@ def test_what_finds_no_room_is_told_to_come_again(one, monkeypatch, limit):
         assert post(client, "/v1/classify", texts=["good"])
 
 
+def test_who_finds_no_room_is_refused_unread(one, monkeypatch):
+    """Under overload most of the work is to refuse: what is asked is not even looked at."""
+    broken = {"content": b"{", "headers": {"Content-Type": "application/json"}}
+    with client_of(one, queue_texts=1, max_texts=1) as client, ThreadPoolExecutor(1) as pool:
+        assert client.post("/v1/classify", **broken).status_code == 422
+        held = Held(monkeypatch)
+        first = pool.submit(post, client, "/v1/classify", texts=["good"])
+        assert held.inside.wait(10)
+        assert "too much to do" in refused(client.post("/v1/classify", **broken), 429)
+        held.gate.set()
+        assert first.result(10)["results"]
+
+
 def test_the_first_request_is_not_the_first_round(one):
     """Each run has had a round before the server is ready, of which the metrics of texts know nothing."""
     with client_of(one) as client:

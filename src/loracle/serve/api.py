@@ -176,6 +176,7 @@ def create_app(predictors: dict[str, Predictor], settings: ServeConfig, *, token
         paths={*app.openapi()["paths"], "/", "/openapi.json"},
         max_body=settings.max_body,
         queue=settings.queue,
+        has_room=desk.batcher.has_room,
         deadline=settings.deadline,
         metrics=desk.metrics,
     )

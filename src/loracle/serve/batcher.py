@@ -22,7 +22,8 @@ import numpy as np
 from loracle.text.encode import Encoded
 from loracle.text.packing import micro_batches
 
-SMOOTHED = 0.3  # weight of the newest full round in the speed
+SMOOTHED = 0.3  # weight of the newest round in the speed
+NOTED = 8  # a round with less than this part of its tokens tells nothing of what the machine can do
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="loracle-batcher", daemon=True)
         self.texts = self.tokens = 0  # waiting or at work
         self.rounds = self.failures = 0
-        self._speed: float | None = None  # tokens/s of full rounds; small ones tell nothing of what the machine can do
+        self._speed: float | None = None  # tokens/s, of rounds that are large enough to tell
         self._at_work = 0  # tokens of the round that is computed now
 
     def __enter__(self) -> Batcher:
@@ -176,7 +177,7 @@ class Batcher:
 
     def _note(self, tokens: int, seconds: float) -> None:
         """Learn from a round what the machine can do."""
-        if tokens >= self._round_tokens / 2:
+        if tokens >= self._round_tokens / NOTED:
             now = tokens / max(seconds, 1e-9)
             self._speed = now if self._speed is None else SMOOTHED * now + (1 - SMOOTHED) * self._speed
 

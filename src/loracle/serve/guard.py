@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -59,6 +59,7 @@ class Guard:
             name are answered, so that no page in a browser here can talk to the server under a name of its own (DNS
             rebinding).
         paths: those that metrics name; all others are one.
+        has_room: whether so many texts would be taken now.
         max_body: bytes. queue: requests at work at once. deadline: seconds for an answer, reading the request included.
     """
 
@@ -70,12 +71,13 @@ class Guard:
         paths: Collection[str],
         max_body: int,
         queue: int,
+        has_room: Callable[[int], bool],
         deadline: float,
         metrics: Metrics,
     ):
         self.app, self.metrics, self.paths = app, metrics, paths
         self.token = None if token is None else token.encode()
-        self.max_body, self.queue, self.deadline = max_body, queue, deadline
+        self.max_body, self.queue, self.has_room, self.deadline = max_body, queue, has_room, deadline
         self.at_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,6 +117,8 @@ class Guard:
             return
         if self.at_work >= self.queue:
             raise Refused(429, f"{self.queue} requests are at work already; try again", RETRY)
+        if not self.has_room(1):  # as the batcher would say: under overload most of the work is to refuse
+            raise Refused(429, "too much to do; try again", RETRY)
         self.at_work += 1
         try:
             async with asyncio.timeout(self.deadline):
