@@ -34,10 +34,11 @@ bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]' -c constraints.txt
 	for part in $(PART); do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
-# Kills, 50 each instead of the 5 of `make test`, and what is too large for it (Ray); writes a dated table.
+# Kills, 50 each instead of the 5 of `make test`, an hour of requests that no person would send, and what is too large for it
+# (Ray); writes a dated table.
 soak: $(VENV)/.dev
 	$(PIP) -e '.[ray]' -c constraints.txt
-	LORACLE_KILLS=50 $(BIN)/python benchmarks/soak.py
+	LORACLE_KILLS=50 LORACLE_CASES=8000 $(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -1,4 +1,6 @@
-"""The tests of kills, as often as ``LORACLE_KILLS`` says, and those on Ray; a dated table of what was hit."""
+"""The tests of kills, as often as ``LORACLE_KILLS`` says, those of requests that no person would send, ``LORACLE_CASES`` of each
+kind, and those on Ray; a dated table of what was met.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from xml.etree import ElementTree
 
 from results import HERE, write_table
 
-TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py"]
+TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py", "tests/serve/test_routes.py"]
+CHOSEN = "kill or sigkill or ray or workers or allows_or_forbids"
 
 
 def main() -> int:
@@ -23,7 +26,7 @@ def main() -> int:
             "pytest",
             *TESTS,
             "-k",
-            "kill or sigkill or ray or workers",
+            CHOSEN,
             "--timeout",
             "7200",
         ]
@@ -34,14 +37,19 @@ def main() -> int:
         found: dict[str, list[ElementTree.Element]] = {}
         for case in cases:
             found.setdefault(f"{case.get('classname')}.{case.get('name')}".partition("[")[0], []).append(case)
-    rows = [["test", "runs", "failed", "skipped", "seconds", "where the kills fell"]]
+    rows = [["test", "runs", "failed", "skipped", "seconds", "what was met"]]
     for name, of_test in found.items():
         bad, skipped = ([c for c in of_test if c.find(tag) is not None] for tag in ("failure", "skipped"))
-        met = "; ".join(p.get("value", "") for c in of_test for p in c.iter("property") if p.get("name") == "kills")
+        met = "; ".join(p.get("value", "") for c in of_test for p in c.iter("property"))
         seconds = sum(float(c.get("time", 0)) for c in of_test)
         rows.append([name, str(len(of_test)), str(len(bad)), str(len(skipped)), f"{seconds:.0f}", met])
     kills = os.environ.get("LORACLE_KILLS", "5")
-    write_table("soak", rows, [f"SIGKILL at random moments, {kills} a test (a run each where there are {kills} runs)."])
+    cases = os.environ.get("LORACLE_CASES", "10")
+    notes = [
+        f"SIGKILL at random moments, {kills} a test (a run each where there are {kills} runs); schemathesis, at most {cases} "
+        "cases of each operation and kind."
+    ]
+    write_table("soak", rows, notes)
     return failed
 
 
