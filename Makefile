@@ -38,7 +38,7 @@ bench: $(VENV)/.dev
 # (Ray); writes a dated table.
 soak: $(VENV)/.dev
 	$(PIP) -e '.[ray]' -c constraints.txt
-	LORACLE_KILLS=50 LORACLE_CASES=8000 $(BIN)/python benchmarks/soak.py
+	LORACLE_KILLS=50 LORACLE_CASES=5000 $(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

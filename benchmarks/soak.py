@@ -1,5 +1,5 @@
-"""The tests of kills, as often as ``LORACLE_KILLS`` says, those of requests that no person would send, ``LORACLE_CASES`` of each
-kind, and those on Ray; a dated table of what was met.
+"""The tests of kills, as often as ``LORACLE_KILLS`` says, those of requests that no person would send, ``LORACLE_CASES`` of
+each kind, and those on Ray; a dated table of what was met.
 """
 
 from __future__ import annotations
