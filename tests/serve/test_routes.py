@@ -172,6 +172,12 @@ def test_rerank_as_vllm_says_it(client, folder, path):
     assert len(post(client, path, model="clicks", query="", documents=SHOWN)["results"]) == 3
 
 
+@pytest.mark.parametrize("top_n", [True, "1", 1.5, -1, None])
+def test_rerank_wants_a_whole_number(client, top_n):
+    asked = {"model": "clicks", "query": "", "documents": SHOWN, "top_n": top_n}
+    assert "top_n" in refused(client.post("/v2/rerank", json=asked), 422)
+
+
 # --- which run --------------------------------------------------------------------------------------------------------
 
 

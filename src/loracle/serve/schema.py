@@ -159,7 +159,7 @@ class VllmRerank(BaseModel):
     model: str | None = None
     query: Text = Field(description="the context; empty: none")
     documents: list[Text] = Field(min_length=1)
-    top_n: int = Field(0, ge=0, description="0: all")
+    top_n: int = Field(0, ge=0, strict=True, description="0: all")  # else `true` would be taken for 1
     user: str | None = Field(None, description="ignored, as vLLM does")
 
 
