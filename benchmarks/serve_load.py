@@ -4,12 +4,13 @@
     python benchmarks/serve_load.py --seconds 3 --rounds 1       # does it work?
     python benchmarks/serve_load.py --peer queue --folder FOLDER --port 8001   # a peer alone
 
-Same weights (a run of the demo's topics, and its export to transformers), dtype, headlines, machine, and locust on it. The peer
-is written as transformers' page "Web server inference" says: a queue, one worker that takes what waits and scores it as one
+Same weights (a run of the demo's topics, and its export to transformers), dtype, headlines, machine, and k6 on it. The peer is
+written as transformers' page "Web server inference" says: a queue, one worker that takes what waits and scores it as one
 batch; its forward is put in a thread besides, so that the loop goes on. ``threads`` is what is written without that page.
 """
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -125,17 +126,28 @@ def server(command: list[str]) -> Iterator[psutil.Process]:
 
 
 def load(seconds: float, users: int, rate: float = 0.0) -> np.ndarray:
-    """Status, milliseconds and time of every answer, ``[N, 3]``; what is at work at the end is waited for."""
+    """Status (0: no answer), milliseconds and the second of the end of every request, ``[N, 3]``; what is at work at the end is
+    waited for.
+    """
+    from loracle.data.demo import bbc_headlines
+
     with tempfile.TemporaryDirectory() as scratch:
-        answers = Path(scratch) / "answers.json"
-        environment = {**os.environ, "LOAD_ANSWERS": str(answers), "LOAD_RATE": str(rate), "LOAD_USERS": str(users)}
-        command = [sys.executable, "-m", "locust", "-f", HERE / "serve_load_user.py", "--headless", "--only-summary",
-                   "--host", f"http://127.0.0.1:{PORT}", "-u", users, "-r", users, "-t", f"{seconds:g}s",
-                   "--exit-code-on-error", 0, "--stop-timeout", 30]  # fmt: skip
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-        if not answers.exists():
+        answers, texts = Path(scratch) / "answers.csv", Path(scratch) / "texts.json"
+        texts.write_text(json.dumps([headline for headline, _ in bbc_headlines()]))
+        asked = {"URL": f"http://127.0.0.1:{PORT}/v1/classify", "TEXTS": texts, "USERS": users, "RATE": round(rate),
+                 "SECONDS": f"{seconds:g}"}  # fmt: skip
+        command = [Path(sys.executable).parent / "k6", "run", "--quiet", "--no-usage-report", "--out", f"csv={answers}"]
+        command += [word for name, value in asked.items() for word in ("-e", f"{name}={value}")]
+        environment = {**os.environ, "K6_CSV_TIME_FORMAT": "unix_milli"}
+        done = subprocess.run(
+            [*map(str, command), HERE / "serve_load_user.js"], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        return np.array(json.loads(answers.read_text())).reshape(-1, 3)
+        with answers.open(newline="") as f:
+            rows = [row for row in csv.DictReader(f) if row["metric_name"] == "http_req_duration"]
+        found = [(float(r["status"]), float(r["metric_value"]), float(r["timestamp"]) / 1000) for r in rows]
+        return np.array(found).reshape(-1, 3)
 
 
 @contextmanager
@@ -205,8 +217,8 @@ def main(seconds: float, rounds: int) -> None:
             all_rounds = ", ".join(f"{f[0]:.1f}" for f in found)
             rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
         notes = [
-            f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, locust "
-            f"on the same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
+            f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, k6 on "
+            f"the same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
         ]
         for name, command in ways.items():
             best = max(statistics.median(f[0] for f in seen[name, users]) for users in USERS)

@@ -348,6 +348,9 @@ class ServeConfig:
         0.5, "seconds that a request may be expected to wait for its turn; one that would wait longer gets 429", above=0
     )
     deadline: float = dial(30.0, "seconds within which a request is answered, or told 503", above=0)
+    merge: bool = dial(
+        False, "add each run's adapters to a base of its own: faster, but in 16 bits no longer exactly the run's scores"
+    )
 
     def __post_init__(self) -> None:
         _check(self)

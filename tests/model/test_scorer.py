@@ -9,6 +9,7 @@ import torch
 from loracle.data.examples import Task
 from loracle.model import assemble, attention
 from loracle.text.encode import Encoded
+from loracle.text.packing import pack
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 BEFORE = tuple(range(20, 40))
@@ -93,6 +94,14 @@ def test_batches_meet_few_numbers_of_rows():
     assert all(n <= padded <= n * 17 / 16 for n, padded in zip(sizes, rows, strict=True))
     assert len(set(rows)) == 31 + 7 * 16 + 1
     assert attention.rows_for(1001, torch.device("cuda")) == 1001
+
+
+def test_rows_of_scores_are_not_short():
+    """Softmax of short ones takes a CPU ten times as long."""
+    texts = [Encoded(chunks=(tuple(range(n)),), starts=(0,)) for n in (1, 3, 9, 15, 16, 40)]
+    shared = [Encoded(chunks=((*BEFORE, 50 + n),), starts=(20,)) for n in range(3)]
+    sizes = [b.size for some in (texts, shared) for b in attention.AttentionPlan.of(pack(some), torch.device("cpu")).blocks]
+    assert [keys for _, _, keys in sizes] == [16, 40, 20, 1]  # the last three see the common twenty besides
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loracle.config import ServeConfig
 from loracle.serve import api
+from loracle.serve.protocol import bounded
 
 TEXTS = ["good day", "bad " * 80, "", " ", "so — naïve 标题", "<|im_end|> good", "good day", "nul \0 and tab \t"]
 RUNS = ("moods", "several", "pairs", "clicks")
@@ -29,7 +30,7 @@ def client_of(predictors, token=None, headers=None, **settings):
 def running(app):
     """An application behind uvicorn, as it is served."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, http=bounded(1_000_000), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

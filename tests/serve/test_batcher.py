@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -13,7 +14,7 @@ import pytest
 
 from loracle.serve.batcher import Batcher, Failed, Full
 from loracle.text.encode import Encoded
-from loracle.text.packing import pack
+from loracle.text.packing import micro_batches, pack
 
 
 def text(*ids):
@@ -142,16 +143,23 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(limit):
         assert queue.submit("a", [text(3)]).result(5)[0, 0] == 3
 
 
-def test_who_would_wait_too_long_for_a_turn_is_refused(monkeypatch):
-    """At 120 tokens/s; a request of many rounds is only one round before the others, and small rounds say nothing."""
-    clock, model = [0.0], Model()
+def taking(seconds, model, monkeypatch):
+    """The model, each of whose rounds takes so long: a number, or one for each round."""
+    clock = [0.0]
     monkeypatch.setattr("loracle.serve.batcher.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    each = itertools.repeat(seconds) if isinstance(seconds, float) else iter(seconds)
 
     def score(run, texts):
-        clock[0] += 0.5
+        clock[0] += next(each)
         return model(run, texts)
 
-    with batcher(score, max_wait=1.2) as queue:
+    return score
+
+
+def test_who_would_wait_too_long_for_a_turn_is_refused(monkeypatch):
+    """At 120 rows/s; a request of many rounds is only one round before the others, and a first round says nothing."""
+    model = Model()
+    with batcher(taking(0.5, model, monkeypatch), max_wait=1.2) as queue:
         queue.submit("a", [text(1)]).result(5)
         assert queue.wait() == 0
         queue.submit("a", [of_length(60)]).result(5)
@@ -171,6 +179,55 @@ def test_who_would_wait_too_long_for_a_turn_is_refused(monkeypatch):
         for future in futures:
             future.result(5)
         assert queue.has_room(1)
+
+
+def test_a_wait_is_reckoned_in_rows_that_are_computed(monkeypatch):
+    """A context of 40 tokens counts once, before ten titles and in the speed."""
+    before = tuple(range(5000, 5040))
+    titles = [Encoded(chunks=((*before, i, i + 1),), starts=(40,)) for i in range(0, 20, 2)]
+    model = Model()
+    with batcher(taking(0.5, model, monkeypatch)) as queue:
+        for _ in range(2):
+            queue.submit("a", titles).result(5)
+        model.gate.clear()
+        model.inside.clear()
+        futures = [queue.submit("a", titles)]
+        assert model.inside.wait(5)
+        futures.append(queue.submit("a", titles))
+        assert queue.wait() == pytest.approx(2 * 0.5)  # two rounds of 60 rows, at 120 rows/s
+        model.gate.set()
+        for future in futures:
+            np.testing.assert_array_equal(future.result(5), expected(titles))
+
+
+def test_a_speed_that_was_noted_too_low_rises_with_small_rounds(monkeypatch):
+    """Below it only small rounds would be admitted, and nothing would ever tell that the machine is faster."""
+    model = Model()
+    with batcher(taking([9.0, 10.0, 10.0, 0.01, 0.1], model, monkeypatch), max_wait=60.0) as queue:
+        speeds = []
+        for n in (60, 60, 4, 4, 4):
+            queue.submit("a", [of_length(n)]).result(5)
+            speeds.append(queue._speed)
+    assert speeds == [None, pytest.approx(6), pytest.approx(6), pytest.approx(400), pytest.approx(400)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError()])
+def test_a_round_that_cannot_be_made_up_fails_who_waits_and_the_next_one_works(monkeypatch, error):
+    model = Model()
+    broken = True
+
+    def cut(*args):
+        if broken:
+            raise error
+        return micro_batches(*args)
+
+    monkeypatch.setattr("loracle.serve.batcher.micro_batches", cut)
+    with batcher(model) as queue:
+        with pytest.raises(Failed):
+            queue.submit("a", [text(1)]).result(5)
+        broken = False
+        assert queue.submit("a", [text(2)]).result(5)[0, 0] == 2
+        assert (queue.failures, queue.texts, queue.ready(1)) == (1, 0, True)
 
 
 def test_a_request_larger_than_the_queue_is_taken_when_nothing_else_waits():

@@ -28,7 +28,8 @@ ASKED = {
 }
 KINDS = ("softmax", "sigmoid", "ranker")
 # What each way may differ by. Scores of this model spread over several units; int8 rounds 32 states a token.
-WAYS = {"reloaded": 1e-6, "merged": 1e-4, "pipeline": 1e-4, "http": 1e-5, "http as vLLM": 1e-5, "int8": 0.1}
+WAYS = {"reloaded": 1e-6, "merged": 1e-4, "pipeline": 1e-4, "http": 1e-5, "http as vLLM": 1e-5,
+        "http, merged": 1e-5, "int8": 0.1}  # fmt: skip
 
 
 def rows(kind, texts):
@@ -81,14 +82,14 @@ def found(trained, tmp_path_factory):
     @cache
     def ask(kind, way):
         run, texts, _ = trained(kind)
-        known = Predictor(run)
+        known = Predictor(run, merged=way == "http, merged")
         if way == "merged":
             return merged(known, plain(kind), texts)
         if way == "pipeline":
             return piped(known, plain(kind), texts)
-        if way in ("http", "http as vLLM"):
+        if way.startswith("http"):
             with client_of({"run": known}, round_tokens=256) as client:
-                return over_http(client, known, texts, vllm=way != "http")
+                return over_http(client, known, texts, vllm=way == "http as vLLM")
         known = Predictor(eight(kind)) if way == "int8" else known
         return answers(known, known.scores(texts))
 

@@ -72,10 +72,19 @@ def load_scorer(
     head: str,
     depth: int | None = None,
     quantize: str | None = None,
+    merged: bool = False,
 ) -> Scorer:
-    """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights."""
+    """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights.
+
+    ``merged``: adapters are added to the base's weights, and the sum is rounded to ``dtype``.
+
+    Raises:
+        UserError: they would have to be added to 4-bit ones.
+    """
+    if merged and quantize is not None:
+        raise UserError("a run whose base is not in 4 bits for --merge", f"{quantize} in {run}", "leave out --merge")
     model = _saved(base, run, task, pad_token_id, head, depth, dtype=dtype, quantize=quantize, device=device)
-    return Scorer(model.to(device), pooling=pooling).eval()
+    return Scorer((merge(model) if merged else model).to(device), pooling=pooling).eval()
 
 
 def share_weights(models: Iterable[nn.Module]) -> int:

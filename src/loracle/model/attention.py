@@ -34,13 +34,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from loracle.errors import UserError
-from loracle.model.fused import can_compile
+from loracle.model.fused import applied, can_compile
 from loracle.text.encode import Encoded
 from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
 
 logger = logging.getLogger(__name__)
 
 NAME = "loracle_tree"
+KEYS_FROM = 16  # of a row of scores: torch's softmax takes 6 ns a number of a shorter one, and 0.5 of others
 FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
 TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
 SMALLEST_HEAD = 16  # which its kernel can multiply
@@ -286,7 +287,8 @@ def _block(batch: PackedBatch, members: list[int], queries: int, keys: int, devi
     above = [_rows(batch, p[shared:]) for p in paths]
     common = _rows(batch, paths[0][:shared])
     q = _rectangle(rows, length)
-    k = np.concatenate([_rectangle(above, max(map(len, above))), q], axis=1)
+    more = max(0, KEYS_FROM - len(common) - max(map(len, above)) - length)
+    k = np.concatenate([_rectangle(above, max(map(len, above))), q, np.full((len(q), more), -1)], axis=1)
     at = batch.position_ids
     block = Block(
         queries=slice(queries, queries + q.size),
@@ -394,11 +396,11 @@ def tree_attention(
             return _flex(query, key, value, tree.mask(causal, sliding_window), scaling), None
         tree = tree.as_blocks()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    rows_q = _Pad.apply(q, tree.query_rows, tree.query_back)
+    rows_q = applied(_Pad, q, tree.query_rows, tree.query_back)
     if tree.key_back is None:
         rows_k, rows_v = k.index_select(0, tree.key_rows), v.index_select(0, tree.key_rows)
     else:
-        rows_k, rows_v = (_Pad.apply(x, tree.key_rows, tree.key_back) for x in (k, v))
+        rows_k, rows_v = (applied(_Pad, x, tree.key_rows, tree.key_back) for x in (k, v))
     out = []
     for block in tree.blocks:
         B, L, K = block.size
@@ -419,7 +421,7 @@ def tree_attention(
             common = None if block.common is None else (k[block.common], v[block.common])
             o = _products(bq, bk, bv, common, mask, shared_mask, scaling, dropout)
         out.append(o.reshape(B * L, *q.shape[1:]))
-    return _Unpad.apply(torch.cat(out), tree.query_back, query.shape[2])[None], None
+    return applied(_Unpad, torch.cat(out), tree.query_back, query.shape[2])[None], None
 
 
 # What torch.nn.attention.varlen calls, whose own arguments change with every release.
@@ -487,7 +489,7 @@ def _flash(
     """Flash attention of ``query [1, H, T, D]``, ``key`` and ``value [1, G, T, D]``, ``[1, T, H, D]``."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if given.key_rows is not None:
-        k, v = (_Copied.apply(x, given.key_rows) for x in (k, v))
+        k, v = (applied(_Copied, x, given.key_rows) for x in (k, v))
     near = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0 if causal else -1}
     out, *_ = _flash_kernel(
         q, k, v, given.query_ends, given.key_ends, *given.longest, 0.0, causal, False, scale=scaling, **near

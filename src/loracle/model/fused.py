@@ -41,14 +41,26 @@ def fuse(model: Any) -> None:
             module.forward = MethodType(bound, module)
 
 
+class _Unrecorded:
+    """In place of a context, where there will be no backward."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+
+def applied(step: type[torch.autograd.Function], *given: Any) -> Any:
+    """``step.apply``, without autograd's bookkeeping where nothing is recorded: for one short text it takes half the step."""
+    return step.apply(*given) if torch.is_grad_enabled() else step.forward(_Unrecorded(), *given)
+
+
 def _norm(module: Any, x: Tensor) -> Tensor:
-    return RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    return applied(RmsNorm, x, module.weight, module.variance_epsilon)
 
 
 def _gated(module: Any, x: Tensor) -> Tensor:
     if x.device.type != "cuda":  # a CPU is quicker with silu's product kept than with silu computed again (dev/LOG.md)
         return type(module).forward(module, x)
-    return module.down_proj(SwiGlu.apply(module.gate_proj(x), module.up_proj(x)))
+    return module.down_proj(applied(SwiGlu, module.gate_proj(x), module.up_proj(x)))
 
 
 @functools.cache
@@ -101,7 +113,7 @@ def _norm_gradient(grad: Tensor, normed: Tensor, weight: Tensor, scale: Tensor) 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Rotary positions of ``q, k [1, heads, T, D]`` with ``cos, sin [1, T, D]``; the signature is transformers'."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+    return applied(_Rotation, q, cos, sin), applied(_Rotation, k, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):

@@ -80,12 +80,22 @@ class Predictor:
         base: where the base model is now, if not where the run found it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         dtype: of a frozen decoder; by default as the run says, where ``auto`` depends on the device (``pick_dtype``).
+        merged: add the adapters to the base's weights, which are then this run's alone. Faster for few texts at a time; the sums
+            are rounded to ``dtype``, so in 16 bits scores differ a little from the run's own.
 
     Raises:
-        UserError: the folder is damaged or unfinished, or the base model is not the one that was trained on.
+        UserError: the folder is damaged or unfinished, the base model is not the one that was trained on, or it cannot be merged.
     """
 
-    def __init__(self, folder: str | Path, *, base: str | None = None, device: str = "auto", dtype: str | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        base: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        merged: bool = False,
+    ):
         self.folder = Path(folder)
         self.info = read_info(self.folder)
         verify(self.folder)
@@ -111,6 +121,7 @@ class Predictor:
                 head=model.head,
                 depth=model.layers,
                 quantize=model.quantize,
+                merged=merged,
             )
         self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
 

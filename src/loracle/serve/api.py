@@ -82,9 +82,9 @@ class Desk:
             yield
 
     def _warm_up(self) -> None:
-        """A full round of each run: the first request does not wait for what is done once, and the queue knows the speed."""
+        """Two full rounds of each run: the first request does not wait for what is done once, and the queue knows the speed."""
         for name, predictor in self.predictors.items():
-            texts = predictor.encoder([f"{n} " * 16 for n in range(1 + self.settings.round_tokens // 32)])
+            texts = predictor.encoder([f"{n} " * 16 for n in range(2 + self.settings.round_tokens // 16)])
             with suppress(Failed):  # which the log says
                 self.batcher.submit(name, texts).result()
 

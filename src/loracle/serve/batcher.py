@@ -2,9 +2,10 @@
 
 torch is not re-entrant, so nobody else may touch a model. While a round is computed new texts gather; a round takes those of
 one run, first come first served, and a request that a round could not finish goes to the end of the line, so that a large
-one delays a small one by one round and no more. The queue is bounded in texts, in tokens and, as soon as a full round has shown
-how fast the machine is, in the time until a new request's turn: who does not fit is refused at once rather than answered
-late. Who loses patience cancels the future, and the place is free again.
+one delays a small one by one round and no more. The queue is bounded in texts, in tokens and, as soon as a round of some size
+has shown how fast the machine is, in the time until a new request's turn: who does not fit is refused at once rather than
+answered late. Time is reckoned in rows that go through the model: a context counts once, however many titles stand behind it.
+Who loses patience cancels the future, and the place is free again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loracle.text.encode import Encoded
-from loracle.text.packing import micro_batches
+from loracle.text.packing import micro_batches, rows
 
 SMOOTHED = 0.3  # weight of the newest round in the speed
-NOTED = 8  # a round with less than this part of its tokens tells nothing of what the machine can do
+NOTED = 8  # a round with less than this part of its rows tells only what the machine can do at least
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Job:
     run: str
     texts: Sequence[Encoded]
     future: Future[np.ndarray]
-    rest: int  # tokens of those texts that are not taken yet
+    rest: int  # rows that those texts make which are not taken yet
     taken: int = 0
     rows: list[np.ndarray] = field(default_factory=list)
 
@@ -81,8 +82,9 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="loracle-batcher", daemon=True)
         self.texts = self.tokens = 0  # waiting or at work
         self.rounds = self.failures = 0
-        self._speed: float | None = None  # tokens/s, of rounds that are large enough to tell
-        self._at_work = 0  # tokens of the round that is computed now
+        self._speed: float | None = None  # rows/s, of rounds that are large enough to tell
+        self._known: set[str] = set()  # runs that have had their first round, in which things are done once
+        self._at_work = 0  # rows of the round that is computed now
 
     def __enter__(self) -> Batcher:
         self.start()
@@ -113,7 +115,7 @@ class Batcher:
         if not texts:
             raise ValueError("nothing to score")
         tokens = sum(e.tokens for e in texts)
-        job = _Job(run, texts, Future(), rest=tokens)
+        job = _Job(run, texts, Future(), rest=rows(texts))
         with self._changed:
             if self._closed:
                 raise Failed("stopping")
@@ -157,29 +159,37 @@ class Batcher:
                 self._jobs.remove(job)
 
     def _work(self) -> None:
-        while round_ := self._next_round():
-            jobs = list(dict.fromkeys(job for job, _ in round_))
+        while True:
+            round_: list[tuple[_Job, Encoded]] = []
+            jobs: list[_Job] | None = None
             try:
+                if not (round_ := self._next_round()):
+                    return
+                jobs = list(dict.fromkeys(job for job, _ in round_))
                 self._busy_since = time.monotonic()
                 self.rounds += 1
                 scores = self._score(jobs[0].run, [text for _, text in round_])
                 if len(scores) != len(round_) or not np.isfinite(scores).all():
                     raise ValueError("not a number for each text")
-                self._note(self._at_work, time.monotonic() - self._busy_since)
+                self._note(jobs[0].run, self._at_work, time.monotonic() - self._busy_since)
                 self._hand_out(round_, scores)
             except BaseException as e:  # whatever it was, those who wait must hear of it, and the next round is tried
                 self.failures += 1
                 # Its message may hold a text.
                 log.error("a round of %d texts failed: %s", len(round_), type(e).__name__)
-                self._fail(jobs)
+                self._fail(list(self._open) if jobs is None else jobs)
             finally:
                 self._busy_since, self._at_work = None, 0
 
-    def _note(self, tokens: int, seconds: float) -> None:
-        """Learn from a round what the machine can do."""
-        if tokens >= self._round_tokens / NOTED:
-            now = tokens / max(seconds, 1e-9)
-            self._speed = now if self._speed is None else SMOOTHED * now + (1 - SMOOTHED) * self._speed
+    def _note(self, run: str, made: int, seconds: float) -> None:
+        """Learn from a round of so many rows what the machine can do."""
+        now, before = made / max(seconds, 1e-9), self._speed
+        if run not in self._known:
+            self._known.add(run)
+        elif made < self._round_tokens / NOTED:  # else a speed too low would admit small rounds only, and so stay
+            self._speed = before and max(before, now)
+        else:
+            self._speed = now if before is None else SMOOTHED * now + (1 - SMOOTHED) * before
 
     def _next_round(self) -> list[tuple[_Job, Encoded]]:
         """Texts of one run that go through the model together; none once the batcher is stopped and nothing waits."""
@@ -189,16 +199,16 @@ class Batcher:
             if not waiting:
                 return []
             round_ = [waiting[i] for i in next(micro_batches([[text] for _, text in waiting], self._round_tokens))]
-            for job, text in round_:
+            for job, _ in round_:
                 job.taken += 1
-                job.rest -= text.tokens
             first = self._jobs[0]
             for job in dict.fromkeys(job for job, _ in round_):
+                job.rest = rows(job.texts[job.taken :])
                 if job.taken == len(job.texts):
                     self._jobs.remove(job)
             if self._jobs and self._jobs[0] is first:
                 self._jobs.rotate(-1)
-            self._at_work = sum(text.tokens for _, text in round_)
+            self._at_work = rows([text for _, text in round_])
             return round_
 
     def _read_ahead(self) -> list[tuple[_Job, Encoded]]:

@@ -17,6 +17,7 @@ from loracle.model.assemble import share_weights
 from loracle.run.predictor import Predictor
 from loracle.serve.api import create_app
 from loracle.serve.guard import is_loopback
+from loracle.serve.protocol import bounded
 
 TOKEN = "LORACLE_TOKEN"
 
@@ -41,12 +42,13 @@ def serve(
             "none",
             f"set {TOKEN}, pass --token-file, or leave out --host",
         )
-    predictors = load(runs, base=base, device=device, say=say)
+    predictors = load(runs, base=base, device=device, merge=settings.merge, say=say)
     listening = _listen(settings.host, settings.port)
     app = create_app(predictors, settings, token=token)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=bounded(settings.max_body),
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -63,13 +65,20 @@ def serve(
 
 
 def load(
-    runs: Sequence[Path], *, base: str | None = None, device: str = "auto", say: Callable[[str], None] = print
+    runs: Sequence[Path],
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    merge: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Predictor]:
     """Runs by the names of their folders; weights that they have in common are held once."""
     names = [run.resolve().name for run in runs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError("runs of different names", f"{twice.pop()} twice", "rename one of the folders")
-    predictors = {name: Predictor(run, base=base, device=device) for name, run in zip(names, runs, strict=True)}
+    predictors = {
+        name: Predictor(run, base=base, device=device, merged=merge) for name, run in zip(names, runs, strict=True)
+    }
     if freed := share_weights(p.scorer for p in predictors.values()):
         say(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
     return predictors

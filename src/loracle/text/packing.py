@@ -112,6 +112,12 @@ def pack(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM, first
     )
 
 
+def rows(texts: Sequence[Encoded], *, share_from: int | None = SHARE_FROM) -> int:
+    """How many rows ``pack`` would make of them."""
+    forest, _ = _grown(_chunks(texts), share_from)
+    return sum(map(len, forest.ids))
+
+
 def micro_batches(
     units: Sequence[Sequence[Encoded]], budget: int, *, share_from: int | None = SHARE_FROM
 ) -> Iterator[list[int]]:

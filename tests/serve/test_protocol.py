@@ -1,0 +1,105 @@
+"""What stands before a request's body is bounded in bytes and in time, for whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+import httpx2
+import pytest
+from asking import running
+
+from loracle.serve import protocol
+
+HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
+
+
+async def app(scope, receive, send):
+    """Reads the body and says how long it was."""
+    if scope["type"] == "lifespan":
+        for answer in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{answer}.complete"})
+        return
+    total, more = 0, True
+    while more:
+        message = await receive()
+        total, more = total + len(message.get("body", b"")), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"7")]})
+    await send({"type": "http.response.body", "body": b"%7d" % total})
+
+
+@pytest.fixture(scope="module")
+def address():
+    with running(app) as address:
+        yield address
+
+
+def talk(address, first, again=b"", times=0):
+    """What the server says to someone who goes on until the connection is cut; how many times the same was sent."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        sent = 0
+        try:
+            raw.sendall(first)
+            while sent < times:
+                raw.sendall(again)
+                sent += 1
+        except OSError:
+            pass
+        try:
+            return raw.recv(100), sent
+        except ConnectionResetError:
+            return b"", sent
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (HEAD, b"X-Filler: " + b"a" * 8000 + b"\r\n"),
+        (HEAD + b"X-Filler: ", b"a" * 8000),
+        (b"GET /", b"a" * 8000),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ", b"a" * 8000),
+    ],
+    ids=["headers", "one header", "an address", "a trailer"],
+)
+def test_a_head_without_an_end_is_cut_off(address, first, again):
+    said, sent = talk(address, first, again, times=20_000)  # 160 MB
+    assert sent < 4_000
+    assert said == b"" or said.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")), said
+    assert httpx2.post(address, content=b"abc").text == "      3"
+
+
+def test_large_bodies_and_heads_within_the_bounds_are_read(address):
+    headers = {f"X-Filler-{i}": "a" * 4000 for i in range(15)}
+    assert httpx2.post(address, content=b"a" * 900_000, headers=headers).text == " 900000"
+    with httpx2.Client() as client:  # one connection: each request is counted alone
+        for _ in range(8):
+            assert client.post(address, content=b"a" * 300_000, headers=headers).text == " 300000"
+    chunks = (b"a" for _ in range(50_000))  # six bytes on the wire for one
+    assert httpx2.post(address, content=chunks).text == "  50000"
+
+
+@pytest.mark.parametrize("first", [b"", HEAD + b"X-Slow"], ids=["nothing", "half a header"])
+def test_who_takes_too_long_over_a_head_is_cut_off(monkeypatch, first):
+    monkeypatch.setattr(protocol, "PATIENCE", 0.3)
+    with running(app) as address:
+        begun = time.monotonic()
+        said, _ = talk(address, first)
+        assert 0.2 < time.monotonic() - begun < 10
+        assert said.startswith(b"HTTP/1.1 408")
+        assert httpx2.post(address, content=b"abc").text == "      3"
+
+
+def test_a_long_answer_is_not_cut_off_by_the_clock_of_the_head(monkeypatch):
+    monkeypatch.setattr(protocol, "PATIENCE", 0.2)
+
+    async def slow(scope, receive, send):
+        if scope["type"] == "http":
+            await asyncio.sleep(0.6)
+        await app(scope, receive, send)
+
+    with running(slow) as address, httpx2.Client() as client:
+        for _ in range(2):
+            assert client.post(address, content=b"abc").text == "      3"
