@@ -178,6 +178,34 @@ def test_one_process_at_a_time_and_never_onto_what_is_read(labelled_run, tmp_pat
         predict(kills.job_of(labelled_run, data), data, 0.0, say=lambda line: None)
 
 
+def test_what_another_start_was_killed_over_taking_away_is_not_taken_for_ones_own(labelled_run, tmp_path, unbroken):
+    """Its first windows are gone, its last ones are there, and the data are others."""
+    data, out, scores = write(tmp_path / "new.csv", ROWS), tmp_path / "out.csv", tmp_path / "out.scores"
+    interrupted(labelled_run, data, out)
+    (scores / "0000000.safetensors").unlink()
+    other = write(tmp_path / "other.csv", [{"id": i, "text": "another"} for i in range(40)])
+    interrupt = stopped_at(other, 20, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="after 16 of 40 rows"):
+        predict(kills.job_of(labelled_run, other, interrupt), out, 0.0, say=lambda line: None)
+    assert len(Kept(scores)) == 1
+    for name in ("out.csv", "alone.csv"):
+        predict(kills.job_of(labelled_run, other), tmp_path / name, 0.0, say=lambda line: None)
+    assert out.read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    assert not scores.exists()
+
+
+def test_a_folder_of_the_users_own_is_left_alone(labelled_run, tmp_path):
+    mine = tmp_path / "out.scores" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("x")
+    (tmp_path / "file.scores").write_text("x")
+    data = write(tmp_path / "new.csv", [{"text": "good"}])
+    for name in ("out.csv", "file.csv"):
+        with pytest.raises(UserError, match=r"scores free for the scores of this job; found other files there"):
+            predict(kills.job_of(labelled_run, data), tmp_path / name, 0.0, say=lambda line: None)
+    assert mine.read_text() == (tmp_path / "file.scores").read_text() == "x"
+
+
 def test_damaged_scores_are_seen(labelled_run, tmp_path, unbroken):
     data, out = write(tmp_path / "new.csv", ROWS), tmp_path / "out.csv"
     interrupted(labelled_run, data, out)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,25 +238,40 @@ def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
     """What an earlier start of the job left, for one process at a time; gone once the job is done.
 
     Raises:
-        UserError: it is another job's, or another process is at it.
+        UserError: it is another job's, another process is at it, or it is something else of the user's.
     """
+    lock = folder / "lock"  # made first, so a folder with files and without it is none of ours, and is not to be removed
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not lock.exists())):
+        raise UserError(f"{folder} free for the scores of this job", "other files there", "pick another --out")
     folder.mkdir(exist_ok=True)
     done = False
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(lock, timeout=0):
             kept, about = Kept(folder), folder / "job.json"
             try:
                 if len(kept):
                     _check_same(folder, json.loads(about.read_text(encoding="utf-8")), pins)
                 else:
+                    for left in folder.glob("*.safetensors"):  # by a start that was killed over taking them away
+                        left.unlink()
                     write_text(about, json.dumps(pins))
                 yield kept
                 done = True
             finally:
                 if done or not len(kept):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
     except Timeout:
         raise UserError("one process for an output", f"another at work in {folder}", "wait for it") from None
+
+
+def _remove(folder: Path) -> None:
+    """Take away what was kept: windows from the first one on, then what they belong to, the lock last. Whoever is killed over it
+    leaves a folder that the next start understands.
+    """
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            path.unlink()
+        folder.rmdir()
 
 
 def _check_same(folder: Path, known: dict[str, Any], pins: dict[str, Any]) -> None:
