@@ -658,7 +658,7 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     _calm()
     from loracle.run import export as exporting
 
-    folder = exporting.export(run, out or run.with_name(f"{run.name}-{to}"), to, base=base, say=click.echo)
+    folder = exporting.export(run, out or Path(f"{run.resolve()}-{to}"), to, base=base, say=click.echo)
     click.echo(f"export: {folder}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -673,31 +674,40 @@ def _lengths(encoder: Encoder, data: Data) -> tuple[dict[str, float], list[int]]
 def write_predictions(
     folder: Path, data: Data, scores: Sequence[np.ndarray], calibration: Calibration | None, *, texts: bool
 ) -> None:
-    """Every test text with what the model makes of it; without ``texts`` rows of the data alone, and groups by number."""
+    """Every test text, with its context if any has one, and what the model makes of it; without ``texts`` rows of the data alone,
+    and groups by number.
+    """
+    behind = any(e.context is not None for e in data.test)
+    shown_texts = [*(["text"] if texts else []), *(["context"] if texts and behind else [])]
+
+    def told(text: str, context: str | None) -> list[str | None]:
+        return [text, context][: len(shown_texts)]
+
     with (folder / run_folder.PREDICTIONS).open("w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
         if data.task.kind == "rank":
-            out.writerow(["row", "group", *(["text"] if texts else []), "score"])
+            out.writerow(["row", "group", *shown_texts, "score"])
             for number, (e, s) in enumerate(zip(data.test, scores, strict=True), 1):
                 assert isinstance(e, RankGroup)
                 group = e.group if texts else number
                 for row, text, score in zip(e.rows, e.texts, s[:, 0], strict=True):
-                    out.writerow([row, group, *([text] if texts else []), f"{score:.6g}"])
+                    out.writerow([row, group, *told(text, e.context), f"{score:.6g}"])
             return
         names, calibration = data.task.label_names, calibration or UNCALIBRATED
         proba = probabilities(np.concatenate(scores), data.task, calibration)
-        out.writerow(["row", *(["text"] if texts else []), "label", "predicted", "probability"])
+        out.writerow(["row", *shown_texts, "label", "predicted", "probability"])
         for e, p, given in zip(data.test, proba, given_labels(proba, data.task, calibration), strict=True):
             assert isinstance(e, LabeledText)
             shown = ["|".join(names[i] for i in some) for some in (e.labels, np.flatnonzero(given))]
-            out.writerow([e.row, *([e.text] if texts else []), *shown, f"{p.max():.6g}"])
+            out.writerow([e.row, *told(e.text, e.context), *shown, f"{p.max():.6g}"])
 
 
 def absolute(config: RunConfig) -> RunConfig:
     """Files by their absolute path, so that ``--resume`` finds them from anywhere."""
 
     def whole(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path and path != "demo" and Path(path).exists() else path
+        here = path and path != "demo" and (Path(path).exists() or glob.has_magic(path))
+        return str(Path(path).resolve()) if path and here else path
 
     data = dataclasses.replace(config.data, data=whole(config.data.data) or "", test=whole(config.data.test))
     return dataclasses.replace(

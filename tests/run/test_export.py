@@ -46,6 +46,41 @@ def test_every_family_goes_through_plain_transformers(trained, tmp_path, base):
     assert (out / "model.safetensors").exists()  # and it was compared: see the next test
 
 
+def behind(kind, **more):
+    """Rows with a context each; in some of them it is most of what there is."""
+    return [{**row, "context": f"Brief {i}" if i % 2 else f"Money {i} " * 20} for i, row in enumerate(KINDS[kind]())]
+
+
+@pytest.mark.parametrize("kind", ["single", "rank"])
+@pytest.mark.parametrize("template", [None, "About {context}: {text}"], ids=["no template", "template"])
+def test_what_was_learnt_behind_a_context_is_tried_behind_one(tiny_model, tmp_path, monkeypatch, kind, template):
+    """Over-long texts and contexts among them, by both formats, and with the accuracy that the run has."""
+    pytest.importorskip("openvino", reason="the extra int8 is not installed")
+    config = QUICK | {"data": str(write(tmp_path / "a.jsonl", behind(kind))), "model": str(tiny_model("qwen2"))}
+    config |= {"out": str(tmp_path / "run"), "max_length": 48, "template": template, "context": "context"}
+    run = recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    with (run / "predictions.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert {row["context"] for row in rows} <= {row["context"] for row in behind(kind)}
+    assert {row["context"][:5] for row in rows} == {"Brief", "Money"}
+    asked = []
+    scores = Predictor.scores
+    monkeypatch.setattr(Predictor, "scores", lambda self, *given: asked.append(given) or scores(self, *given))
+    export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    texts, contexts = asked[0]
+    assert contexts[:-1] == [row["context"] for row in rows[:64]]
+    assert len(texts[-1]) > 48
+    said = []
+    export(run, tmp_path / "eight", "openvino", say=said.append)
+    if kind == "single":
+        monkeypatch.undo()
+        known = Predictor(run).predict([row["text"] for row in rows], [row["context"] for row in rows])
+        right = np.mean([label == row["label"] for label, row in zip(known, rows, strict=True)])
+        assert f"accuracy {right:.1%} before" in said[0]
+    else:
+        assert "of the pairs of titles" in said[0]
+
+
 def test_an_export_that_differs_is_no_export(trained, tmp_path, monkeypatch):
     merged = exporting.load_merged
 

@@ -14,6 +14,7 @@ from small import QUICK, labelled, pairs, several, write
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.errors import UserError
+from loracle.run.folder import checksum
 from loracle.run.predictor import Predictor
 
 TEXTS = ["good day", "bad " * 30, "", "so — naïve 标"]
@@ -136,6 +137,22 @@ def test_a_moved_base_is_one_argument(classifier, base, tmp_path):
 def test_a_wrong_base_is_refused(classifier, tiny_model, kind):
     with pytest.raises(UserError, match=r"expected the base model that .*; found other weights in .*Point --base"):
         Predictor(classifier, base=str(tiny_model(kind)))
+
+
+def test_a_pickle_in_place_of_the_adapter_is_not_opened(classifier, tmp_path):
+    """PEFT would take adapter_model.bin where there is no other, and ask a hub where there is neither."""
+    run = shutil.copytree(classifier, tmp_path / "run")
+    weights = run / "adapter_model.safetensors"
+    opened = tmp_path / "opened"
+    (run / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(opened).encode() + b"'\ntR.")
+    sums = json.loads((run / "manifest.json").read_text())
+    del sums[weights.name]
+    sums["adapter_model.bin"] = checksum(run / "adapter_model.bin")
+    (run / "manifest.json").write_text(json.dumps(sums))
+    weights.unlink()
+    with pytest.raises(UserError, match=f"expected {weights.name} in .*; found no such file"):
+        Predictor(run)
+    assert not opened.exists()
 
 
 def test_an_unfinished_run_is_refused(classifier, tmp_path):

@@ -21,7 +21,7 @@ from loracle.model.int8 import Int8Scorer
 from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
 from loracle.text.encode import Encoded
-from loracle.text.packing import PackedBatch, micro_batches
+from loracle.text.packing import PackedBatch, micro_batches, rectangles
 
 PROBLEM_TYPES: dict[str, Any] = {
     "single": "single_label_classification",
@@ -250,7 +250,11 @@ def in_rounds(
     # Gathered weights are used again by training, which may not touch what inference mode has made.
     with torch.no_grad() if scorer.sharded else torch.inference_mode():
         rounds = min(micro_tokens, scorer.round_tokens)
-        for part in micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from):
+        if scorer.packed:
+            parts = micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from)
+        else:
+            parts = rectangles([texts[i] for i in order], rounds)
+        for part in parts:
             run(part)
     if was_training:
         scorer.train()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -265,12 +266,16 @@ def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
 
 
 def _remove(folder: Path) -> None:
-    """Take away what was kept: windows from the first one on, then what they belong to, the lock last. Whoever is killed over it
-    leaves a folder that the next start understands.
+    """Take away what was kept: windows from the first one on, then what they belong to, the lock last.
+
+    Whoever is killed over it leaves a folder that the next start understands.
     """
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
-            path.unlink()
+            if path.is_dir():  # in which a Parquet file was being written
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         folder.rmdir()
 
 

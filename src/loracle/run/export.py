@@ -111,28 +111,29 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
 
     info = run_folder.read_info(run)
     predictor = Predictor(run, base=base, device="cpu", dtype="float32")
-    texts = [row["text"] for row in _test_rows(run, TRIED)] or _made_up(predictor, TRIED)
+    texts, contexts, _ = _asked(run, predictor, TRIED)
     words = " ".join(texts)
     texts.append(words * (1 + info.config.model.max_length // max(1, len(words.split()))))
-    contexts = _contexts(info, texts)
+    contexts.append(contexts[0])
     ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
-    theirs = []
+    theirs = np.empty_like(ours)
+    alone, behind = ([i for i, c in enumerate(contexts) if (c is None) == none] for none in (True, False))
+    batches = [part[i : i + 8] for part in (alone, behind) for i in range(0, len(part), 8)]
     with torch.inference_mode():
-        for i in range(0, len(texts), 8):
-            pairs = (texts[i : i + 8],) if contexts is None else (contexts[i : i + 8], texts[i : i + 8])
-            given = tokenizer(*pairs, truncation=True if contexts is None else "only_second", padding=True)
-            theirs.append(model.eval()(**given.convert_to_tensors("pt")).logits.float().numpy())
-    worst = float(np.max(np.abs(ours - np.concatenate(theirs)) / np.maximum(1, np.abs(ours))))
+        for batch in batches:
+            first = [c for i in batch if (c := contexts[i]) is not None]
+            given = tokenizer(*([first] if first else []), [texts[i] for i in batch], truncation=True, padding=True)
+            theirs[batch] = model.eval()(**given.convert_to_tensors("pt")).logits.float().numpy()
+    worst = float(np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(ours))))
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
 
 
 def _compare_int8(run: Path, out: Path, base: str | None) -> str:
     """How often 8-bit scores say the same as the run's, and what that costs where labels are known."""
-    rows, exact, rounded = _test_rows(run, COMPARED), Predictor(run, base=base, device="cpu"), Predictor(out)
-    texts = [row["text"] for row in rows] or _made_up(exact, TRIED)
-    contexts = _contexts(exact.info, texts)
+    exact, rounded = Predictor(run, base=base, device="cpu"), Predictor(out)
+    texts, contexts, rows = _asked(run, exact, COMPARED)
     a, b = (p.scores(texts, contexts) for p in (exact, rounded))
     if not rows:
         moved = np.abs(a - b).mean() / max(float(np.abs(a).mean()), 1e-12)
@@ -163,6 +164,20 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
     return same / together if together else 1.0
 
 
+def _asked(
+    run: Path, predictor: Predictor, most: int
+) -> tuple[list[str], list[str | None], list[dict[str, str]]]:
+    """Texts to try an export on, what stands before each, and the rows of the test side that they are; none if made up."""
+    rows, needed = _test_rows(run, most), needs_context(predictor.info.config.model.template)
+    if needed and rows and "context" not in rows[0]:  # of a run of an earlier version, which did not keep them
+        rows = []
+    texts = [row["text"] for row in rows] or _made_up(predictor, TRIED)
+    if needed and not rows:
+        return texts, [*texts[1:], texts[0]], rows
+    known = [row.get("context", "") for row in rows] or [""] * len(texts)
+    return texts, [context if context or needed else None for context in known], rows
+
+
 def _test_rows(run: Path, most: int) -> list[dict[str, str]]:
     """Rows of the run's test side; none of a run that keeps no texts (``--no-texts``), or that was pulled from a hub."""
     if not run_folder.read_info(run).config.train.texts or not (run / run_folder.PREDICTIONS).exists():
@@ -176,11 +191,6 @@ def _made_up(predictor: Predictor, count: int) -> list[str]:
     rng, tokenizer = np.random.default_rng(0), predictor.encoder.tokenizer
     drawn = (rng.integers(len(tokenizer), size=rng.integers(0, 48)) for _ in range(count))
     return [str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in drawn]
-
-
-def _contexts(info: run_folder.RunInfo, texts: list[str]) -> list[str] | None:
-    """Where the template wants contexts: other texts, since predictions.csv keeps none."""
-    return texts[::-1] if needs_context(info.config.model.template) else None
 
 
 def _lost(info: Any, to: str) -> list[str]:

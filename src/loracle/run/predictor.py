@@ -80,11 +80,11 @@ class Predictor:
         base: where the base model is now, if not where the run found it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         dtype: of a frozen decoder; by default as the run says, where ``auto`` depends on the device (``pick_dtype``).
-        merged: add the adapters to the base's weights, which are then this run's alone. Faster for few texts at a time; the sums
-            are rounded to ``dtype``, so in 16 bits scores differ a little from the run's own.
+        merged: add the adapters to the base's weights, which are then this run's alone. Faster for few texts at a time; the
+            sums are rounded to ``dtype``, so in 16 bits scores differ a little from the run's own.
 
     Raises:
-        UserError: the folder is damaged or unfinished, the base model is not the one that was trained on, or it cannot be merged.
+        UserError: the folder is damaged or unfinished, the base model is not the one that was trained on, or cannot be merged.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import shutil
 import tempfile
@@ -141,7 +142,7 @@ def _licence(info: run_folder.RunInfo) -> str | None:
 
 
 def _is_local(spec: str) -> bool:
-    return Path(spec).is_absolute()
+    return Path(spec).is_absolute() or glob.has_magic(spec)
 
 
 def _name(spec: str) -> str:

@@ -145,6 +145,21 @@ def micro_batches(
         yield chosen
 
 
+def rectangles(texts: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
+    """The same for models that pad: rounds of at most ``budget`` places, padding included, in order."""
+    chosen: list[int] = []
+    height = width = 0
+    for i, text in enumerate(texts):
+        longest = max(map(len, text.chunks))
+        if chosen and (height + len(text.chunks)) * max(width, longest) > budget:
+            yield chosen
+            chosen, height, width = [], 0, 0
+        chosen.append(i)
+        height, width = height + len(text.chunks), max(width, longest)
+    if chosen:
+        yield chosen
+
+
 Chunk = tuple[tuple[int, ...], int, tuple[int, ...] | None]  # ids, where the text starts, token types
 
 
