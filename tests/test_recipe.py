@@ -52,8 +52,19 @@ def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_m
     run = recipe.train(config, say=said.append, quiet=True)
     assert any("note: rounds of 70 tokens instead; steps and results stay the same" in line for line in said)
     assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
-    assert any(line.startswith("about ") and "for 2 steps" in line for line in said)
+    assert any(line.startswith("about ") and "for 2 steps, at the " in line for line in said)
     assert read_info(run).config.train.micro_tokens == 70
+
+
+def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkeypatch):
+    """It is an estimate, so the run is tried; but nothing is promised."""
+    said, need = [], recipe.training_need
+    needs = []
+    monkeypatch.setattr(recipe, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
+    monkeypatch.setattr(recipe, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    recipe.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), say=said.append, quiet=True)
+    assert any("there may be too little even for rounds of 64 tokens" in line for line in said)
+    assert not any("results stay the same" in line for line in said)
 
 
 @pytest.mark.parametrize("begin", [recipe.train, recipe.probe])

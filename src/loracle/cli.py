@@ -269,7 +269,7 @@ def rank(
         return leave_one_out(predictor, [r.text for r in ranked], group.context) if explain else None
 
     draws = None if len(groups) == 1 else FEW_DRAWS
-    ranked = ((group, predictor.rank(group.texts, group.context, draws=draws)) for group in groups)
+    ranked = predictor.rank_groups(groups, draws=draws)
     if out is None and len(groups) == 1:
         group, best_first = next(ranked)
         click.echo("\n".join(_ranking_lines(best_first, words_of(group, best_first))))

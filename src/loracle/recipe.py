@@ -52,7 +52,7 @@ from loracle.model.backbone import (
     resolve_base,
 )
 from loracle.model.depth import LowerLayers, keep_lower
-from loracle.model.memory import EFFICIENCY, free_memory, matrix_rate, training_need, weight_bytes
+from loracle.model.memory import forward_rate, free_memory, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
 from loracle.rivals import ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
 from loracle.run import folder as run_folder
@@ -66,7 +66,8 @@ from loracle.scoring import (
     score_examples,
     write_scores,
 )
-from loracle.text.encode import Encoder
+from loracle.text import packing
+from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
 from loracle.train import distributed, tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
@@ -88,6 +89,7 @@ REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
 OTHER_DEVICE = 0.1  # the same, where a bfloat16 model is asked on another device than it was trained on
 PREFLIGHT_BATCHES = 16  # from which the tokens of an epoch are estimated
+TIMED_TOKENS = 512  # that a CPU is timed with
 USABLE = 0.9  # of the free memory
 
 
@@ -236,8 +238,7 @@ def learn(
     if model.shard:
         distributed.shard(scorer, device)
     distributed.on_main(lambda: start_head(config, scorer, encoder, data), along=scorer)
-    if kept := keep_lower_states(config, scorer, base):
-        say(f"states of the lower {kept.depth} layers are read from {kept.cache.folder}, or computed once")
+    kept = keep_lower_states(config, scorer, base)
     lr = learning_rate(config, base_config)
     lengths, tokens = _lengths(encoder, data)
     say(
@@ -247,6 +248,14 @@ def learn(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
         f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
     )
+    if kept:
+        size, limit = lengths["tokens"] * kept.cache.width, kept.cache.limit
+        say(
+            f"states of the lower {kept.depth} layers, {size / 1e9:.2g} GB at most, are read from {kept.cache.folder}, or "
+            "computed once"
+        )
+        if size > limit:
+            say(f"note: --cache-gb {limit / 1e9:g} may not hold them; a batch of which some are missing is computed each time")
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
     schedule, work = preflight(config, scorer, encoder, data, say)
@@ -413,20 +422,27 @@ def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
 def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> tuple[TrainConfig, Work]:
     """Say what the training will take before it begins, and return it; rounds that would not fit the memory are made smaller.
 
-    Tokens come from a few seeded batches, memory and operations from the model's shapes, the speed from a product of such
-    matrices run now.
+    Tokens come from a few seeded batches, memory and operations from the model's shapes, the speed from some of these tokens
+    that go through the model now.
     """
     schedule, device = config.train, scorer.device
     steps = schedule_of(config, 0.0).total_steps(len(data.train))
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
-    useful, computed, padded, count = 0, [], 0, 0
+    useful, computed, padded, count, largest = 0, [], 0, 0, 0
+    some: list[Encoded] = []  # to time the model with: on a GPU a whole round, on a CPU what takes it a second or a few
+    enough = schedule.micro_tokens if device.type == "cuda" else TIMED_TOKENS
     for batch in batches:
-        texts = encode_texts(encoder, [data.train[i] for i in batch])
+        units = encode_examples(encoder, [data.train[i] for i in batch])
+        texts = [e for unit in units for e in unit]
         packed = scorer.pack(texts)
         useful, padded = useful + packed.useful_tokens, padded + len(texts) * max(e.tokens for e in texts)
         computed.append(packed.tokens)
         count += len(texts)
+        largest = max(largest, *(packing.rows(unit, share_from=scorer.share_from) for unit in units))
+        for unit in units:
+            if not some or sum(e.tokens for e in (*some, *unit)) <= enough:
+                some += unit
     scale = len(data.train) / len(order)
     say(
         f"an epoch: {useful * scale:,.0f} tokens of text, {sum(computed) * scale:,.0f} to compute; padding every text to the "
@@ -434,18 +450,27 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     )
 
     need, free = training_need(scorer, config.lora.adapt_top), int(USABLE * free_memory(device))
-    rounds = min(schedule.micro_tokens, max(computed))
+    rounds = max(largest, min(schedule.micro_tokens, max(computed)))
     say(f"memory: {need.bytes(rounds) / 1e9:.1f} GB for rounds of {rounds:,} tokens, of {free / 1e9:.1f} GB to be had")
     if need.bytes(rounds) > free:
+        four_bit = device.type == "cuda" and not (config.model.quantize or config.lora.full or scorer.encoder)
+        less = "--quantize nf4 or a smaller --model takes" if four_bit else "A smaller --model takes"
         fits = max(FEWEST_TOKENS, need.tokens(free))
-        say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. A smaller --model takes less.")
+        if need.bytes(least := max(FEWEST_TOKENS, largest)) > free:
+            say(
+                f"note: there may be too little even for rounds of {least:,} tokens, which one text or group makes up. "
+                f"{less} less, and so does a smaller --max-length."
+            )
+        else:
+            say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. {less} less.")
         schedule = dataclasses.replace(schedule, micro_tokens=fits)
 
-    rate, operations = matrix_rate(scorer), need.flops_per_token * float(np.mean(computed)) * steps
-    seconds = operations / (rate * distributed.start(device).num_processes * EFFICIENCY)
-    say(
-        f"about {_duration(seconds)} for {steps:,} steps, at half of the {rate / 1e9:,.0f} GFLOP/s that are measured here"
-    )
+    passes = max(1.0, steps * schedule.batch / len(data.train))
+    spared = need.lower_flops * (1 - 1 / passes) if scorer.lower is not None else 0.0  # read from the cache
+    operations = (need.flops_per_token - spared) * float(np.mean(computed)) * steps
+    rate = forward_rate(scorer, scorer.pack(some))
+    seconds = operations / (need.forward_flops * rate * distributed.start(device).num_processes)
+    say(f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that go through the model now")
     return schedule, Work(training=operations, forward=need.forward_flops, tokens=sum(computed) / count)
 
 
@@ -484,6 +509,8 @@ def keep_lower_states(config: RunConfig, scorer: Scorer, base: BaseModel) -> Low
     if top is None or config.lora.full or not cache_gb or scorer.encoder or not scorer.packed or scorer.sharded:
         return None
     if (below := decoder.config.num_hidden_layers - top) < 1:
+        return None
+    if getattr(decoder.config, "attention_dropout", 0.0):  # then states differ each time
         return None
     about = {"base": base.source, "revision": base.revision, "sha256": base.checksum()}
     about |= {"quantize": config.model.quantize} if config.model.quantize else {}
@@ -674,8 +701,9 @@ def _lengths(encoder: Encoder, data: Data) -> tuple[dict[str, float], list[int]]
 def write_predictions(
     folder: Path, data: Data, scores: Sequence[np.ndarray], calibration: Calibration | None, *, texts: bool
 ) -> None:
-    """Every test text, with its context if any has one, and what the model makes of it; without ``texts`` rows of the data alone,
-    and groups by number.
+    """Every test text, with its context if any has one, and what the model makes of it.
+
+    Without ``texts`` rows of the data alone, and groups by number.
     """
     behind = any(e.context is not None for e in data.test)
     shown_texts = [*(["text"] if texts else []), *(["context"] if texts and behind else [])]

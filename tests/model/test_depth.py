@@ -186,6 +186,23 @@ def test_it_takes_no_more_than_it_may():
     np.testing.assert_array_equal(new.get(bytes([0]) * 16), rows(100, 0))
 
 
+def test_what_nobody_uses_any_more_makes_room_and_what_is_in_use_does_not(caplog):
+    """A cache that another model has filled serves the next one too, at the same limit."""
+    store(depth=1).put({bytes([i]) * 16: rows(100, i) for i in range(10)})
+    limit = sum(e.size for e in depth.entries()) + 1000
+    first, second = store(limit=limit, depth=2), store(limit=limit, depth=3)
+    for i in range(4):
+        for one in (first, second):
+            one.put({bytes([i]) * 16: rows(100, i)})
+    assert sorted(e.about["depth"] for e in depth.entries()) == [2, 3]
+    assert not caplog.text
+    for i in range(4, 20):
+        first.put({bytes([i]) * 16: rows(100, i)})
+    assert second.get(bytes([3]) * 16) is not None
+    assert sum(e.size for e in depth.entries()) <= limit
+    assert caplog.text.count("the cache of states is full") == 1
+
+
 def test_clearing_it_under_a_running_process_is_harmless():
     one = store()
     one.put({b"a" * 16: rows(2, 1)})

@@ -146,6 +146,33 @@ def test_weights_are_weighed_before_they_are_read(tiny_model):
     assert memory.weight_bytes(folder, torch.float32) == 2 * memory.weight_bytes(folder, torch.bfloat16)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_limit_on_the_container_counts(tmp_path, version):
+    """Pages of files that the kernel can take back do not."""
+    folder, own = tmp_path / "memory" if version == 1 else tmp_path, tmp_path / "cgroup"
+    own.write_text("4:memory:/box\n3:cpu:/\n" if version == 1 else "0::/box\n")
+    assert memory.left_in_container(tmp_path, own) > 1e18
+    (folder / "box").mkdir(parents=True)
+    limit, used, files = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    for name, content in ((limit, "1000"), (used, "700"), ("memory.stat", f"anon 600\n{files} 50")):
+        (folder / "box" / name).write_text(f"{content}\n")
+    assert memory.left_in_container(tmp_path, own) == 350
+    (folder / "box" / limit).write_text("max\n")
+    assert memory.left_in_container(tmp_path, own) > 1e18
+
+
+def test_a_forward_is_timed_and_leaves_all_as_it_was(tiny_model):
+    made = scorer(tiny_model("qwen2"), adapt_top=1).train()
+    lower = made.lower = object()
+    assert 1 < memory.forward_rate(made, made.pack(TEXTS)) < 1e9
+    assert made.training
+    assert made.lower is lower
+    assert all(p.grad is None for p in made.parameters())
+
+
 def test_the_rate_of_products_is_of_this_world(tiny_model):
     assert 1e7 < memory.matrix_rate(scorer(tiny_model("qwen2")), 0.01) < 1e15
     assert memory.free_memory(CPU) > 0

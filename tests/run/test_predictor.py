@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from small import QUICK, labelled, pairs, several, write
 
 from loracle import recipe
 from loracle.config import RunConfig
+from loracle.data.examples import RankGroup
 from loracle.errors import UserError
 from loracle.run.folder import checksum
 from loracle.run.predictor import Predictor
@@ -98,6 +100,31 @@ def test_a_ranker_ranks_best_first(ranker):
     ranked = Predictor(ranker).rank(["bad title 1", "good title 2", "bad title 3"])
     assert ranked[0].text == "good title 2"
     assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
+
+
+def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
+    monkeypatch.setattr("loracle.run.predictor.WINDOW", 5)
+    groups = [
+        RankGroup(group=str(i), texts=tuple(f"{w} {i}" for w in ("good", "bad", "so")[: 1 + i % 3]), rows=(1, 2, 3)[: 1 + i % 3],
+                  context=f"brief {i // 2}" if i % 4 else None)
+        for i in range(9)
+    ]  # fmt: skip
+    predictor = Predictor(ranker)
+    found = list(predictor.rank_groups(groups))
+    assert [group for group, _ in found] == groups
+    for group, ranked in found:
+        alone = predictor.rank(group.texts, group.context)
+        assert [(r.text, r.index) for r in ranked] == [(r.text, r.index) for r in alone]
+        assert [r.score for r in ranked] == pytest.approx([r.score for r in alone], abs=1e-2)  # bfloat16
+
+
+def test_threads_may_share_a_predictor(base, tmp_path):
+    predictor = Predictor(learn(tmp_path, base, labelled(), dtype="float32"))
+    asked = [[f"{word} {'long ' * (i % 7)}{i}" for i in range(n, n + 1 + n % 5)] for n, word in enumerate(["good", "so"] * 20)]
+    expected = [predictor.scores(texts) for texts in asked]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(predictor.scores, asked * 3), expected * 3, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_equal_titles_keep_their_order(ranker):

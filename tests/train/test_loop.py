@@ -225,8 +225,26 @@ def test_all_of_a_model_trains_from_the_first_step_on(tmp_path):
 def test_memory_for_nothing_is_said(tmp_path, monkeypatch):
     scorer = new_scorer()
     monkeypatch.setattr(scorer, "forward", lambda batch: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(UserError, match="memory for rounds of 64 tokens; found too little, at step 1"):
+    with pytest.raises(UserError, match="memory for a round of 64 tokens; found too little, at step 1"):
         run(tmp_path, scorer)
+
+
+def test_what_cannot_be_cut_is_not_tried_in_smaller_rounds(tmp_path, monkeypatch):
+    """A text, or the titles of a group, that alone make a round."""
+    scorer, seen = new_scorer(), []
+    own = scorer.forward
+
+    def forward(batch):
+        seen.append(batch.tokens)
+        if batch.tokens > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(batch)
+
+    monkeypatch.setattr(scorer, "forward", forward)
+    with pytest.raises(UserError, match=r"memory for a round of (\d+) tokens; found too little, at step 1") as e:
+        run(tmp_path, scorer, micro_tokens=1)
+    assert f"round of {seen[-1]} tokens" in str(e.value)
+    assert sum(n > 6 for n in seen) == 1
 
 
 def test_the_gradient_is_clipped_after_the_division(tmp_path):

@@ -214,11 +214,21 @@ def in_rounds(
     """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time (or as few as the
     scorer likes better), without gradients.
 
-    Where memory runs out, rounds are halved.
+    Where memory runs out, rounds are halved. Threads that score with the same scorer wait for each other.
 
     Raises:
         UserError: memory runs out over one text alone.
     """
+    with scorer.one_at_a_time:
+        return _in_rounds(scorer, function, texts, micro_tokens)
+
+
+def _in_rounds(
+    scorer: Scorer | Int8Scorer,
+    function: Callable[[PackedBatch], Tensor],
+    texts: Sequence[Encoded],
+    micro_tokens: int,
+) -> np.ndarray:
     was_training = scorer.training
     if was_training:
         scorer.eval()

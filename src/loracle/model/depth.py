@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class StateCache:
 
     Args:
         about: what the states depend on beside token ids: base model, revision or checksum, depth, dtype, hidden size.
-        limit: bytes that all folders together may take. Older folders go first; then nothing more is stored.
+        limit: bytes that all folders together may take. Folders that were not used since this one was opened go first, the
+            oldest before others; then nothing more is stored.
     """
 
     def __init__(self, about: dict[str, Any], *, hidden: int, dtype: torch.dtype, limit: int):
@@ -90,10 +92,11 @@ class StateCache:
         self.dtype, self.width = dtype, hidden * dtype.itemsize
         cache_root().mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(cache_root() / f"{name}.lock")  # beside the folder, which may be removed meanwhile
+        self.opened, self.full = time.time(), False
         self._forget(b"")
         with self._lock:
             self._introduce()
-            self._make_room()
+            self._make_room(0)
             self.refresh()
 
     def get(self, digest: bytes) -> np.ndarray | None:
@@ -132,9 +135,12 @@ class StateCache:
                 self.refresh()
                 new = {digest: rows for digest, rows in segments.items() if digest not in self._known}
                 size = sum(rows.nbytes + RECORD.size for rows in new.values())
-                if new and self._size() + size <= self.limit:
+                if new and self._make_room(size):
                     self._append(new)
                     self.refresh()
+                elif new and not self.full:
+                    self.full = True
+                    logger.warning("the cache of states is full (--cache-gb); others are computed each time")
         except OSError as e:
             self.limit = 0
             logger.warning("states of lower layers are not kept any more: %s", e)
@@ -179,14 +185,18 @@ class StateCache:
             else:
                 self._forget(b"")
 
-    def _size(self) -> int:
-        return sum(e.size for e in entries())
-
-    def _make_room(self) -> None:
-        """Remove the folders that were not used for longest, until the others are within the limit."""
-        others = [e for e in entries() if e.folder != self.folder]
-        while others and self._size() > self.limit:
-            shutil.rmtree(others.pop().folder, ignore_errors=True)
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes find room, once folders that nobody has used since this one was opened are gone as needed."""
+        found = entries()
+        held = sum(e.size for e in found)
+        others = [e for e in found if e.folder != self.folder and e.used < self.opened]
+        if size and held - sum(e.size for e in others) + size > self.limit:
+            return False
+        while others and held + size > self.limit:
+            oldest = others.pop()
+            shutil.rmtree(oldest.folder, ignore_errors=True)
+            held -= oldest.size
+        return held + size <= self.limit
 
 
 class LowerLayers:

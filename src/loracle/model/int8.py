@@ -11,6 +11,7 @@ Legend of shapes: N rows of a rectangle, L tokens of its longest, H hidden size,
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Int8Scorer(nn.Module):
 
     def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
+        self.one_at_a_time = threading.RLock()
         self.compiled = _core().compile_model(folder / MODEL, "CPU", HINTS)
         self.inputs = [port.get_any_name() for port in self.compiled.inputs]
         self.encoder = is_encoder(load_config(folder))

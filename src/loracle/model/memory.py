@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from safetensors import safe_open
 from loracle.model.adapters import forget
 from loracle.model.nf4 import BITS
 
-EFFICIENCY = 0.5  # share of the machine's matrix rate that a whole step reaches (dev/LOG.md)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
@@ -25,6 +24,7 @@ class Need:
     per_token: int  # activations that wait for their backward, a token of a round
     flops_per_token: float  # forward and backward of a token
     forward_flops: float  # forward alone
+    lower_flops: float  # of that, below the lowest adapter
 
     def bytes(self, tokens: int) -> int:
         """For rounds of that many tokens."""
@@ -53,6 +53,7 @@ def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
         fixed=sum(3 * p.numel() * p.element_size() for p in trained),
         per_token=int(1.2 * kept * share * next(scorer.inner.base_model.parameters()).element_size()),
         forward_flops=2 * everything,
+        lower_flops=2 * everything * (1 - share),
         flops_per_token=2 * everything * (1 + share) + 2 * sum(p.numel() for p in matrices.values() if id(p) in ids),
     )
 
@@ -89,7 +90,45 @@ def free_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil  # accelerate needs it too
 
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, left_in_container())
+
+
+def left_in_container(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes until a limit on this process's control group, which the kernel kills for; what it can take back from files counts
+    as free. Without a limit a number larger than any memory.
+    """
+    least = 1 << 62
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            folder, names = (root, ("memory.max", "memory.current", "inactive_file"))  # version 2
+            if kinds:
+                if "memory" not in kinds.split(","):
+                    continue
+                folder = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            for place in {folder, folder / path.lstrip("/")}:  # the first one is its own where it has a namespace
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    most, used = (int((place / name).read_text()) for name in names[:2])
+                    stat = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
+                    least = min(least, max(0, most - used + int(stat[names[2]])))
+    return least
+
+
+def forward_rate(scorer: Any, batch: Any) -> float:
+    """Tokens a second that go forward through the model, which is what a round takes half or a third of."""
+    lower, scorer.lower = scorer.lower, None  # states that are kept or read would be another matter
+    training = scorer.training
+    scorer.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                started = time.perf_counter()
+                scorer(batch).sum().item()
+        return batch.tokens / (time.perf_counter() - started)
+    finally:
+        scorer.lower = lower
+        scorer.train(training)
 
 
 def matrix_rate(scorer: Any, seconds: float = 0.1, rows: int = 1024) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class Scorer(nn.Module):
             inner.set_attn_implementation(attention.NAME)
             fuse(inner)
         self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
+        self.one_at_a_time = threading.RLock()  # a forward leaves notes on its modules, which another one would read
         self.sharded = False  # whether each of several processes holds but a part of the frozen layers
         self.announce: Callable[..., Any] | None = None  # tells those who then have to run them along
         self._width = 0

@@ -164,9 +164,7 @@ def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
     return same / together if together else 1.0
 
 
-def _asked(
-    run: Path, predictor: Predictor, most: int
-) -> tuple[list[str], list[str | None], list[dict[str, str]]]:
+def _asked(run: Path, predictor: Predictor, most: int) -> tuple[list[str], list[str | None], list[dict[str, str]]]:
     """Texts to try an export on, what stands before each, and the rows of the test side that they are; none if made up."""
     rows, needed = _test_rows(run, most), needs_context(predictor.info.config.model.template)
     if needed and rows and "context" not in rows[0]:  # of a run of an earlier version, which did not keep them

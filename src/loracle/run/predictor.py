@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from loracle.data.examples import Task
+from loracle.data.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
@@ -22,6 +22,7 @@ from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, read
 from loracle.text.encode import Encoded, Encoder
 from loracle.text.template import check_contexts
 
+WINDOW = 4096  # titles that are scored together, sorted by what stands before them and by length
 COMPARED = 100  # titles up to which each one's chance against each other is given
 
 
@@ -176,6 +177,18 @@ class Predictor:
             raise UserError("titles to rank", "none", "give at least one")
         return self.ranked(titles, self.scores(titles, [context] * len(titles))[:, 0], draws=draws)
 
+    def rank_groups(
+        self, groups: Iterable[RankGroup], *, draws: int | None = None
+    ) -> Iterator[tuple[RankGroup, list[RankedTitle]]]:
+        """``rank`` of each group; groups are scored by the window, where what they share is computed once."""
+        groups = iter(groups)
+        while window := list(_window(groups)):
+            texts = [text for group in window for text in group.texts]
+            scores = self.scores(texts, [group.context for group in window for _ in group.texts])[:, 0]
+            each = np.split(scores, np.cumsum([len(group.texts) for group in window])[:-1])
+            for group, own in zip(window, each, strict=True):
+                yield group, self.ranked(group.texts, own, draws=draws)
+
     def ranked(self, titles: Sequence[str], scores: np.ndarray, *, draws: int | None = None) -> list[RankedTitle]:
         """``rank`` of titles whose scores ``[N]`` are known."""
         order = np.argsort(-scores, kind="stable")
@@ -196,6 +209,14 @@ class Predictor:
             )
             for i, s, wins, lift, low, high in zip(order, scores, compared, *lifts, strict=True)
         ]
+
+
+def _window(groups: Iterator[RankGroup]) -> Iterator[RankGroup]:
+    """The next groups, until they have ``WINDOW`` titles."""
+    titles = 0
+    while titles < WINDOW and (group := next(groups, None)) is not None:
+        titles += len(group.texts)
+        yield group
 
 
 def score_window(predictor: Predictor, texts: list[str | None], contexts: list[str | None]) -> np.ndarray:

@@ -274,8 +274,8 @@ def _step(
     if not scorer.training:  # since the last look; going through thousands of modules costs a step of a GPU 3 %
         scorer.train()
     torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
-    losses, short = [], 0.0
-    count = tokens = computed = 0.0
+    losses: list[torch.Tensor] = []
+    count = tokens = computed = short = alone = 0.0
     more = distributed.most(len(batch.rounds)) - len(batch.rounds) if scorer.sharded else 0  # that only others have
     try:
         for examples, packed in batch.rounds:
@@ -290,14 +290,17 @@ def _step(
         if not out_of_memory(e):
             raise
         if scorer.sharded:
-            raise _too_little_memory(schedule, step) from e  # the others wait in the midst of a layer
+            raise _too_little_memory(schedule.micro_tokens, step) from e  # the others wait in the midst of a layer
         short = 1.0
+        alone = packed.tokens if len(examples) == 1 else 0  # smaller rounds would have it in one piece again
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     known = [p.grad is not None for p in parameters]
     if accelerator.num_processes > 1:
-        shared = [count, tokens, computed, short, *known]
-        count, tokens, computed, short, *having = distributed.summed(shared)
+        shared = [count, tokens, computed, short, alone, *known]
+        count, tokens, computed, short, alone, *having = distributed.summed(shared)
         known = [bool(n) for n in having]
+    if short and alone:
+        raise _too_little_memory(int(alone), step)
     if short:
         return None
     if accelerator.num_processes > 1:
@@ -338,15 +341,15 @@ def _rounds(
 def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
     """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
     if schedule.micro_tokens < 2 * FEWEST_TOKENS:
-        raise _too_little_memory(schedule, step)
+        raise _too_little_memory(schedule.micro_tokens, step)
     return dataclasses.replace(schedule, micro_tokens=schedule.micro_tokens // 2)
 
 
-def _too_little_memory(schedule: Schedule, step: int) -> UserError:
+def _too_little_memory(tokens: int, step: int) -> UserError:
     return UserError(
-        f"memory for rounds of {schedule.micro_tokens:,} tokens",
+        f"memory for a round of {tokens:,} tokens",
         f"too little, at step {step + 1}",
-        "pass a smaller --micro-tokens, --max-length or --model",
+        "pass a smaller --max-length or --model, or split groups of many titles",
     )
 
 
