@@ -1,6 +1,6 @@
 """``loracle serve`` beside a transformers pipeline behind FastAPI under the same load, and both under ten times what they bear.
 
-    python benchmarks/serve_load.py                              # a dated table in benchmarks/results/, about 12 minutes
+    python benchmarks/serve_load.py                              # a dated table in benchmarks/results/, about 14 minutes
     python benchmarks/serve_load.py --seconds 3 --rounds 1       # does it work?
     python benchmarks/serve_load.py --peer queue --folder FOLDER --port 8001   # a peer alone
 
@@ -199,6 +199,7 @@ def main(seconds: float, rounds: int) -> None:
         mine = [sys.executable, __file__, "--folder", str(plain), "--port", str(PORT), "--peer"]
         ways = {
             "loracle serve": [*LORACLE, "serve", str(run), "--port", str(PORT)],
+            "loracle serve --merge": [*LORACLE, "serve", str(run), "--port", str(PORT), "--merge"],
             "pipeline, queue in batches": [*mine, "queue"],
             "pipeline, FastAPI's threads": [*mine, "threads"],
         }

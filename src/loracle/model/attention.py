@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "loracle_tree"
 KEYS_FROM = 16  # of a row of scores: torch's softmax takes 6 ns a number of a shorter one, and 0.5 of others
-FUSED_FROM = 192  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
+FUSED_FROM = 320  # tokens: longer blocks go to the fused kernel, which never holds the L × K scores
 TILE = 128  # tokens: flex attention leaves out tiles of the mask in which nobody sees anybody
 SMALLEST_HEAD = 16  # which its kernel can multiply
 KEYS_A_TOKEN = 4  # that flash attention may be given: more would be copies of one long instruction
