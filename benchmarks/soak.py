@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 from results import HERE, write_table
 
-TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py", "tests/serve/test_routes.py"]
-CHOSEN = "kill or sigkill or ray or workers or allows_or_forbids"
+TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py", "tests/serve/test_routes.py",
+         "tests/test_docker.py"]  # fmt: skip
+CHOSEN = "kill or sigkill or ray or workers or allows_or_forbids or installs"
 
 
 def main() -> int:

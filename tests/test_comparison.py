@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from small import clicked, labelled, write
+from small import clicked, labelled, several, write
 
 from loracle import comparison, recipe
 from loracle.cli import main
@@ -27,6 +27,18 @@ def compare(*args, code=0):
     done = CliRunner().invoke(main, ["compare", *map(str, args)])
     assert done.exit_code == code, (done.output, done.stderr, done.exception)
     return done
+
+
+def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tmp_path):
+    """Each at its own, baselines too: the difference is that of the two figures that are shown."""
+    data, out = write(tmp_path / "data.jsonl", several(120)), tmp_path / "table"
+    compare(data, "--against", f"{tiny_model('qwen2')},tfidf,frozen", *FAST, "-o", out)
+    first, *others = json.loads((out / "comparison.json").read_text())["rows"]
+    for row in others:
+        gap = row["test"]["subset_accuracy"]["value"] - first["test"]["subset_accuracy"]["value"]
+        assert row["paired"]["value"] == pytest.approx(gap)
+        assert len(row["calibration"]["thresholds"]) == 2
+    assert any(t != 0.5 for row in others for t in row["calibration"]["thresholds"])
 
 
 def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model, tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+from kills import KILLS
 from small import QUICK, labelled, write
 
 from loracle import recipe
@@ -50,6 +53,34 @@ def test_versions_are_those_of_the_tests():
     (torch,) = re.findall(r"torch==[\d.]+", "\n".join(LINES))
     assert torch in pins
     assert "-c constraints.txt" in "\n".join(LINES)
+
+
+@pytest.mark.skipif(KILLS <= 5, reason="it fetches and installs for minutes; `make soak` does")
+def test_what_it_copies_and_installs_is_all_that_serving_takes(run, tmp_path):
+    """COPY and both RUN lines of pip as they stand, in an environment of their own; torch from where pip looks by itself."""
+    app, venv = tmp_path / "app", tmp_path / "venv"
+    app.mkdir()
+    for line in LINES:
+        if line.startswith("COPY "):
+            *sources, to = line.split()[1:]
+            for source in sources:
+                put = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
+                put(ROOT / source, app / (to if to != "./" else source))
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    installs = [line.removeprefix("RUN ") for line in LINES if line.startswith("RUN pip ")]
+    assert len(installs) == 2
+    for install in installs:
+        words = shlex.split(install.split(" --index-url")[0])
+        subprocess.run([venv / "bin" / words[0], *words[1:], "-q"], cwd=app, check=True, timeout=1500)
+    command = [venv / "bin" / "loracle", "serve", run, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        try:
+            line = server.stdout.readline()
+            assert line.startswith("serving model at http://127.0.0.1:"), server.stderr.read()
+            with urllib.request.urlopen(line.split()[-1], timeout=30) as page:  # the wheel has it too
+                assert b"<script>" in page.read()
+        finally:
+            server.terminate()
 
 
 def test_it_runs_as_nobody_in_particular():

@@ -354,11 +354,12 @@ def test_frozen_features_are_those_of_the_layer_that_does_best_on_validation_tex
     loss, _ = recipe.choose_loss(config, data)
     base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    layer, seen = rivals.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
+    layer, seen, watched = rivals.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
     depths = rivals.probe_depths(config, data, loss, base, tokenizer)
     assert depths[layer].value == max(d.value for d in depths)
-    for one, again in zip(seen, rivals.mean_features(scorer, encoder, data.train, layer), strict=True):
-        np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other rounds
+    for found, side in ((seen, data.train), (watched, data.validation)):
+        for one, again in zip(found, rivals.mean_features(scorer, encoder, side, layer), strict=True):
+            np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other rounds
     assert rivals.best_layer(data, data.train, [], scorer, encoder, loss, 0)[0] is None
 
 

@@ -54,6 +54,17 @@ def test_every_text_is_held_out_once_and_all_are_measured_together(tiny_model, t
     assert validate(*flags, "--r", "4").stdout.count("finished before") == 0  # other settings are other runs
 
 
+def test_several_labels_are_pooled_at_the_thresholds_of_their_folds(tiny_model, tmp_path):
+    data, out = write(tmp_path / "data.jsonl", several(90)), tmp_path / "folds"
+    validate(data, "--model", tiny_model("qwen2"), *FAST, "--folds", "3", "-o", out)
+    found = json.loads((out / "validation.json").read_text())
+    held = [row for r in found["runs"].values() for row in predictions(out / r["folder"])]
+    sets = [[set(filter(None, row[name].split("|"))) for name in ("label", "predicted")] for row in held]
+    hits, both = sum(len(a & b) for a, b in sets), sum(len(a) + len(b) for a, b in sets)
+    assert found["pooled"]["micro_f1"]["value"] == pytest.approx(2 * hits / both)
+    assert found["pooled"]["subset_accuracy"]["value"] == pytest.approx(np.mean([a == b for a, b in sets]))
+
+
 def test_a_rankers_groups_are_held_out_once(tiny_model, tmp_path):
     data, out = write(tmp_path / "log.jsonl", clicked(24)), tmp_path / "folds"
     validate(data, *CLICKS, "--model", tiny_model("qwen2"), *FAST, "--folds", "2", "-o", out)
@@ -73,6 +84,10 @@ def test_seeds_share_the_split_and_nothing_else(tiny_model, tmp_path):
     assert adapters[0] != adapters[1]
     assert "pooled" not in found
     assert f"from {100 * found['least']:.1f} to {100 * found['most']:.1f}" in said
+
+    # Seed 6 on the split that seed 6 draws is another run than seed 6 on that of 5.
+    said = validate(data, "--model", tiny_model("qwen2"), *FAST, "--seeds", "2", "--seed", "6", "-o", out).stdout
+    assert "finished before" not in said
 
     # The first of them is the plain run, bit for bit.
     done = CliRunner().invoke(main, ["train", str(data), "--model", str(tiny_model("qwen2")), *FAST, "--seed", "5",

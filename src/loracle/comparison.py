@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -25,13 +24,15 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.data.examples import Task
 from loracle.data.splits import Data
 from loracle.errors import UserError
-from loracle.judge.metrics import headline_metric
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED, headline_metric
 from loracle.judge.paired import Paired, holm
 from loracle.judge.paired import compare as in_pairs
 from loracle.judge.report import difference, figure, markdown_table, plain_table
 from loracle.model.backbone import load_config, resolve_base
 from loracle.model.scorer import is_encoder
 from loracle.recipe import Say
+from loracle.rivals import Rival
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
@@ -182,19 +183,25 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with peak_memory() as peak:
-            scores, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, say)
+            rival, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, say)
         seconds = time.perf_counter() - started - more.pop("asked", 0.0)
-        scoring.write_scores(folder, scores)
-        found = {"test": scoring.measure(scores, data.test, data.task), "seconds": seconds, "memory": peak[0], **more}
+        scoring.write_scores(folder, rival.scores)
+        found = {
+            "test": scoring.measure(rival.scores, data.test, data.task, rival.calibration),
+            "calibration": dataclasses.asdict(rival.calibration),
+            "seconds": seconds,
+            "memory": peak[0],
+            **more,
+        }
         run_folder.write_text(folder / COSTS, json.dumps(found))
     return json.loads((folder / COSTS).read_text(encoding="utf-8"))
 
 
-def _tfidf(one: Contender, data: Data) -> tuple[list[np.ndarray], dict[str, Any]]:
-    return rivals.tfidf_scores(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
+def _tfidf(one: Contender, data: Data) -> tuple[Rival, dict[str, Any]]:
+    return rivals.tfidf(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
-def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dict[str, Any]]:
+def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]]:
     """As the baseline of a run, but from every training text."""
     plain = dataclasses.replace(one.config.model, head="linear", depth=None, quantize=None)
     whole = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
@@ -203,11 +210,12 @@ def _frozen(one: Contender, data: Data, say: Say) -> tuple[list[np.ndarray], dic
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
     loss, _ = recipe.choose_loss(config, data)
     layer = rivals.layer_of(data, scorer, encoder, loss, config.train.seed)
-    seen = rivals.mean_features(scorer, encoder, data.train, layer)
+    seen, watched = (rivals.mean_features(scorer, encoder, side, layer) for side in (data.train, data.validation))
     asked = time.perf_counter()
     unseen = rivals.mean_features(scorer, encoder, data.test, layer)
     asked = time.perf_counter() - asked
-    return rivals.frozen_scores(data, data.train, seen, unseen, loss, config.train.seed), {
+    found = rivals.frozen(data, data.train, seen, data.validation, watched, unseen, loss, config.train.seed)
+    return found, {
         "asked": asked,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
         "texts_per_s": sum(map(len, unseen)) / asked,
@@ -250,9 +258,22 @@ def peak_memory() -> Iterator[list[int]]:
 def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
     """Each row against the first, on the same test examples; p values adjusted for their number (Holm)."""
     scores = [scoring.read_scores(root / row["folder"], data.test) for row in rows]
-    found: list[Paired] = [in_pairs(own, scores[0], data.test, data.task) for own in scores[1:]]
+    known = [_calibration(root / row["folder"], row) for row in rows]
+    found: list[Paired] = [
+        in_pairs(own, scores[0], data.test, data.task, (calibration, known[0]))
+        for own, calibration in zip(scores[1:], known[1:], strict=True)
+    ]
     for row, pair, p in zip(rows[1:], found, holm([pair.p for pair in found]), strict=True):
         row["paired"] = {"metric": pair.metric, **pair.difference.to_json(), "p": pair.p, "p_holm": p}
+
+
+def _calibration(folder: Path, row: dict[str, Any]) -> Calibration:
+    """What a row's figures were measured at."""
+    if (folder / run_folder.MANIFEST).exists():
+        meaning = run_folder.read_calibration(folder)
+        return meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+    kept = row.get("calibration") or {}
+    return Calibration(**{**kept, "thresholds": tuple(kept.get("thresholds", ()))})
 
 
 def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> list[list[str]]:

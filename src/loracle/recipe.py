@@ -54,7 +54,7 @@ from loracle.model.backbone import (
 from loracle.model.depth import LowerLayers, keep_lower
 from loracle.model.memory import forward_rate, free_memory, training_need, weight_bytes
 from loracle.model.scorer import Scorer, is_encoder
-from loracle.rivals import ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
+from loracle.rivals import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
 from loracle.run.predictor import Predictor
@@ -255,7 +255,9 @@ def learn(
             "computed once"
         )
         if size > limit:
-            say(f"note: --cache-gb {limit / 1e9:g} may not hold them; a batch of which some are missing is computed each time")
+            say(
+                f"note: --cache-gb {limit / 1e9:g} may not hold them; a batch of which some are missing is computed each time"
+            )
     if not scorer.packed:
         say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
     schedule, work = preflight(config, scorer, encoder, data, say)
@@ -269,11 +271,11 @@ def learn(
         save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
-    rivals: dict[str, list[np.ndarray]] = {}
+    rivals: dict[str, Rival] = {}
     notes: list[str] = []
     planned: Plan | None = None
 
-    def ask_rivals() -> tuple[dict[str, list[np.ndarray]], list[str], Plan]:
+    def ask_rivals() -> tuple[dict[str, Rival], list[str], Plan]:
         untuned = ask_untuned(config, data, scorer, encoder, base)
         planned = plan_baselines(data, scorer, work, untuned)
         return *score_baselines(data, scorer, encoder, loss, planned, untuned, seed=seed), planned
@@ -325,7 +327,7 @@ def learn(
             "calibration": _meaning(meaning),
             "test": measure(scores, data.test, task, calibration),
             "scoring": {"texts_per_s": texts_per_s, "parameters": sum(p.numel() for p in scorer.inner.parameters())},
-            "baselines": {name: measure(rival, data.test, task) for name, rival in rivals.items()},
+            "baselines": {who: measure(r.scores, data.test, task, r.calibration) for who, r in rivals.items()},
             "notes": notes,
             "texts": lengths,
             "noticed": {issue.kind: issue.count for issue in data.issues},
@@ -335,7 +337,8 @@ def learn(
         run_folder.write_reference(folder, reference(tokens, np.concatenate(watched), task, calibration))
         if keep_scores:
             write_scores(folder, scores)
-        told = write_report(folder, data, scores, rivals, metrics, calibration, planned.searched if planned else 0)
+        of_rivals = {who: rival.scores for who, rival in rivals.items()}
+        told = write_report(folder, data, scores, of_rivals, metrics, calibration, planned.searched if planned else 0)
         save(folder, config, scorer, base, data, scores, metrics, calibration)
         reproduce(folder, base, data.test, scorer, encoder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

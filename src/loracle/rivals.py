@@ -17,7 +17,8 @@ from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge import baselines, budget
 from loracle.judge.budget import Plan, Work
-from loracle.judge.metrics import headline_metric, target_array
+from loracle.judge.calibrate import Calibration, fit_calibration
+from loracle.judge.metrics import UNCALIBRATED, headline_metric, target_array
 from loracle.judge.probe import Depth, best_of, by_depth, ridge
 from loracle.model import assemble
 from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
@@ -69,6 +70,14 @@ def probe_layers(
             return list(ridge(here, targets, there, task)[:, None])
 
     return by_depth(seen, unseen, fit_one, lambda scores: measure(scores, held, task)[headline_metric(task)])
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Test scores of a baseline, ``[n, C]`` of each example, and what they mean, as validation texts say."""
+
+    scores: list[np.ndarray]
+    calibration: Calibration = UNCALIBRATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,60 +142,71 @@ def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | st
 
 def score_baselines(
     data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, planned: Plan, untuned: Untuned | str | None, *, seed: int
-) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """Test scores of simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
+) -> tuple[dict[str, Rival], list[str]]:
+    """Simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
     task, notes = data.task, list(planned.said)
     if task.kind == "rank":
         lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        found = {"length": [s[:, None] for s in lengths]}
+        found = {"length": Rival([s[:, None] for s in lengths])}
     else:
-        found = {"majority": list(baselines.majority(target_array(data.train, task), len(data.test), task)[:, None])}
-    found["tf-idf"] = tfidf_scores(data, loss, seed)
+        shares = baselines.majority(target_array(data.train, task), len(data.test), task)
+        found = {"majority": Rival(list(shares[:, None]))}
+    found["tf-idf"] = tfidf(data, loss, seed)
     if planned.frozen:
         some = some_of(data.train, seed, planned.frozen)
         held = some_of(data.validation, seed, planned.watched) if planned.watched else []
-        layer, seen = best_layer(data, some, held, scorer, encoder, loss, seed)
-        found["frozen"] = frozen_scores(data, some, seen, mean_features(scorer, encoder, data.test, layer), loss, seed)
+        layer, seen, watched = best_layer(data, some, held, scorer, encoder, loss, seed)
+        unseen = mean_features(scorer, encoder, data.test, layer)
+        found["frozen"] = frozen(data, some, seen, held, watched, unseen, loss, seed)
         if layer is not None:
             notes.insert(0, f"frozen features are those after layer {layer + 1}, chosen on validation {task.unit}")
     if isinstance(untuned, str):
         notes.append(f"the untuned model is not asked: {untuned}")
     elif untuned and planned.asked:
         try:
-            found[untuned.name] = untuned.ask()
+            found[untuned.name] = Rival(untuned.ask())
         except NoLikelihoodError as e:
             notes.append(f"the untuned model is not asked: {e}")
     return found, notes
 
 
-def tfidf_scores(data: Data, loss: Loss, seed: int) -> list[np.ndarray]:
-    """Test scores of a linear model on words, ``[n, C]`` each, by the same loss when ranking."""
+def tfidf(data: Data, loss: Loss, seed: int) -> Rival:
+    """A linear model on words, by the same loss when ranking."""
     task = data.task
     if task.kind == "rank":
         ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        return [s[:, None] for s in ranked]
-    seen, unseen = map(baselines.words_of, (data.train, data.test))
-    return list(baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)[:, None])
+        return Rival([s[:, None] for s in ranked])
+    seen, unseen = map(baselines.words_of, (data.train, [*data.validation, *data.test]))
+    logits = baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)
+    return _calibrated(logits, data.validation, task)
+
+
+def _calibrated(logits: np.ndarray, held: Sequence[Any], task: Task) -> Rival:
+    """Of logits ``[H + N, C]`` those of the N test texts, at the calibration that the H held-out ones call for."""
+    calibration = fit_calibration(logits[: len(held)], target_array(held, task), task) if held else UNCALIBRATED
+    return Rival(list(logits[len(held) :, None]), calibration)
 
 
 def best_layer(
     data: Data, some: list[Any], held: list[Any], scorer: Scorer, encoder: Encoder, loss: Loss, seed: int
-) -> tuple[int | None, list[np.ndarray]]:
+) -> tuple[int | None, list[np.ndarray], list[np.ndarray]]:
     """The layer after which a probe that learnt from ``some`` training examples does best on ``held`` validation examples, and
-    the states of ``some`` there. None, the last one: of encoders, and where too few are held out to tell layers apart.
+    the states of both there. None, the last one: of encoders, and where too few are held out to tell layers apart.
 
     Of deep models ``LAYERS`` are looked at, evenly spaced, the last one among them.
     """
     if scorer.encoder or not scorer.packed or not held:
-        return None, mean_features(scorer, encoder, some)
+        return None, mean_features(scorer, encoder, some), mean_features(scorer, encoder, held) if held else []
     count = scorer.inner.config.num_hidden_layers
     layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
     seen, unseen = (assemble.layer_features(scorer, encode_texts(encoder, side), layers) for side in (some, held))
     try:
         at = best_of(probe_layers(seen, some, unseen, held, data.task, loss, seed)).layers - 1
     except UserError:
-        return None, by_example(seen[:, -1], some)
-    return layers[at], by_example(seen[:, at], some)
+        at, chosen = -1, None
+    else:
+        chosen = layers[at]
+    return chosen, by_example(seen[:, at], some), by_example(unseen[:, at], held)
 
 
 def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
@@ -204,17 +224,26 @@ def mean_features(
     return by_example(found, examples)
 
 
-def frozen_scores(
-    data: Data, some: Sequence[Any], seen: list[np.ndarray], unseen: list[np.ndarray], loss: Loss, seed: int
-) -> list[np.ndarray]:
-    """The same of one on features: ``seen`` of some training examples, ``unseen`` of the test side."""
+def frozen(
+    data: Data,
+    some: Sequence[Any],
+    seen: list[np.ndarray],
+    held: Sequence[Any],
+    watched: list[np.ndarray],
+    unseen: list[np.ndarray],
+    loss: Loss,
+    seed: int,
+) -> Rival:
+    """A linear model on features: ``seen`` of some training examples, ``watched`` of held-out ones, ``unseen`` of the test
+    side.
+    """
     task = data.task
     if task.kind == "rank":
         ranked = baselines.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
-        return [s[:, None] for s in ranked]
-    targets = target_array(some, task)
-    scores = baselines.frozen_classifier(np.concatenate(seen), targets, np.concatenate(unseen), task, seed=seed)
-    return list(scores[:, None])
+        return Rival([s[:, None] for s in ranked])
+    features, targets = np.concatenate([*watched, *unseen]), target_array(some, task)
+    logits = baselines.frozen_classifier(np.concatenate(seen), targets, features, task, seed=seed)
+    return _calibrated(logits, held, task)
 
 
 def label_words(task: Task) -> list[str]:

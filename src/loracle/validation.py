@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import logit
 
 from loracle import recipe, scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.audit import refuse
+from loracle.data.examples import Task
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
-from loracle.judge.metrics import headline_metric
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import UNCALIBRATED, headline_metric
 from loracle.judge.report import SHOWN, figure, plain_table
 from loracle.recipe import Say
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
 JSON = "validation.json"
+AT_THRESHOLDS = ("accuracy", "subset_accuracy", "micro_f1", "macro_f1")  # what thresholds decide of several labels
+MOST = 1e3  # of the logit of a threshold: one of 0 or 1 has none that could be reckoned with
 
 
 def run(config: RunConfig, settings: ValidateConfig, *, say: Say = print, quiet: bool = False) -> Path:
@@ -43,6 +48,8 @@ def run(config: RunConfig, settings: ValidateConfig, *, say: Say = print, quiet:
         repeats = [(f"fold-{k}", config, side) for k, side in enumerate(fold_sides(config, settings.folds, say), 1)]
     else:
         data, first = recipe.read_data(config, say), config.train.seed
+        # The first seed draws the split, of which a run's own settings tell nothing.
+        data = dataclasses.replace(data, checksums=data.checksums | {"split": f"seed {first}"})
         seeds = range(first, first + (settings.seeds or 0))
         repeats = [(f"seed-{s}", _with_seed(config, s), data) for s in seeds]
     runs: list[tuple[str, Path, Data]] = []
@@ -105,8 +112,25 @@ def summary(runs: list[tuple[str, Path, Data]]) -> dict[str, Any]:
         "most": max(known, default=None),
     }
     if runs[0][0].startswith("fold"):
-        scores = [s for _, folder, side in runs for s in scoring.read_scores(folder, side.test)]
-        found["pooled"] = scoring.measure(scores, [e for _, _, side in runs for e in side.test], task)
+        found["pooled"] = _pooled(runs, task)
+    return found
+
+
+def _pooled(runs: list[tuple[str, Path, Data]], task: Task) -> dict[str, Any]:
+    """Metrics of all held-out examples together, each at the calibration of its own fold."""
+    examples = [e for _, _, side in runs for e in side.test]
+    scores: list[np.ndarray] = []
+    above: list[np.ndarray] = []  # the same, moved so that each label's threshold stands at one half
+    for _, folder, side in runs:
+        meaning = run_folder.read_calibration(folder)
+        known = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        own = [s / known.temperature for s in scoring.read_scores(folder, side.test)]
+        scores += own
+        above += [s - np.clip(logit(known.thresholds), -MOST, MOST) for s in own] if known.thresholds else own
+    found = scoring.measure(scores, examples, task)
+    if task.kind == "multi":
+        moved = scoring.measure(above, examples, task)
+        found |= {name: moved[name] for name in AT_THRESHOLDS}
     return found
 
 

@@ -53,6 +53,9 @@ def test_a_short_training_has_its_baselines_all_the_same():
 
 
 def test_an_encoder_chooses_no_layer_and_what_cannot_be_asked_is_not_missed():
-    _, found = planned(10, layers=False)
-    assert (found.watched, found.asked) == (0, False)
+    work, found = planned(10, layers=False)
+    assert (found.watched, found.asked) == (400, False)  # which say what its scores mean
+    ranker = plan(work, train=4000, validation=400, test=1000, characters=400_000, labels=1, most=2048, layers=False,
+                  asked=None)  # fmt: skip
+    assert ranker.watched == 0
     assert not any("untuned" in line for line in found.said)

@@ -105,10 +105,10 @@ def test_a_ranker_ranks_best_first(ranker):
 def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
     monkeypatch.setattr("loracle.run.predictor.WINDOW", 5)
     groups = [
-        RankGroup(group=str(i), texts=tuple(f"{w} {i}" for w in ("good", "bad", "so")[: 1 + i % 3]), rows=(1, 2, 3)[: 1 + i % 3],
-                  context=f"brief {i // 2}" if i % 4 else None)
-        for i in range(9)
-    ]  # fmt: skip
+        RankGroup(group=str(i), texts=titles[: 1 + i % 3], rows=(1, 2, 3)[: 1 + i % 3], context=context)
+        for i, context in enumerate(["brief 1", "brief 1", None, "brief 2"] * 2)
+        for titles in [(f"good {i}", f"bad {i}", f"so {i}")]
+    ]
     predictor = Predictor(ranker)
     found = list(predictor.rank_groups(groups))
     assert [group for group, _ in found] == groups
@@ -120,7 +120,10 @@ def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
 
 def test_threads_may_share_a_predictor(base, tmp_path):
     predictor = Predictor(learn(tmp_path, base, labelled(), dtype="float32"))
-    asked = [[f"{word} {'long ' * (i % 7)}{i}" for i in range(n, n + 1 + n % 5)] for n, word in enumerate(["good", "so"] * 20)]
+    asked = [
+        [f"{word} {'long ' * (i % 7)}{i}" for i in range(n, n + 1 + n % 5)]
+        for n, word in enumerate(["good", "so"] * 20)
+    ]
     expected = [predictor.scores(texts) for texts in asked]
     with ThreadPoolExecutor(4) as pool:
         for found, wanted in zip(pool.map(predictor.scores, asked * 3), expected * 3, strict=True):

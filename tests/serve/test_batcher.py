@@ -74,6 +74,16 @@ def test_each_request_gets_its_own_scores_in_its_own_order():
     assert len(model.rounds) < len(requests)  # they met
 
 
+def test_who_asks_at_the_same_time_shares_a_round(monkeypatch):
+    monkeypatch.setattr("loracle.serve.batcher.QUIET", 0.5)
+    monkeypatch.setattr("loracle.serve.batcher.GATHERED", 10.0)
+    model = Model()
+    with batcher(model) as queue:
+        futures = [queue.submit("a", [text(i)]) for i in range(3)]
+        assert [f.result(5)[0, 0] for f in futures] == [0, 1, 2]
+    assert len(model.rounds) == 1
+
+
 def test_no_round_is_over_the_budget_and_all_but_few_are_near_it():
     model = Model(open=False)
     with batcher(model) as queue:

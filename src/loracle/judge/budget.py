@@ -62,7 +62,8 @@ def plan(
 
     a_text = work.forward * work.tokens
     room = int(max(left, 0) / a_text) - test
-    watched = min(validation, WATCHED, max(room, 0) // 5) if layers else 0
+    # By these the layer is chosen, and what scores mean.
+    watched = min(validation, WATCHED, max(room, 0) // 5) if layers or labels > 1 else 0
     frozen = min(train, most, room - watched)
     said = []
     if frozen < min(train, FEWEST):

@@ -16,7 +16,19 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from loracle.data.examples import LabeledText, RankGroup, Task
-from loracle.judge.metrics import Array, Interval, headline_metric, lead, sum_by_unit, target_array, units_of
+from loracle.judge.calibrate import Calibration
+from loracle.judge.metrics import (
+    UNCALIBRATED,
+    Array,
+    Interval,
+    differences,
+    given_labels,
+    headline_metric,
+    probabilities,
+    sum_by_unit,
+    target_array,
+    units_of,
+)
 from loracle.judge.ranking import paired_difference
 
 
@@ -30,17 +42,22 @@ class Paired:
 
 
 def compare(
-    scores_a: Sequence[np.ndarray], scores_b: Sequence[np.ndarray], examples: Sequence[Any], task: Task
+    scores_a: Sequence[np.ndarray],
+    scores_b: Sequence[np.ndarray],
+    examples: Sequence[Any],
+    task: Task,
+    calibrations: tuple[Calibration, Calibration] = (UNCALIBRATED, UNCALIBRATED),
 ) -> Paired:
-    """Compare two scorers by their scores ``[n_i, C]`` of each example: accuracy (of whole label sets for ``multi``), or
-    pair accuracy when ranking.
+    """Compare two scorers by their scores ``[n_i, C]`` of each example: accuracy (of whole label sets for ``multi``, as each
+    one's calibration gives them), or pair accuracy when ranking.
     """
     if task.kind == "rank":
         return compare_rankers([s[:, 0] for s in scores_a], [s[:, 0] for s in scores_b], examples)
     a, b = (np.concatenate(scores) for scores in (scores_a, scores_b))
     same = [e.identity for e in examples]
-    gap = lead(a, b, target_array(examples, task), task, metric="accuracy", groups=same)
-    return Paired("accuracy", gap, mcnemar(credit(a, examples, task), credit(b, examples, task), same))
+    gap = differences(a, b, target_array(examples, task), task, groups=same, calibrations=calibrations)["accuracy"]
+    right_a, right_b = (credit(s, examples, task, c) for s, c in zip((a, b), calibrations, strict=True))
+    return Paired("accuracy", gap, mcnemar(right_a, right_b, same))
 
 
 def compare_rankers(
@@ -60,11 +77,14 @@ def compare_rankers(
     return Paired(metric, found, float(min(1.0, max(p, 2.0 ** (1 - units)))))
 
 
-def credit(scores: np.ndarray, examples: Sequence[LabeledText], task: Task) -> Array:
+def credit(
+    scores: np.ndarray, examples: Sequence[LabeledText], task: Task, calibration: Calibration = UNCALIBRATED
+) -> Array:
     """How right each of N texts is, from 0 to 1, as ``accuracy`` counts it: ties are shared, label sets are whole."""
     targets = target_array(examples, task)
     if task.kind == "multi":
-        return ((scores > 0) == targets).all(axis=1).astype(np.float64)
+        given = given_labels(probabilities(scores, task, calibration), task, calibration)
+        return (given == targets).all(axis=1).astype(np.float64)
     highest = scores == scores.max(axis=1, keepdims=True)
     return highest[np.arange(len(targets)), targets] / highest.sum(axis=1)
 

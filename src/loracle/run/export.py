@@ -1,4 +1,4 @@
-"""A run as a folder that others load: plain transformers (and so pipelines, vLLM, TEI), or OpenVINO in 8-bit integers.
+"""A run as a folder that others load: plain transformers (and so pipelines and vLLM), or OpenVINO in 8-bit integers.
 
 No export leaves this module untried: it is opened as its users open it, scores texts of the run's own test side, and is removed
 again where it does not give what the run gives.

@@ -24,6 +24,7 @@ from loracle.text.encode import Encoded
 from loracle.text.packing import micro_batches, rows
 
 SMOOTHED = 0.3  # weight of the newest round in the speed
+QUIET, GATHERED = 0.001, 0.01  # seconds without a new request after which a round begins, and with them
 NOTED = 8  # a round with less than this part of its rows tells only what the machine can do at least
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Batcher:
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="loracle-batcher", daemon=True)
         self.texts = self.tokens = 0  # waiting or at work
-        self.rounds = self.failures = 0
+        self.rounds = self.failures = self._submitted = 0
         self._speed: float | None = None  # rows/s, of rounds that are large enough to tell
         self._known: set[str] = set()  # runs that have had their first round, in which things are done once
         self._at_work = 0  # rows of the round that is computed now
@@ -129,6 +130,7 @@ class Batcher:
             self.tokens += tokens
             self._jobs.append(job)
             self._open.add(job)
+            self._submitted += 1
             self._changed.notify_all()
         job.future.add_done_callback(lambda _: self._leave(job, tokens))
         return job.future
@@ -195,6 +197,7 @@ class Batcher:
         """Texts of one run that go through the model together; none once the batcher is stopped and nothing waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
+            self._gather()
             waiting = self._read_ahead()
             if not waiting:
                 return []
@@ -210,6 +213,13 @@ class Batcher:
                 self._jobs.rotate(-1)
             self._at_work = rows([text for _, text in round_])
             return round_
+
+    def _gather(self) -> None:
+        """Let those who ask at the same time come in: they share a round; the first one alone would hold up the others."""
+        until, known = time.monotonic() + GATHERED, -1
+        while known != self._submitted and not self._closed and time.monotonic() < until:
+            known = self._submitted
+            self._changed.wait(QUIET)
 
     def _read_ahead(self) -> list[tuple[_Job, Encoded]]:
         """The first texts of the first job's run, as many as could fill a round."""
