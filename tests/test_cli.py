@@ -75,7 +75,7 @@ def test_unsure_rows_get_no_label_and_are_counted(tiny_model, tmp_path):
     assert unread == 0 < unsure < sure, "nothing to choose between: the test would be vacuous"
     done = loracle("predict", run, new, "-o", tmp_path / "some.csv", "--abstain-below", (sure + unsure) / 2)
     assert "1 rows without a text" in done.stderr
-    assert "1 rows whose highest probability is below" in done.stderr
+    assert "1 rows of which the model is less sure than" in done.stderr
     assert rows_of(tmp_path / "some.csv") == [scored[0], scored[1], scored[2] | {"predicted": ""}]
 
 

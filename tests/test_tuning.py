@@ -44,9 +44,9 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     said = loracle("tune", *flags, "--trials", "6").stdout
     lines = [line for line in said.splitlines() if line.startswith("trial ") and ": lr" in line]
     assert len(lines) == 6
-    swept = [line.split(", epochs")[0].split("lr ")[1] for line in lines[:2]]
-    assert [float(r) for r in swept] == pytest.approx([0.0003, 0.03])
-    assert all("r 16" in line and "targets all-linear" in line for line in lines[:2])
+    assert float(lines[0].split(", epochs")[0].split("lr ")[1]) == 0.003  # a third of them: what is given
+    assert "r 16" in lines[0]
+    assert "targets all-linear" in lines[0]
     assert len({line.split("lr ")[1].partition(":")[0] for line in lines}) == 6
 
     config = RunConfig.from_flat({"data": str(data), "validation_share": 0.3})
@@ -122,7 +122,8 @@ def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
     qwen = trials("qwen2", r=12, targets="k_proj")
     assert qwen.space["r"] == (4, 8, 12, 16, 32, 64)
     assert qwen.space["targets"] == ("k_proj", "all-linear", "q_proj,v_proj")
-    assert qwen.sweep(3) == pytest.approx([0.0003, 0.003, 0.03])
+    for count in (3, 4):  # what is given is among them
+        assert qwen.sweep(count) == pytest.approx([0.0003, 0.003, 0.03])
     assert trials("qwen2", depth="auto").config.model.depth in (1, 2, 3)
 
 

@@ -180,7 +180,8 @@ def _settings(
     "--abstain-below",
     type=click.FloatRange(0, 1),
     default=0.0,
-    help="give no label to rows whose highest probability is below this; they are counted",
+    help="give no label to rows of which the model is less sure than this, and count them: the highest probability; where "
+    "labels can stand together, what it says of the one that it doubts most",
 )
 @click.option("--base", help="where the base model is now, if it moved")
 @click.option("--device", default="auto", help="cpu, cuda, mps, or auto")

@@ -120,8 +120,8 @@ class Trials:
             self.given |= {"r": config.lora.r, "targets": config.lora.targets}
 
     def sweep(self, count: int) -> list[float]:
-        """Learning rates, evenly apart by their logarithm; the given one stands in the middle of an odd number."""
-        if count == 1:
+        """Learning rates, evenly apart by their logarithm, the given one in the middle: at most so many, an odd number."""
+        if (count := count - 1 + count % 2) == 1:
             return [self.rate]
         return [float(f"{r:.3g}") for r in np.geomspace(self.low, self.high, count)]
 
@@ -150,7 +150,8 @@ class Trials:
             seen = scoring.look(scorer, encoder, data.validation, data.task, self.loss)
             looks += 1
             if np.isfinite(seen["metric"]):
-                trial.report(seen["metric"], looks)
+                # By the share of the training that is done: a longer one is not held against the end of a shorter one.
+                trial.report(seen["metric"], round(looks * max(LENGTHS) * self.config.train.epochs / params["epochs"]))
                 if trial.should_prune():
                     raise optuna.TrialPruned
             return seen

@@ -12,7 +12,14 @@ from sklearn import metrics as reference
 from loracle.data.examples import LabeledText, RankGroup, Task
 from loracle.judge import findings as of
 from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import as_json, classification_metrics, probabilities, target_array
+from loracle.judge.metrics import (
+    as_json,
+    classification_metrics,
+    confidence_of,
+    given_labels,
+    probabilities,
+    target_array,
+)
 from loracle.judge.page import render
 
 NAMES = tuple(f"label {i}" for i in range(15))
@@ -120,6 +127,21 @@ def test_coverage_by_counting():
     for point in points:
         kept = confidence >= point["threshold"]  # what `predict --abstain-below` labels
         assert (point["coverage"], point["accuracy"]) == pytest.approx((kept.mean(), right[kept].mean()))
+
+
+def test_a_threshold_as_it_is_printed_labels_what_is_printed():
+    """0.99962 shown as 1.000 would label nothing."""
+    confidence = 1 - 10.0 ** -np.arange(1, 9)
+    for point in of.coverage(confidence, np.ones(8)):
+        assert np.mean(confidence >= float(f"{point['threshold']:.6f}")) == point["coverage"] > 0
+
+
+def test_of_several_labels_the_one_that_is_doubted_most_counts():
+    """A text that surely has none of them is no doubtful one."""
+    task = Task(kind="multi", label_names=("a", "b"))
+    proba = np.array([[0.01, 0.02], [0.9, 0.4], [0.3, 0.02]])
+    given = given_labels(proba, task, Calibration(thresholds=(0.2, 0.5)))
+    assert confidence_of(proba, given, task).tolist() == pytest.approx([0.98, 0.6, 0.3])
 
 
 def test_slices_by_counting():

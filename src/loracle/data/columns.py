@@ -36,7 +36,7 @@ LABEL_NAMES = (
 )  # fmt: skip
 GROUP_NAMES = ("group", "group_id", "test_id", "query_id", "qid")
 GRADE_NAMES = ("grade", "relevance", "score")
-SLICE_NAMES = ("source",)
+SLICE_NAMES = ("source", "language", "lang")
 CONTEXT_NAMES = ("context", "prompt", "query", "brief")
 
 
@@ -283,8 +283,8 @@ def _label_columns(table: Table, data: DataConfig) -> Columns:
     columns = _text_columns(table, data, TEXT_NAMES, taken={label, weight} - {None})
     known = {columns.text, columns.messages, columns.context, weight}
     label = label or _guessed_label(table, taken={*known, *slices})
-    if data.slice is None and (source := _common(table, SLICE_NAMES, taken={*known, label})):
-        slices = (source,)
+    if data.slice is None:
+        slices = tuple(c for name in SLICE_NAMES if (c := _common(table, [name], taken={*known, label})))
     return dataclasses.replace(columns, label=label, weight=weight, slice=slices)
 
 

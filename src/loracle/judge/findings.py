@@ -26,6 +26,7 @@ from loracle.judge.metrics import (
     bootstrap,
     calibration_bins,
     claims,
+    confidence_of,
     given_labels,
     headline_metric,
     lead,
@@ -125,12 +126,10 @@ def findings(
         },
         "suspects": {"test": suspect_rows(proba, targets, examples, task)},
     }
+    right = (given == true).all(axis=1).astype(np.float64)
+    found["coverage"] = coverage(confidence_of(proba, given, task), right)
     if task.kind == "single":
-        right = given[np.arange(len(targets)), targets].astype(np.float64)
-        found |= {
-            "confusion": confusion(given.argmax(1), targets, task.label_names),
-            "coverage": coverage(proba.max(1), right),
-        }
+        found["confusion"] = confusion(given.argmax(1), targets, task.label_names)
     return found
 
 
@@ -186,15 +185,17 @@ def reliability(confidence: Array, right: Array) -> list[dict[str, float]]:
 
 
 def coverage(confidence: Array, right: Array) -> list[dict[str, float]]:
-    """What ``--abstain-below`` buys: for thresholds from high to low, the share of texts labelled, and their accuracy."""
-    order = np.argsort(-confidence, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)  # equal confidences go together
-    ends = np.unique(ends[np.linspace(0, len(ends) - 1, POINTS).astype(int)])
-    accuracy = right[order].cumsum() / np.arange(1, len(order) + 1)
+    """What ``--abstain-below`` buys: for thresholds from high to low, the share of texts labelled, and their accuracy.
+
+    Thresholds have the six digits that the page shows, rounded down, so that they label what they are said to.
+    """
+    steps = np.unique(np.floor(confidence * 1e6) / 1e6)[::-1]
+    chosen = steps[np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))]
+    labelled = [confidence >= threshold for threshold in chosen]
     return [
-        {"threshold": float(confidence[order[i]]), "coverage": float((i + 1) / len(order)), "accuracy": float(accuracy[i])}
-        for i in ends
-    ]  # fmt: skip
+        {"threshold": float(t), "coverage": float(sure.mean()), "accuracy": float(right[sure].mean())}
+        for t, sure in zip(chosen, labelled, strict=True)
+    ]
 
 
 def worst_errors(

@@ -78,6 +78,11 @@ def given_labels(proba: np.ndarray, task: Task, calibration: Calibration = UNCAL
     return np.arange(proba.shape[1]) == proba.argmax(1)[:, None]
 
 
+def confidence_of(proba: Array, given: npt.NDArray[np.bool_], task: Task) -> Array:
+    """How sure a model is of what it gives for each text, ``[N]``; of ``multi`` that is the label that it doubts most."""
+    return np.where(given, proba, 1 - proba).min(axis=1) if task.kind == "multi" else proba.max(axis=1)
+
+
 def calibration_bins(confidence: Array) -> npt.NDArray[np.intp]:
     """Bin ``[N]`` of each text: up to ``BINS`` bins that hold equally many, equal confidences always together.
 

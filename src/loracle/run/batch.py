@@ -34,7 +34,7 @@ from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
 from loracle.hub import checksum
 from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import UNCALIBRATED
+from loracle.judge.metrics import UNCALIBRATED, confidence_of, given_labels
 from loracle.run.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
 from loracle.run.output import Write, check_output, open_output
 from loracle.run.predictor import Predictor, names_of, score_window
@@ -117,7 +117,7 @@ def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
     if unread:
         say(f"note: {unread:,} rows without a text have no label")
     if abstain_below:
-        say(f"note: {unsure:,} rows whose highest probability is below {abstain_below:g} have no label")
+        say(f"note: {unsure:,} rows of which the model is less sure than {abstain_below:g} have no label")
 
 
 @contextmanager
@@ -174,20 +174,21 @@ def _score(job: Job, kept: Kept, rows: int, say: Any) -> None:
 def _write(
     job: Job, scored: Iterable[tuple[list[Row], np.ndarray]], write: Write, abstain_below: float
 ) -> tuple[int, int]:
-    """Rows with their labels; returns how many had no text, and of how many the highest probability was too low."""
+    """Rows with their labels; returns how many had no text, and of how many the model was not sure enough."""
     columns, task, meaning = job.table.columns, job.info.task, read_calibration(job.run)
     calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
     names = [_free(name, columns) for name in ("predicted", *(f"p({n})" for n in task.label_names))]
     unread = unsure = 0
     for window, proba in scored:
         labels = names_of(proba, task, calibration)
-        for (_, row, text, _), p, label in zip(window, proba, labels, strict=True):
+        sure = confidence_of(proba, given_labels(proba, task, calibration), task)
+        for (_, row, text, _), p, label, confidence in zip(window, proba, labels, sure, strict=True):
             cells: list[Any] = [None] * len(names)
             if text is None:
                 unread += 1
             else:
-                silent = p.max() < abstain_below
-                unsure += bool(silent)
+                silent = bool(confidence < abstain_below)
+                unsure += silent
                 shown = "" if silent else "|".join(label) if isinstance(label, list) else label
                 cells = [shown, *(round(float(v), 6) for v in p)]
             write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
