@@ -32,7 +32,7 @@ def compare(*args, code=0):
 def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tmp_path):
     """Each at its own, baselines too: the difference is that of the two figures that are shown."""
     data, out = write(tmp_path / "data.jsonl", several(120)), tmp_path / "table"
-    compare(data, "--against", f"{tiny_model('qwen2')},tfidf,frozen", *FAST, "-o", out)
+    compare(data, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
     first, *others = json.loads((out / "comparison.json").read_text())["rows"]
     for row in others:
         gap = row["test"]["subset_accuracy"]["value"] - first["test"]["subset_accuracy"]["value"]
@@ -197,8 +197,8 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
     ]
     task = Task(kind="single", label_names=("a", "b"))
     data = recipe.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
-    scores, more = comparison._frozen(frozen, data, said.append)
-    assert np.concatenate(scores).shape == (6, 2)
+    rival, more = comparison._frozen(frozen, data, said.append)
+    assert np.concatenate(rival.scores).shape == (6, 2)
     assert more["parameters"] > 0
 
 
