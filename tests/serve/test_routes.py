@@ -160,7 +160,9 @@ def test_classify_as_vllm_says_it(client, folder):
     tokens = sum(len(alone.encoder.tokenizer(t, truncation=True)["input_ids"]) for t in TEXTS[:2])
     assert (found["object"], found["model"], found["usage"]["prompt_tokens"]) == ("list", "moods", tokens)
     assert re.fullmatch(r"classify-[0-9a-f]{32}", found["id"])
-    assert post(client, "/classify", model="moods", input=TEXTS[0])["data"][0]["probs"] == pytest.approx(proba[0], abs=1e-6)
+    assert post(client, "/classify", model="moods", input=TEXTS[0])["data"][0]["probs"] == pytest.approx(
+        proba[0], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
