@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from kills import KILLS
 from safetensors.torch import load_file, save_file
 from small import QUICK, labelled, pairs, write
@@ -20,6 +21,7 @@ from loracle import recipe, rivals
 from loracle.config import RunConfig
 from loracle.data.examples import RankGroup, Task
 from loracle.errors import UserError
+from loracle.model.scorer import Scorer
 from loracle.run.folder import read_info
 from loracle.run.predictor import Predictor
 
@@ -54,6 +56,22 @@ def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_m
     assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
     assert any(line.startswith("about ") and "for 2 steps, at the " in line for line in said)
     assert read_info(run).config.train.micro_tokens == 70
+
+
+def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_path, monkeypatch):
+    """It only asks how long the training will take; that goes on in smaller rounds."""
+    said, whole, seen = [], Scorer.forward, []
+
+    def forward(self, batch):
+        seen.append(batch.tokens)
+        if batch.tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", forward)
+    recipe.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), say=said.append, quiet=True)
+    assert seen[0] > 100
+    assert any(line.startswith("how long 2 steps take is not known") for line in said)
 
 
 def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkeypatch):

@@ -345,7 +345,9 @@ class ServeConfig:
     queue_tokens: int = dial(262_144, "the same in tokens", least=1)
     round_tokens: int = dial(1024, "tokens that go through the model at once; more wait longer for each other", least=1)
     max_wait: float = dial(
-        0.5, "seconds that a request may be expected to wait for its turn; one that would wait longer gets 429", above=0
+        0.5,
+        "seconds that a request may be expected to wait for its turn, or as long as a full round takes; else it gets 429",
+        above=0,
     )
     deadline: float = dial(30.0, "seconds within which a request is answered, or told 503", above=0)
     merge: bool = dial(

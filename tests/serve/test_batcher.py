@@ -191,6 +191,24 @@ def test_who_would_wait_too_long_for_a_turn_is_refused(monkeypatch):
         assert queue.has_room(1)
 
 
+def test_a_slow_models_next_round_may_be_filled(monkeypatch):
+    """A round takes 10 s, so whoever has to wait for one waits longer than the bound; but nobody gains by an empty round."""
+    model = Model()
+    with batcher(taking(10.0, model, monkeypatch), max_wait=0.5) as queue:
+        for _ in range(2):
+            queue.submit("a", [of_length(64)]).result(5)
+        model.gate.clear()
+        model.inside.clear()
+        futures = [queue.submit("a", [of_length(4, seed=1)])]
+        assert model.inside.wait(5)
+        futures += [queue.submit("a", [of_length(20, seed=i)]) for i in range(2, 6)]
+        with pytest.raises(Full):
+            queue.submit("a", [of_length(20, seed=6)])
+        model.gate.set()
+        for future in futures:
+            future.result(5)
+
+
 def test_a_wait_is_reckoned_in_rows_that_are_computed(monkeypatch):
     """A context of 40 tokens counts once, before ten titles and in the speed."""
     before = tuple(range(5000, 5040))

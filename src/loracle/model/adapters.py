@@ -60,10 +60,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool = False) -> 
     Raises:
         UserError: the adapter is not there, or does not fit the base model.
     """
+    # Where there are none PEFT would look for a pickle, and then for a repository of the folder's name.
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (
-            folder / name
-        ).is_file():  # PEFT would look for a pickle instead, and then for a repository of that name
+        if not (folder / name).is_file():
             raise UserError(f"{name} in {folder}", "no such file", "restore it or train again")
     try:
         config = _lean(LoraConfig.from_pretrained(str(folder)), model)

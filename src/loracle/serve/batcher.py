@@ -58,7 +58,7 @@ class Batcher:
         round_tokens: rows of a round (``text.packing.micro_batches``); a text with more goes alone.
         queue_texts, queue_tokens: what may wait or be at work at once. A request larger than that is taken when nothing
             else waits.
-        max_wait: seconds that a request may be expected to wait for its turn.
+        max_wait: seconds that a request may be expected to wait for its turn, or a whole round where that takes longer.
         patience: seconds for what still waits at ``stop``.
     """
 
@@ -123,7 +123,7 @@ class Batcher:
             if self.texts and (
                 self.texts + len(texts) > self._limits[0]
                 or self.tokens + tokens > self._limits[1]
-                or self.wait() > self._max_wait
+                or self._would_wait_too_long()
             ):
                 raise Full
             self.texts += len(texts)
@@ -137,7 +137,7 @@ class Batcher:
 
     def has_room(self, texts: int) -> bool:
         """Whether so many texts would be taken if they were short: asked before they are tokenised."""
-        return not self.texts or (self.texts + texts <= self._limits[0] and self.wait() <= self._max_wait)
+        return not self.texts or (self.texts + texts <= self._limits[0] and not self._would_wait_too_long())
 
     def wait(self) -> float:
         """Seconds until a request that came now would have its turn: each one before it has at most a round first."""
@@ -145,6 +145,10 @@ class Batcher:
             return 0.0
         with self._changed:
             return (self._at_work + sum(min(job.rest, self._round_tokens) for job in self._jobs)) / self._speed
+
+    def _would_wait_too_long(self) -> bool:
+        """Past the bound, or a whole round where that takes longer: else a slow model's rounds would stay nearly empty."""
+        return self._speed is not None and self.wait() > max(self._max_wait, self._round_tokens / self._speed)
 
     def ready(self, within: float) -> bool:
         """Whether the worker lives and has not been at one round for longer than that many seconds."""
