@@ -242,9 +242,7 @@ def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
     Raises:
         UserError: it is another job's, another process is at it, or it is something else of the user's.
     """
-    lock = (
-        folder / "lock"
-    )  # made first, so a folder with files and without it is none of ours, and is not to be removed
+    lock = folder / "lock"  # made first and removed last: a folder with files and without it is none of ours
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not lock.exists())):
         raise UserError(f"{folder} free for the scores of this job", "other files there", "pick another --out")
     folder.mkdir(exist_ok=True)
