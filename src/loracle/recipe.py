@@ -53,11 +53,11 @@ from loracle.model.backbone import (
 )
 from loracle.model.depth import LowerLayers, keep_lower
 from loracle.model.memory import (
-    forward_rate,
     free_memory,
     out_of_memory,
     release,
     training_need,
+    training_rate,
     weight_bytes,
 )
 from loracle.model.scorer import Scorer, is_encoder
@@ -479,17 +479,15 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     spared = need.lower_flops * (1 - 1 / passes) if scorer.lower is not None else 0.0  # read from the cache
     operations = (need.flops_per_token - spared) * float(np.mean(computed)) * steps
     try:
-        rate = forward_rate(scorer, scorer.pack(some))
+        rate = training_rate(scorer, scorer.pack(some))
     except (RuntimeError, MemoryError) as e:  # training makes its rounds smaller until they fit
         if not out_of_memory(e) or scorer.sharded:
             raise
         release(scorer)
         say(f"how long {steps:,} steps take is not known: there is too little memory for {len(some):,} texts at once")
     else:
-        seconds = operations / (need.forward_flops * rate * distributed.start(device).num_processes)
-        say(
-            f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that go through the model now"
-        )
+        seconds = operations / (need.flops_per_token * rate * distributed.start(device).num_processes)
+        say(f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that it learns now")
     return schedule, Work(training=operations, forward=need.forward_flops, tokens=sum(computed) / count)
 
 
