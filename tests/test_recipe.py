@@ -22,6 +22,7 @@ from loracle.config import RunConfig
 from loracle.data.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.model.scorer import Scorer
+from loracle.run import share
 from loracle.run.folder import read_info
 from loracle.run.predictor import Predictor
 
@@ -337,6 +338,19 @@ def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeyp
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     run = recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
     assert not (run / "checkpoints").exists()
+
+
+def test_a_pattern_is_found_again_from_anywhere(tmp_path, monkeypatch):
+    """And of where it pointed a pushed run tells the last part alone."""
+    write(tmp_path / "a.csv", labelled(6))
+    monkeypatch.chdir(tmp_path)
+    found = recipe.absolute(RunConfig.from_flat({"data": "*.csv"})).data.data
+    assert found == str(tmp_path / "*.csv")
+    assert [share._name(spec) for spec in (found, "clients/acme/*.csv", "hf:me/data")] == [
+        "*.csv",
+        "*.csv",
+        "hf:me/data",
+    ]
 
 
 def test_data_of_a_folder_that_changed_are_seen(tmp_path):

@@ -659,7 +659,8 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     _calm()
     from loracle.run import export as exporting
 
-    folder = exporting.export(run, out or Path(f"{run.resolve()}-{to}"), to, base=base, say=click.echo)
+    named = run if run.name else run.resolve()  # "." has no name
+    folder = exporting.export(run, out or named.with_name(f"{named.name}-{to}"), to, base=base, say=click.echo)
     click.echo(f"export: {folder}")
 
 

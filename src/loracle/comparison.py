@@ -25,7 +25,7 @@ from loracle.data.examples import Task
 from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import UNCALIBRATED, headline_metric
+from loracle.judge.metrics import headline_metric
 from loracle.judge.paired import Paired, holm
 from loracle.judge.paired import compare as in_pairs
 from loracle.judge.report import difference, figure, markdown_table, plain_table
@@ -163,6 +163,7 @@ def _train(one: Contender, data: Data, folder: Path, say: Say, quiet: bool) -> d
     examples = _examples_taken(metrics["train"]["steps"], info.config, len(data.train))
     return {
         "test": metrics["test"],
+        "calibration": dataclasses.asdict(run_folder.calibration_of(folder)),
         "seconds": examples / metrics["train"]["examples_per_s"],  # an interrupted run only timed its last part
         "memory": json.loads(costs.read_text(encoding="utf-8"))["memory"] if costs.exists() else None,
         "parameters": metrics["scoring"]["parameters"],
@@ -258,7 +259,7 @@ def peak_memory() -> Iterator[list[int]]:
 def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
     """Each row against the first, on the same test examples; p values adjusted for their number (Holm)."""
     scores = [scoring.read_scores(root / row["folder"], data.test) for row in rows]
-    known = [_calibration(root / row["folder"], row) for row in rows]
+    known = [_calibration(row) for row in rows]
     found: list[Paired] = [
         in_pairs(own, scores[0], data.test, data.task, (calibration, known[0]))
         for own, calibration in zip(scores[1:], known[1:], strict=True)
@@ -267,12 +268,9 @@ def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
         row["paired"] = {"metric": pair.metric, **pair.difference.to_json(), "p": pair.p, "p_holm": p}
 
 
-def _calibration(folder: Path, row: dict[str, Any]) -> Calibration:
+def _calibration(row: dict[str, Any]) -> Calibration:
     """What a row's figures were measured at."""
-    if (folder / run_folder.MANIFEST).exists():
-        meaning = run_folder.read_calibration(folder)
-        return meaning if isinstance(meaning, Calibration) else UNCALIBRATED
-    kept = row.get("calibration") or {}
+    kept = row.get("calibration", {})  # not of baselines from before they had one
     return Calibration(**{**kept, "thresholds": tuple(kept.get("thresholds", ()))})
 
 

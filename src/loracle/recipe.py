@@ -440,8 +440,9 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded, count, largest = 0, [], 0, 0, 0
-    some: list[Encoded] = []  # to time the model with: on a GPU a whole round, on a CPU what takes it a second or a few
-    enough = schedule.micro_tokens if device.type == "cuda" else TIMED_TOKENS
+    timed: list[
+        Encoded
+    ] = []  # a round of the first batch: on a GPU a whole one, on a CPU what takes it a second or a few
     for batch in batches:
         units = encode_examples(encoder, [data.train[i] for i in batch])
         texts = [e for unit in units for e in unit]
@@ -450,9 +451,11 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         computed.append(packed.tokens)
         count += len(texts)
         largest = max(largest, *(packing.rows(unit, share_from=scorer.share_from) for unit in units))
-        for unit in units:
-            if not some or sum(e.tokens for e in (*some, *unit)) <= enough:
-                some += unit
+        if not timed:
+            enough = schedule.micro_tokens if device.type == "cuda" else TIMED_TOKENS
+            timed = [
+                e for i in next(packing.micro_batches(units, enough, share_from=scorer.share_from)) for e in units[i]
+            ]
     scale = len(data.train) / len(order)
     say(
         f"an epoch: {useful * scale:,.0f} tokens of text, {sum(computed) * scale:,.0f} to compute; padding every text to the "
@@ -479,12 +482,12 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     spared = need.lower_flops * (1 - 1 / passes) if scorer.lower is not None else 0.0  # read from the cache
     operations = (need.flops_per_token - spared) * float(np.mean(computed)) * steps
     try:
-        rate = training_rate(scorer, scorer.pack(some))
+        rate = training_rate(scorer, scorer.pack(timed))
     except (RuntimeError, MemoryError) as e:  # training makes its rounds smaller until they fit
         if not out_of_memory(e) or scorer.sharded:
             raise
         release(scorer)
-        say(f"how long {steps:,} steps take is not known: there is too little memory for {len(some):,} texts at once")
+        say(f"how long {steps:,} steps take is not known: there is too little memory for {len(timed):,} texts at once")
     else:
         seconds = operations / (need.flops_per_token * rate * distributed.start(device).num_processes)
         say(f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that it learns now")

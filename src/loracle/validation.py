@@ -23,8 +23,7 @@ from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import UNCALIBRATED, headline_metric
+from loracle.judge.metrics import headline_metric
 from loracle.judge.report import SHOWN, figure, plain_table
 from loracle.recipe import Say
 from loracle.run import folder as run_folder
@@ -122,12 +121,12 @@ def _pooled(runs: list[tuple[str, Path, Data]], task: Task) -> dict[str, Any]:
     scores: list[np.ndarray] = []
     above: list[np.ndarray] = []  # the same, moved so that each label's threshold stands at one half
     for _, folder, side in runs:
-        meaning = run_folder.read_calibration(folder)
-        known = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        known = run_folder.calibration_of(folder)
         own = [s / known.temperature for s in scoring.read_scores(folder, side.test)]
         scores += own
         above += [s - np.clip(logit(known.thresholds), -MOST, MOST) for s in own] if known.thresholds else own
     found = scoring.measure(scores, examples, task)
+    found = {name: value for name, value in found.items() if not name.endswith("_uncalibrated")}  # folds have one each
     if task.kind == "multi":
         moved = scoring.measure(above, examples, task)
         found |= {name: moved[name] for name in AT_THRESHOLDS}

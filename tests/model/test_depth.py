@@ -28,10 +28,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
 
 
-def made(folder, *, top=1, lora=True, **options):
+def made(folder, *, top=1, lora=True, dtype=torch.float32, **options):
     adapters = {"r": 4, "alpha": 8.0, "dropout": 0.0, "adapt_top": top} if lora else None
     scorer = assemble.new_scorer(
-        folder, TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"), lora=adapters, **options
+        folder, TASK, pad_token_id=1, dtype=dtype, device=torch.device("cpu"), lora=adapters, **options
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -68,6 +68,31 @@ def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model, kind, poo
             torch.testing.assert_close(own[name], slope, rtol=1e-5, atol=1e-5)
         assert scorer.lower.computed == 1, round_
     assert max(s.abs().max() for s in slopes.values()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_kept_in_bfloat16_are_those_of_the_whole_model(tiny_model, kind):
+    """They are what the upper layers would have been given, bit for bit; so scores and gradients are the same."""
+    scorer = made(tiny_model(kind), dtype=torch.bfloat16)
+    wanted, slopes = gradients(scorer, TEXTS)
+    cached(scorer)
+    assert scorer.lower.cache.dtype == torch.bfloat16
+    for _ in range(2):
+        found, own = gradients(scorer, TEXTS)
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+        for name, slope in slopes.items():
+            assert (own[name] - slope).norm() <= 0.02 * slope.norm(), name
+    assert max(s.abs().max() for s in slopes.values()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_gone_back_through_below_the_lowest_adapter(tiny_model, kind):
+    scorer, recorded = made(tiny_model(kind), top=1).train(), []
+    for layer in scorer.inner.base_model.layers:
+        layer.register_forward_hook(lambda module, inputs, out: recorded.append(out.requires_grad))
+    scorer(scorer.pack(TEXTS))
+    assert recorded == [False] * (len(recorded) - 1) + [True]
+    assert len(recorded) > 1
 
 
 def test_only_the_top_layers_have_adapters(tiny_model):

@@ -41,6 +41,11 @@ def test_it_learns_and_says_so_after_a_reload(run):
     assert "Linear4bit" in kinds  # nothing was silently left in 16 bits
 
 
+def test_adapters_are_not_added_to_four_bits(run):
+    with pytest.raises(UserError, match=r"not in 4 bits for --merge; found nf4 in "):
+        Predictor(run, merged=True)
+
+
 def test_only_layers_of_the_backbone_are_quantised(tiny_model):
     small = scorer(tiny_model("llama"), "nf4")
     dtypes = {name: p.dtype for name, p in small.named_parameters()}

@@ -6,9 +6,11 @@ import csv
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small import QUICK, labelled, pairs, several, write
 
 from loracle import recipe
+from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.run import export as exporting
@@ -139,12 +141,20 @@ def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_
         export(out, tmp_path / "again", "openvino")
 
 
+@pytest.mark.parametrize("named", ["run", "."])
+def test_without_a_folder_it_goes_beside_the_run(trained, monkeypatch, named):
+    run = trained("single")
+    monkeypatch.chdir(run if named == "." else run.parent)
+    made = []
+    monkeypatch.setattr(exporting, "export", lambda run, out, *_, **more: made.append(out) or out)
+    done = CliRunner().invoke(main, ["export", named, "--to", "openvino"])
+    assert done.exit_code == 0, done.output
+    assert [out.resolve() for out in made] == [run.with_name("run-openvino")]
+    assert done.output == f"export: {made[0]}\n"
+
+
 def test_int8_is_a_run_folder_that_predict_takes(trained, tmp_path):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
-    from click.testing import CliRunner
-
-    from loracle.cli import main
-
     run, data = trained("single"), tmp_path / "new.csv"
     data.write_text("text\n" + "\n".join(["good number 3", "bad number 4"]) + "\n")
     done = CliRunner().invoke(main, ["export", str(run), "--to", "openvino", "-o", str(tmp_path / "eight")])

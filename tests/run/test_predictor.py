@@ -143,6 +143,7 @@ def test_no_texts_have_no_scores(classifier):
     ("kind", "call", "words"),
     [
         ("classifier", lambda p: p.rank(["a"]), "a ranker"),
+        ("classifier", lambda p: next(p.rank_groups([])), "a ranker"),
         ("ranker", lambda p: p.predict(["a"]), "a classifier"),
         ("ranker", lambda p: p.rank([]), "titles to rank"),
     ],

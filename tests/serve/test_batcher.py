@@ -84,6 +84,18 @@ def test_who_asks_at_the_same_time_shares_a_round(monkeypatch):
     assert len(model.rounds) == 1
 
 
+def test_who_leaves_while_others_are_let_in_does_not_end_the_worker(monkeypatch):
+    monkeypatch.setattr("loracle.serve.batcher.QUIET", 0.2)
+    monkeypatch.setattr("loracle.serve.batcher.GATHERED", 10.0)
+    model = Model()
+    with batcher(model) as queue:
+        assert queue.submit("a", [text(1)]).cancel()
+        time.sleep(0.5)
+        assert queue.ready(1)
+        assert queue.submit("a", [text(2)]).result(5)[0, 0] == 2
+    assert len(model.rounds) == 1
+
+
 def test_no_round_is_over_the_budget_and_all_but_few_are_near_it():
     model = Model(open=False)
     with batcher(model) as queue:

@@ -33,9 +33,8 @@ from loracle.data.schema import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
 from loracle.hub import checksum
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import UNCALIBRATED, confidence_of, given_labels
-from loracle.run.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
+from loracle.judge.metrics import confidence_of, given_labels
+from loracle.run.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
 from loracle.run.output import Write, check_output, open_output
 from loracle.run.predictor import Predictor, names_of, score_window
 from loracle.text.template import check_contexts
@@ -175,8 +174,7 @@ def _write(
     job: Job, scored: Iterable[tuple[list[Row], np.ndarray]], write: Write, abstain_below: float
 ) -> tuple[int, int]:
     """Rows with their labels; returns how many had no text, and of how many the model was not sure enough."""
-    columns, task, meaning = job.table.columns, job.info.task, read_calibration(job.run)
-    calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+    columns, task, calibration = job.table.columns, job.info.task, calibration_of(job.run)
     names = [_free(name, columns) for name in ("predicted", *(f"p({n})" for n in task.label_names))]
     unread = unsure = 0
     for window, proba in scored:

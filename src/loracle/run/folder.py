@@ -100,6 +100,12 @@ def read_calibration(folder: Path) -> Calibration | Spread | None:
     return made(**plain)
 
 
+def calibration_of(folder: Path) -> Calibration:
+    """A classifier's calibration; of other runs one that changes nothing."""
+    meaning = read_calibration(folder)
+    return meaning if isinstance(meaning, Calibration) else Calibration()
+
+
 def write_reference(folder: Path, reference: Reference) -> None:
     """What texts looked like in training."""
     write_text(folder / REFERENCE, json.dumps(dataclasses.asdict(reference), indent=1))

@@ -171,8 +171,7 @@ class Predictor:
         Raises:
             UserError: the run is a classifier, or there is nothing to rank.
         """
-        if self.task.kind != "rank":
-            raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
+        self._check_ranker()
         if not len(titles):
             raise UserError("titles to rank", "none", "give at least one")
         return self.ranked(titles, self.scores(titles, [context] * len(titles))[:, 0], draws=draws)
@@ -180,7 +179,12 @@ class Predictor:
     def rank_groups(
         self, groups: Iterable[RankGroup], *, draws: int | None = None
     ) -> Iterator[tuple[RankGroup, list[RankedTitle]]]:
-        """``rank`` of each group; groups are scored by the window, where what they share is computed once."""
+        """``rank`` of each group; groups are scored by the window, where what they share is computed once.
+
+        Raises:
+            UserError: the run is a classifier.
+        """
+        self._check_ranker()
         groups = iter(groups)
         while window := list(_window(groups)):
             texts = [text for group in window for text in group.texts]
@@ -188,6 +192,10 @@ class Predictor:
             each = np.split(scores, np.cumsum([len(group.texts) for group in window])[:-1])
             for group, own in zip(window, each, strict=True):
                 yield group, self.ranked(group.texts, own, draws=draws)
+
+    def _check_ranker(self) -> None:
+        if self.task.kind != "rank":
+            raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
 
     def ranked(self, titles: Sequence[str], scores: np.ndarray, *, draws: int | None = None) -> list[RankedTitle]:
         """``rank`` of titles whose scores ``[N]`` are known."""

@@ -200,19 +200,22 @@ class Batcher:
     def _next_round(self) -> list[tuple[_Job, Encoded]]:
         """Texts of one run that go through the model together; none once the batcher is stopped and nothing waits."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closed)
-            self._gather()
-            waiting = self._read_ahead()
-            if not waiting:
-                return []
+            waiting: list[tuple[_Job, Encoded]] = []
+            while not waiting:  # the only one that waits may be given up while others are let in
+                self._changed.wait_for(lambda: self._jobs or self._closed)
+                self._gather()
+                waiting = self._read_ahead()
+                if not waiting and self._closed:
+                    return []
             round_ = [waiting[i] for i in next(micro_batches([[text] for _, text in waiting], self._round_tokens))]
             for job, _ in round_:
                 job.taken += 1
             first = self._jobs[0]
             for job in dict.fromkeys(job for job, _ in round_):
-                job.rest = rows(job.texts[job.taken :])
                 if job.taken == len(job.texts):
                     self._jobs.remove(job)
+                else:
+                    job.rest = rows(job.texts[job.taken :])
             if self._jobs and self._jobs[0] is first:
                 self._jobs.rotate(-1)
             self._at_work = rows([text for _, text in round_])

@@ -299,7 +299,7 @@ def _step(
         shared = [count, tokens, computed, short, alone, *known]
         count, tokens, computed, short, alone, *having = distributed.summed(shared)
         known = [bool(n) for n in having]
-    if short and alone:
+    if alone:
         raise _too_little_memory(int(alone), step)
     if short:
         return None
