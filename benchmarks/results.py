@@ -24,11 +24,10 @@ ROUNDS = 3
 
 def dtype_name() -> str:
     """Of the models on both sides: what ``--dtype auto`` is on this machine."""
-    import torch
 
-    from loracle.model.backbone import pick_dtype
+    from loracle.model.backbone import pick_device, pick_dtype
 
-    return str(pick_dtype("auto", False, torch.device("cpu"))).removeprefix("torch.")
+    return str(pick_dtype("auto", False, pick_device("auto"))).removeprefix("torch.")
 
 
 def last_json(command: list) -> dict[str, float]:

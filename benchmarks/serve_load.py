@@ -2,6 +2,8 @@
 
     python benchmarks/serve_load.py                              # a dated table in benchmarks/results/, about 14 minutes
     python benchmarks/serve_load.py --seconds 3 --rounds 1       # does it work?
+    python benchmarks/serve_load.py --cores 4                    # the servers get four cores, k6 the others
+    python benchmarks/serve_load.py --size 7b --users 1 8 32 128 # Qwen2.5-7B's shape, random weights: for a GPU, no hub needed
     python benchmarks/serve_load.py --peer queue --folder FOLDER --port 8001   # a peer alone
 
 Same weights (a run of the demo's topics, and its export to transformers), dtype, headlines, machine, and k6 on it. The peer is
@@ -13,6 +15,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from gpu_train import SIZES
 from results import dtype_name, write_table
 
 HERE = Path(__file__).parent
@@ -51,7 +55,8 @@ def peer(folder: str, how: str, port: int) -> None:
     from pydantic import BaseModel
     from transformers import pipeline
 
-    pipe = pipeline("text-classification", model=folder, device="cpu", dtype=getattr(torch, dtype_name()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = pipeline("text-classification", model=folder, device=device, dtype=getattr(torch, dtype_name()))
     waiting: asyncio.Queue = asyncio.Queue()
 
     class Texts(BaseModel):
@@ -103,12 +108,17 @@ def peer(folder: str, how: str, port: int) -> None:
 # --- one measurement --------------------------------------------------------------------------------------------------
 
 
+def on_cores(command: list[Any], first: int, count: int) -> list[str]:
+    """The command on so many of this machine's cores; on all of them where the count is 0."""
+    return [*(["taskset", "-c", f"{first}-{first + count - 1}"] if count else []), *map(str, command)]
+
+
 @contextmanager
 def server(command: list[str]) -> Iterator[psutil.Process]:
     """A server that is ready."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(1500):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=5)
                 break
@@ -125,7 +135,7 @@ def server(command: list[str]) -> Iterator[psutil.Process]:
             process.kill()
 
 
-def load(seconds: float, users: int, rate: float = 0.0) -> np.ndarray:
+def load(seconds: float, users: int, rate: float = 0.0, *, cores: int = 0) -> np.ndarray:
     """Status (0: no answer), milliseconds and the second of the end of every request, ``[N, 3]``; what is at work at the end is
     waited for.
     """
@@ -136,12 +146,14 @@ def load(seconds: float, users: int, rate: float = 0.0) -> np.ndarray:
         texts.write_text(json.dumps([headline for headline, _ in bbc_headlines()]))
         asked = {"URL": f"http://127.0.0.1:{PORT}/v1/classify", "TEXTS": texts, "USERS": users, "RATE": round(rate),
                  "SECONDS": f"{seconds:g}"}  # fmt: skip
-        command = [Path(sys.executable).parent / "k6", "run", "--quiet", "--no-usage-report", "--out", f"csv={answers}"]
+        k6 = shutil.which("k6", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        command: list[Any] = [k6, "run", "--quiet", "--no-usage-report", "--out", f"csv={answers}"]
         command += [word for name, value in asked.items() for word in ("-e", f"{name}={value}")]
         environment = {**os.environ, "K6_CSV_TIME_FORMAT": "unix_milli"}
-        done = subprocess.run(
-            [*map(str, command), HERE / "serve_load_user.js"], env=environment, capture_output=True, text=True
+        command = on_cores(
+            [*command, HERE / "serve_load_user.js"], cores, (os.cpu_count() or 1) - cores if cores else 0
         )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         with answers.open(newline="") as f:
@@ -179,71 +191,110 @@ def figures(answers: np.ndarray) -> tuple[float, float, float]:
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path) -> tuple[Path, Path]:
+def random_base(folder: Path, size: str) -> Path:
+    """A model of Qwen2.5's shape with random weights, and a tokenizer made of the headlines, as a hub would serve them."""
+    import torch
+    import transformers
+
+    from loracle.data.demo import bbc_headlines
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = transformers.Qwen2Config(**SIZES[size], max_position_embeddings=32_768)
+        transformers.AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    empty = transformers.Qwen2Tokenizer(eos_token="<|im_end|>")
+    empty.train_new_from_iterator([headline for headline, _ in bbc_headlines()], 1000).save_pretrained(folder)
+    return folder
+
+
+def prepare(root: Path, size: str | None) -> tuple[Path, Path]:
     """A run of the demo's topics, and its export."""
     from loracle.data.demo import write_demo
 
     files, run, plain = write_demo(root / "data"), root / "topics", root / "plain"
+    model = ["--model", random_base(root / "base", size)] if size else []
+    steps = ["--max-steps", 2 if size else 20, "--no-baselines"]
     for command in (
-        ["train", files.topics_train, "--test", files.topics_test, "-o", run, "--max-steps", 20, "--no-baselines"],
+        ["train", files.topics_train, "--test", files.topics_test, "-o", run, *steps, *model],
         ["export", run, "--to", "transformers", "-o", plain],
     ):
         subprocess.run([*LORACLE, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return run, plain
 
 
-def main(seconds: float, rounds: int) -> None:
-    """Each server in turn at each number of users, several rounds; then each in overload."""
+def overload(process: psutil.Process, seconds: float, best: float, cores: int) -> str:
+    """Ten times the best that a server showed, in words."""
+    with watched(process) as held:
+        answers = load(seconds, CROWD, OVERLOAD * best, cores=cores)
+    statuses = answers[:, 0].astype(int).tolist()
+    count = max(1, len(statuses))
+    half = held[len(held) // 2 :]
+    return (
+        f"{CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {seconds:g} s: {len(answers):,} answers, "
+        f"{statuses.count(200) / count:.1%} accepted with p99 {figures(answers)[2]:,.0f} ms, "
+        f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, {statuses.count(0)} broken; "
+        f"memory {held[0]:,.0f} MB before, {max(held):,.0f} at most, {half[0]:,.0f} after half the time."
+    )
+
+
+def main(seconds: float, rounds: int, users: list[int], size: str | None, cores: int, only: list[str]) -> None:
+    """Each server in turn at each number of users, several rounds; in the last one each in overload too."""
     with tempfile.TemporaryDirectory() as scratch:
-        run, plain = prepare(Path(scratch))
-        mine = [sys.executable, __file__, "--folder", str(plain), "--port", str(PORT), "--peer"]
+        run, plain = prepare(Path(scratch), size)
+        mine = [sys.executable, __file__, "--folder", plain, "--port", PORT, "--peer"]
         ways = {
-            "loracle serve": [*LORACLE, "serve", str(run), "--port", str(PORT)],
-            "loracle serve --merge": [*LORACLE, "serve", str(run), "--port", str(PORT), "--merge"],
+            "loracle serve": [*LORACLE, "serve", run, "--port", PORT],
+            "loracle serve --merge": [*LORACLE, "serve", run, "--port", PORT, "--merge"],
             "pipeline, queue in batches": [*mine, "queue"],
             "pipeline, FastAPI's threads": [*mine, "threads"],
         }
+        ways = {name: command for name, command in ways.items() if not only or name in only}
         seen: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-        for _ in range(rounds):
+        notes = []
+        for last in [*[False] * (rounds - 1), True]:
             for name, command in ways.items():
-                with server(command):
-                    load(min(3.0, seconds), 8)  # whatever is done once is done now
-                    for users in USERS:
-                        found = figures(load(seconds, users))
-                        seen.setdefault((name, users), []).append(found)
-                        print(f"{name}, {users} users: {found[0]:.1f} texts/s, p99 {found[2]:.0f} ms", flush=True)
+                with server(on_cores(command, 0, cores)) as process:
+                    load(min(3.0, seconds), 8, cores=cores)  # whatever is done once is done now
+                    for count in users:
+                        found = figures(load(seconds, count, cores=cores))
+                        seen.setdefault((name, count), []).append(found)
+                        print(f"{name}, {count} users: {found[0]:.1f} texts/s, p99 {found[2]:.0f} ms", flush=True)
+                    if last:
+                        best = max(statistics.median(f[0] for f in seen[name, count]) for count in users)
+                        notes.append(f"{name}, {overload(process, 2 * seconds, best, cores)}")
+                        print(notes[-1], flush=True)
         rows = [["server", "users", "texts/s, median", "all rounds", "p50, ms", "p99, ms"]]
-        for (name, users), found in seen.items():
+        for (name, count), found in seen.items():
             rate, half, most = (statistics.median(values) for values in zip(*found, strict=True))
             all_rounds = ", ".join(f"{f[0]:.1f}" for f in found)
-            rows.append([name, str(users), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
-        notes = [
-            f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {dtype_name()}, one BBC headline a request, k6 on "
-            f"the same cores, {rounds} rounds of {seconds:g} s in turn; closed loop: each user asks again at once."
-        ]
-        for name, command in ways.items():
-            best = max(statistics.median(f[0] for f in seen[name, users]) for users in USERS)
-            with server(command) as process:
-                load(min(3.0, seconds), 8)
-                with watched(process) as held:
-                    answers = load(2 * seconds, CROWD, OVERLOAD * best)
-            statuses = answers[:, 0].astype(int).tolist()
-            count = max(1, len(statuses))
-            notes.append(
-                f"{name}, {CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {2 * seconds:g} s: "
-                f"{len(answers):,} answers, {statuses.count(200) / count:.1%} accepted with p99 "
-                f"{figures(answers)[2]:,.0f} ms, "
-                f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, "
-                f"{statuses.count(0)} broken; memory {held[0]:,.0f} MB before, {max(held):,.0f} at most."
-            )
-            print(notes[-1], flush=True)
-    write_table("serve_load", rows, notes)
+            rows.append([name, str(count), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
+        model = (
+            f"Qwen2.5 of {size}, random weights"
+            if size
+            else "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file)"
+        )
+        where = f"k6 on other cores than the server's {cores}" if cores else "k6 on the same cores"
+        about = (
+            f"{model}, {dtype_name()} on {card()}, one BBC headline a request, {where}, {rounds} rounds of {seconds:g} s in "
+            "turn; closed loop: each user asks again at once."
+        )
+    write_table("serve_load" + (f"_{size}" if size else ""), rows, [about, *notes])
+
+
+def card() -> str:
+    """What both sides compute on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--users", type=int, nargs="+", default=USERS)
+    parser.add_argument("--size", choices=SIZES)
+    parser.add_argument("--cores", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], help="names of servers, as the table has them")
     parser.add_argument("--peer", choices=("queue", "threads"))
     parser.add_argument("--folder")
     parser.add_argument("--port", type=int, default=PORT)
@@ -251,4 +302,4 @@ if __name__ == "__main__":
     if given.peer:
         peer(given.folder, given.peer, given.port)
     else:
-        main(given.seconds, given.rounds)
+        main(given.seconds, given.rounds, given.users, given.size, given.cores, given.only)

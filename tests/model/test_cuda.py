@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from loracle.model import attention
 from loracle.model.adapters import add_lora
 from loracle.model.scorer import Scorer
 from loracle.run.predictor import Predictor
+from loracle.serve.server import load
 from loracle.text.encode import Encoded
 from loracle.train.loop import Schedule, fit
 from loracle.train.losses import make_loss
@@ -58,9 +60,14 @@ def scorer(kind: str, *, lora: dict = LORA, **sizes) -> Scorer:
     return made.eval()
 
 
+def copied(made: Scorer) -> Scorer:
+    """A copy with a lock of its own, which cannot be copied."""
+    return copy.deepcopy(made, {id(made.one_at_a_time): threading.RLock()})
+
+
 def both(made: Scorer) -> tuple[Scorer, Scorer]:
     """It, and a copy on the GPU."""
-    return made, copy.deepcopy(made).to("cuda")
+    return made, copied(made).to("cuda")
 
 
 @torch.inference_mode()
@@ -80,6 +87,40 @@ def test_gradients(kind):
     wanted = gradients(cpu, enumerate(cpu(cpu.pack(texts))))
     found = gradients(gpu, enumerate(gpu(gpu.pack(texts)).cpu()))
     assert_same_gradients({name: g.cpu() for name, g in found.items()}, wanted, 1e-4)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Bert"])
+def test_in_16_bits_flash_attention_and_recordings_give_the_scores(kind, monkeypatch):
+    """As near to float32 as flex attention is, of the same rounded weights; a key amiss would be ten times that."""
+    half = scorer(kind).to("cuda", torch.bfloat16)
+    for _, weight in half.named_parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    half.inner.score.float()
+    whole = copied(half).float().to("cpu")
+    assert attention.has_flash(half.device)
+    batches = {name: half.pack(texts) for name, texts in SHAPES.items()}
+    wanted = {name: whole(batch) for name, batch in batches.items()}
+    flash = {name: half(batch).cpu() for name, batch in batches.items()}
+    assert half.record()
+    recorded = {name: half.recordings.scores(batch) is not None for name, batch in batches.items()}
+    assert sum(recorded.values()) > len(recorded) / 2
+    replayed = {name: half(batch).cpu() for name, batch in batches.items()}
+    again = {name: half(batch).cpu() for name, batch in batches.items()}
+    assert half.eval().recordings is None
+    monkeypatch.setattr(attention, "has_flash", lambda device: False)
+    flex = {name: half(batch).cpu() for name, batch in batches.items()}
+    for name, scores in wanted.items():
+        errors = [error(found[name], scores) for found in (flex, flash, replayed)]
+        print(f"{kind} {name}: flex, flash and recorded are {errors} off; recorded: {recorded[name]}")
+        assert max(errors) < 0.1
+        assert max(errors) < 2 * errors[0] + 0.01
+        assert torch.equal(again[name], replayed[name])
 
 
 def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule) -> list[float]:
@@ -113,7 +154,7 @@ def test_a_training_has_the_losses_of_the_cpu(tmp_path):
 def test_dropout_in_bfloat16_learns_as_in_float32(tmp_path):
     """Other masks and another precision, so near is all that can be said."""
     made = scorer("Qwen2", lora=LORA | {"dropout": 0.05})
-    half = copy.deepcopy(made)
+    half = copied(made)
     half.inner.base_model.to(torch.bfloat16)
     for name, p in half.named_parameters():
         if p.requires_grad:
@@ -125,7 +166,7 @@ def test_dropout_in_bfloat16_learns_as_in_float32(tmp_path):
 
 def test_memory_that_runs_out_halves_the_rounds(tmp_path):
     made = scorer("Qwen2", hidden_size=512, intermediate_size=2048, head_dim=128)
-    wanted = trained(copy.deepcopy(made).to("cuda"), tmp_path / "small", steps=3, batch=512, micro_tokens=1024)
+    wanted = trained(copied(made).to("cuda"), tmp_path / "small", steps=3, batch=512, micro_tokens=1024)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600e6) / total)
@@ -147,3 +188,15 @@ def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
     assert gpu.scorer.device.type == "cuda"
     np.testing.assert_allclose(gpu.scores(texts), cpu.scores(texts), atol=1e-4)
     assert gpu.predict(texts[:3]) == ["pos", "neg", "mid"]
+
+
+def test_served_on_a_gpu_is_what_was_learnt(tiny_model, tmp_path):
+    config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
+    config |= {"out": str(tmp_path / "run"), "device": "cuda", "epochs": 4.0}
+    run = recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    texts = [f"{word} number {n}" for word in ("good", "bad", "so") for n in range(9)]
+    served, plain = load([run])["run"], Predictor(run)
+    assert served.scorer.recordings is not None
+    assert plain.scorer.recordings is None
+    np.testing.assert_allclose(served.scores(texts), plain.scores(texts), atol=0.05)
+    assert served.predict(texts) == plain.predict(texts) == ["pos"] * 9 + ["neg"] * 9 + ["mid"] * 9

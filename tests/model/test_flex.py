@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from test_exact import CPU, LORA, SHAPES, assert_same, scorer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from loracle.model import attention
+from loracle.model import attention, recorded
 from loracle.model.attention import AttentionPlan, FlexPlan, padded_length
+from loracle.model.scorer import by_text
 from loracle.text.encode import Encoded
 from loracle.text.packing import pack
 
@@ -126,8 +127,8 @@ def flash(q, k, v, query_ends, key_ends, most_queries, most_keys, dropout, causa
 @pytest.fixture
 def by_flash(monkeypatch, by_flex):
     used = by_flex(None)
-    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "_flash_takes", lambda query: True)
+    monkeypatch.setattr(attention, "has_flash", lambda device: True)
+    monkeypatch.setattr(attention, "flash_takes", lambda dtype, head: True)
     monkeypatch.setattr(attention, "_flash_kernel", lambda *a, **b: used.append(None) or flash(*a, **b))
     return used
 
@@ -212,3 +213,34 @@ def test_padded_lengths_are_few():
     assert len(found) < 25
     assert all(padded_length(n) >= n for n in range(1, 16_385, 7))
     assert all(padded_length(n) <= 1.25 * n + 128 for n in range(1, 16_385, 7))
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_what_a_recording_reads_gives_the_scores_of_the_batch(tiny_model, by_flash, kind, shape):
+    """The layout of fixed size that a GPU's graphs replay (test_cuda.py), by the same stand-in."""
+    made = scorer(tiny_model(kind))
+    batch = made.pack(BATCHES[shape])
+    wanted = made(batch)
+    sizes = [rows for rows in recorded.ROWS if recorded.lay_out(batch, rows) is not None]
+    assert sizes
+    for rows in sizes[:2]:
+        given = torch.from_numpy(recorded.lay_out(batch, rows))
+        scores = made._laid_out(*recorded._read(given, rows))[: len(batch.scored)]
+        assert_same(by_text(scores, batch), wanted, 1e-5)
+
+
+def test_what_fits_no_recording():
+    short, long = ([Encoded(chunks=(tuple(range(i, i + n)),), starts=(0,)) for i in range(9)] for n in (2, 8))
+    assert recorded.lay_out(pack(short), 64) is None  # nine segments, of eight
+    assert recorded.lay_out(pack(long), 64) is None  # 72 rows
+    assert recorded.lay_out(pack(long), 128) is not None
+    behind = [Encoded(chunks=((*range(40), 50 + i),), starts=(40,)) for i in range(7)]
+    assert recorded.lay_out(pack(behind), 64) is None  # keys of one start, copied for each
+
+
+def test_on_a_cpu_nothing_is_recorded(tiny_model):
+    made = scorer(tiny_model("qwen2"))
+    assert not made.record()
+    made.recordings = object()
+    assert made.eval().recordings is None

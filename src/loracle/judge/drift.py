@@ -9,12 +9,12 @@ Legend of shapes: B bins, C labels.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import chdtri  # the inverse survival function of chi2, without the second that scipy.stats takes
 
 from loracle.data.examples import Task
@@ -35,9 +35,9 @@ class Histogram:
     counts: tuple[int, ...]  # [B]
     total: float  # sum of the values
 
-    def bins(self, values: Any) -> npt.NDArray[np.intp]:
-        """The bin of each value, ``[N]``."""
-        return np.searchsorted(self.edges, values, side="left")
+    def bins(self, values: Sequence[float]) -> list[int]:
+        """The bin of each value."""
+        return [bisect.bisect_left(self.edges, value) for value in values]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from loracle.errors import UserError
 from loracle.model.fused import applied, can_compile
@@ -173,7 +172,7 @@ class FlexPlan:
             np.concatenate([batch.position_ids, np.arange(more)]),
         )
         held = [to_device(c.astype(np.int32), device) for c in columns]
-        sequences = Sequences.of(batch, device) if _has_flash(device) else None
+        sequences = Sequences.of(batch, device) if has_flash(device) else None
         return cls(batch=batch, entered=held[0], last=held[1], at=held[2], sequences=sequences)
 
     def sees(self, causal: bool, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -370,7 +369,7 @@ def tree_attention(
     value: Tensor,  # [1, G, T, D]
     attention_mask: Tensor | None,
     *,
-    tree: AttentionPlan | FlexPlan,
+    tree: AttentionPlan | FlexPlan | Sequences,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -389,8 +388,10 @@ def tree_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
+    if isinstance(tree, Sequences):
+        return _flash(query, key, value, tree, causal, sliding_window, scaling), None
     if isinstance(tree, FlexPlan):
-        if tree.sequences is not None and not dropout and _flash_takes(query):
+        if tree.sequences is not None and not dropout and flash_takes(query.dtype, query.shape[-1]):
             return _flash(query, key, value, tree.sequences, causal, sliding_window, scaling), None
         if not dropout and _flex_takes(query):
             return _flex(query, key, value, tree.mask(causal, sliding_window), scaling), None
@@ -429,7 +430,7 @@ _flash_kernel = torch.ops.aten._flash_attention_forward
 
 
 @functools.cache
-def _has_flash(device: torch.device) -> bool:
+def has_flash(device: torch.device) -> bool:
     """Whether torch's flash attention can be had and is right there: it was built, for an Ampere or a newer card."""
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
@@ -479,8 +480,9 @@ def _flash_is_right(device: torch.device, window: int = 16) -> bool:
     return right
 
 
-def _flash_takes(query: Tensor) -> bool:
-    return query.element_size() == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+def flash_takes(dtype: torch.dtype, head: int) -> bool:
+    """Whether flash attention can be had for heads of that size."""
+    return dtype.itemsize == 2 and head % 8 == 0 and head <= 256
 
 
 def _flash(
@@ -560,10 +562,5 @@ def _products(q, k, v, common, mask, shared_mask, scaling: float, dropout: float
     return out.permute(0, 3, 1, 2, 4).reshape(B, L, H, D)
 
 
-def _no_mask(*_, **__) -> None:
-    """The plan says who sees whom; transformers need not draw a mask."""
-    return None
-
-
+# No mask function is registered with it: transformers then draws none, nor asks the GPU whether texts are packed.
 AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, _no_mask)

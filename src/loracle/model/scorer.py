@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loracle.model import attention
+from loracle.model.attention import Sequences
 from loracle.model.depth import LowerLayers
 from loracle.model.fused import fuse
+from loracle.model.recorded import Recordings, recordable
 from loracle.text.encode import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
 
@@ -59,6 +61,7 @@ class Scorer(nn.Module):
         self.sharded = False  # whether each of several processes holds but a part of the frozen layers
         self.announce: Callable[..., Any] | None = None  # tells those who then have to run them along
         self._width = 0
+        self.recordings: Recordings | None = None
         self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
         if kind in DECODERS:
             last = inner.base_model.layers[-1]
@@ -86,8 +89,30 @@ class Scorer(nn.Module):
         """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
         if not self.packed:
             return by_text(_wide(self._padded(batch)), batch)
+        if self.recordings is not None and not torch.is_grad_enabled():
+            known = self.recordings.scores(batch)
+            if known is not None:
+                return by_text(known, batch)
         only = None if self.encoder or self.pooling == "mean" else attention.to_device(batch.read_at, self.device)
         return by_text(_wide(self._head(self.states(batch, only), batch)), batch)
+
+    def record(self) -> bool:
+        """Record forwards of short batches, where this model and its device allow it; whether they do.
+
+        Only scores gain by it, and only until ``train`` or ``eval`` is called: whoever changes a weight calls one of them.
+        """
+        dtype = self.inner.base_model.get_input_embeddings().weight.dtype
+        plain = self.packed and not self.encoder and self.pooling == "last" and self.lower is None and not self.sharded
+        plain = plain and not getattr(self.inner, "is_loaded_in_4bit", False)
+        if plain and recordable(self.inner.config, self.device, dtype):
+            with self.one_at_a_time:
+                self.recordings = Recordings(self._laid_out, self.device)
+        return self.recordings is not None
+
+    def train(self, mode: bool = True) -> Scorer:
+        """As any module; recordings are of weights that no longer change, so they are let go."""
+        self.recordings = None
+        return super().train(mode)
 
     def features(self, batch: PackedBatch) -> Tensor:
         """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
@@ -146,6 +171,16 @@ class Scorer(nn.Module):
                 return run(inputs_embeds=below).last_hidden_state[0, :tokens]
         finally:
             self._rows = None
+
+    def _laid_out(self, ids: Tensor, positions: Tensor, tree: Sequences, read: Tensor) -> Tensor:
+        """Scores ``float32 [N, C]`` at the rows to ``read [N]`` of ids and positions ``[R]``, with no look at any number."""
+        self._rows = read
+        try:
+            inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+            states = self.inner.base_model(**inputs, tree=tree, use_cache=False).last_hidden_state[0]
+        finally:
+            self._rows = None
+        return _wide(self.inner.score(states[read].to(_dtype(self.inner.score))))
 
     def _take_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Before a part of the last layer: the rows that are read, of ``x [1, T, X]``."""

@@ -117,6 +117,12 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     contexts.append(contexts[0])
     ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
+    if not all(_same_ids(tokenizer, predictor, *pair) for pair in zip(texts, contexts, strict=True)):
+        raise UserError(
+            "a base whose tokenizer transformers reads as tokenizer.json has it",
+            f"{type(tokenizer).__name__}, which it takes for every {model.config.model_type}, cutting texts another way",
+            "serve the run itself, or export --to openvino",
+        )
     theirs = np.empty_like(ours)
     alone, behind = ([i for i, c in enumerate(contexts) if (c is None) == none] for none in (True, False))
     batches = [part[i : i + 8] for part in (alone, behind) for i in range(0, len(part), 8)]
@@ -128,6 +134,12 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     worst = float(np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(ours))))
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
+
+
+def _same_ids(tokenizer: Any, predictor: Predictor, text: str, context: str | None) -> bool:
+    """Whether an exported tokenizer cuts a text as the run does."""
+    ids = tokenizer(*([] if context is None else [context]), text, truncation=True).input_ids
+    return tuple(ids) == predictor.encoder([text], None if context is None else [context])[0].chunks[0]
 
 
 def _compare_int8(run: Path, out: Path, base: str | None) -> str:

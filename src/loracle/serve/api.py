@@ -12,8 +12,9 @@ import hashlib
 import re
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from typing import Any, TypeVar
@@ -51,6 +52,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "not answered in time, or broken off",
     }.items()
 }
+ENCODED_HERE = 4096  # characters that the event loop encodes by itself: a millisecond
 T = TypeVar("T")
 
 
@@ -72,6 +74,9 @@ class Desk:
             {name: p.reference for name, p in predictors.items() if p.reference},
             {name: p.task.label_names for name, p in predictors.items()},
         )
+        self._encoding_away = 0
+        self._done: deque[tuple[Future[np.ndarray], asyncio.Future[np.ndarray]]] = deque()
+        self._waking = False
         self.encoding, self.drawing = ThreadPoolExecutor(1, "loracle-encoder"), ThreadPoolExecutor(1, "loracle-lift")
 
     @asynccontextmanager
@@ -116,10 +121,48 @@ class Desk:
         self._check_sizes(texts, contexts)
         if not self.batcher.has_room(len(texts)):
             raise Full
-        encoded = await self.away(self.encoding, self.predictors[run].encode, texts, contexts)
-        scores = await asyncio.wrap_future(self.batcher.submit(run, encoded))
+        encoded = await self._encoded(run, texts, contexts)
+        scores = await self._answer(self.batcher.submit(run, encoded))
         self.metrics.count(run, encoded)
         return encoded, scores
+
+    async def _encoded(self, run: str, texts: Sequence[str], contexts: Sequence[str | None] | None) -> list[Encoded]:
+        """Texts as the model sees them; a few short ones at once, as another thread would take longer to be asked."""
+        encode = self.predictors[run].encode
+        if not self._encoding_away and sum(map(len, (*texts, *filter(None, contexts or ())))) <= ENCODED_HERE:
+            return encode(texts, contexts)
+        self._encoding_away += 1  # an encoder does one thing at a time, and the loop must not wait for it
+        try:
+            return await self.away(self.encoding, encode, texts, contexts)
+        finally:
+            self._encoding_away -= 1
+
+    def _answer(self, work: Future[np.ndarray]) -> asyncio.Future[np.ndarray]:
+        """What the worker makes of something. The loop is woken once for a whole round, not for each request in it."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[np.ndarray] = loop.create_future()
+
+        def done(_: Any) -> None:
+            self._done.append((work, answer))
+            if not self._waking:
+                self._waking = True
+                loop.call_soon_threadsafe(self._hand_over)
+
+        answer.add_done_callback(lambda _: work.cancel())  # nothing, where the work is done
+        work.add_done_callback(done)
+        return answer
+
+    def _hand_over(self) -> None:
+        """Answer whoever waits for work that is done."""
+        self._waking = False  # before the first look, so that what comes after the last one wakes the loop again
+        while self._done:
+            work, answer = self._done.popleft()
+            if answer.done():  # given up
+                continue
+            if (error := work.exception()) is None:
+                answer.set_result(work.result())
+            else:
+                answer.set_exception(error)
 
     def _check_sizes(self, texts: Sequence[str], contexts: Sequence[str | None] | None) -> None:
         limits = self.settings

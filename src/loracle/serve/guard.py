@@ -7,6 +7,7 @@ only after that. Whatever goes wrong behind the guard, no text and no stack trac
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import ipaddress
 import logging
@@ -142,9 +143,8 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = Refused(413, f"a request has at most {self.max_body:,} bytes", {"Connection": "close"})
         if announced.isdigit() and (len(announced) > 15 or int(announced) > self.max_body):  # int() minds 4,300 digits
-            raise too_large
+            raise self._too_large()
         body = bytearray()
         more = True
         while more:
@@ -154,10 +154,14 @@ class Guard:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.max_body:
-                raise too_large
+                raise self._too_large()
         return bytes(body)
 
+    def _too_large(self) -> Refused:
+        return Refused(413, f"a request has at most {self.max_body:,} bytes", {"Connection": "close"})
 
+
+@functools.lru_cache(256)
 def _addresses_loopback(host: bytes) -> bool:
     try:
         return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -58,10 +57,10 @@ class Drift:
         }
         self._seen = {run: {of: Seen(len(known)) for of, known in each.items()} for run, each in self._counts.items()}
 
-    def add(self, run: str, of: str, values: Any) -> None:
+    def add(self, run: str, of: str, values: Sequence[float]) -> None:
         """Lengths or scores of texts."""
         if run in self._seen:
-            self._seen[run][of].add(self._known[run][of].bins(values).tolist(), float(np.sum(values)))
+            self._seen[run][of].add(self._known[run][of].bins(values), sum(values))
 
     def add_labels(self, run: str, given: Sequence[Sequence[str]]) -> None:
         if run in self._seen:
@@ -155,18 +154,19 @@ class Metrics:
         self.drift.add(run, "tokens", [e.tokens for e in texts])
 
     def classified(self, run: str, proba: np.ndarray, labels: Sequence[Sequence[str]]) -> None:
-        for top in proba.max(axis=1):
+        tops = proba.max(axis=1).tolist()
+        for top in tops:
             self.confidence.labels(run).observe(top)
         for names in labels:
             for name in names:
                 self.labels.labels(run, name).inc()
-        self.drift.add(run, "score", proba.max(axis=1))
+        self.drift.add(run, "score", tops)
         self.drift.add_labels(run, labels)
 
     def ranked(self, run: str, scores: np.ndarray) -> None:
         for score in scores:
             self.scores.labels(run).observe(score)
-        self.drift.add(run, "score", scores)
+        self.drift.add(run, "score", scores.tolist())
 
     def page(self) -> bytes:
         """In Prometheus' text format."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import uvicorn
 from loracle.config import ServeConfig
 from loracle.errors import UserError
 from loracle.model.assemble import share_weights
+from loracle.model.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.api import create_app
 from loracle.serve.guard import is_loopback
@@ -52,9 +54,12 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nobody asks where a request came from
             timeout_graceful_shutdown=int(settings.deadline) + 1,
         )
     )
+    gc.collect()
+    gc.freeze()  # else a collection now and then goes through all that was loaded: everybody waits for a third of a second
     # uvicorn drains at SIGTERM and then raises it again for who was there before: that is itself, and nothing is left to do.
     signal.signal(signal.SIGTERM, server.handle_exit)
     host, port = listening.getsockname()[:2]
@@ -81,6 +86,9 @@ def load(
     }
     if freed := share_weights(p.scorer for p in predictors.values()):
         say(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
+    for predictor in predictors.values():
+        if isinstance(predictor.scorer, Scorer):
+            predictor.scorer.record()
     return predictors
 
 
