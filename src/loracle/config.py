@@ -343,7 +343,7 @@ class ServeConfig:
         1024, "texts of all requests that wait or are at work; those that make more get 429", least=1
     )
     queue_tokens: int = dial(262_144, "the same in tokens", least=1)
-    round_tokens: int = dial(1024, "tokens that go through the model at once; more wait longer for each other", least=1)
+    round_tokens: int = dial(512, "tokens that go through the model at once; more wait longer for each other", least=1)
     max_wait: float = dial(
         0.5,
         "seconds that a request may be expected to wait for its turn, or as long as a full round takes; else it gets 429",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, masking_utils
 
 from loracle.data.examples import Task
 from loracle.errors import UserError
@@ -87,6 +87,15 @@ SHAPES = {
 def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     worst = ((found - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
     assert worst <= tolerance, worst
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *BIDIRECTIONAL])
+def test_transformers_draws_no_mask(tiny_model, monkeypatch, kind):
+    """Nor looks whether positions are those of packed texts, for which a GPU's work would be waited for."""
+    made = scorer(tiny_model(kind))
+    for name in ("find_packed_sequence_indices", "sdpa_mask", "eager_mask"):
+        monkeypatch.setattr(masking_utils, name, None)
+    assert made(made.pack(SHAPES["flat"])).isfinite().all()
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +141,19 @@ def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_
     assert "int8" in said[0]
     with pytest.raises(UserError, match="which is an export"):
         export(out, tmp_path / "again", "openvino")
+
+
+def test_a_tokenizer_that_transformers_takes_for_another_is_refused(tiny_model, tmp_path):
+    """It rebuilds how texts are cut for every Qwen2, whatever tokenizer.json says, by which we train."""
+    base = shutil.copytree(tiny_model("qwen2"), tmp_path / "base")
+    known = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    known["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (base / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
+    config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(base)}
+    run = recipe.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
+    with pytest.raises(UserError, match=r"tokenizer.json has it; found Qwen2Tokenizer, .*Serve the run itself"):
+        export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    assert not (tmp_path / "plain").exists()
 
 
 @pytest.mark.parametrize("named", ["run", "."])

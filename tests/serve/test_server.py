@@ -12,14 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import torch
 from click.testing import CliRunner
 from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.cli import main
-from loracle.config import RunConfig
+from loracle.config import RunConfig, ServeConfig
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor
+from loracle.serve import server
 from loracle.serve.guard import is_loopback
 from loracle.serve.server import _listen, load, read_token
 
@@ -125,6 +127,25 @@ def test_no_run_and_wrong_limits_are_named(run, tmp_path):
     assert "expected a run folder" in refused(tmp_path / "none")
     assert "room for one request" in refused(run, "--max-texts", 2000)
     assert "queue above" in refused(run, "--queue", 0) or "queue of 1 or more" in refused(run, "--queue", 0)
+
+
+@pytest.mark.parametrize(("said", "left"), [(None, 2), ("3", 3)])
+def test_one_core_is_left_to_http(monkeypatch, said, left):
+    monkeypatch.delenv("OMP_NUM_THREADS") if said is None else monkeypatch.setenv("OMP_NUM_THREADS", said)
+    seen, before = [], torch.get_num_threads()
+
+    def stop(*_, **__):
+        seen.append(torch.get_num_threads())
+        raise UserError("a run", "none", "this is a test")
+
+    monkeypatch.setattr(server, "load", stop)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(UserError):
+            server.serve([], ServeConfig())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [left]
 
 
 def test_two_runs_of_one_name_are_refused(run):

@@ -79,7 +79,9 @@ class Int8Scorer(nn.Module):
     def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
         self.one_at_a_time = threading.RLock()
-        self.compiled = _core().compile_model(folder / MODEL, "CPU", HINTS)
+        self.compiled = _core().compile_model(
+            folder / MODEL, "CPU", HINTS | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        )
         self.inputs = [port.get_any_name() for port in self.compiled.inputs]
         self.encoder = is_encoder(load_config(folder))
         self.pad_token_id = pad_token_id

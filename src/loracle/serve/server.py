@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from loracle.config import ServeConfig
@@ -22,6 +23,7 @@ from loracle.serve.guard import is_loopback
 from loracle.serve.protocol import bounded
 
 TOKEN = "LORACLE_TOKEN"
+THREADS = "OMP_NUM_THREADS"
 
 
 def serve(
@@ -44,6 +46,9 @@ def serve(
             "none",
             f"set {TOKEN}, pass --token-file, or leave out --host",
         )
+    if THREADS not in os.environ:
+        # Two threads of a product wait for each other; where one has to share its core with HTTP, both do nothing.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     predictors = load(runs, base=base, device=device, merge=settings.merge, say=say)
     listening = _listen(settings.host, settings.port)
     app = create_app(predictors, settings, token=token)
@@ -54,6 +59,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            loop="asyncio",  # uvloop, where it is installed, takes one new connection at a time: seconds under overload
             proxy_headers=False,  # nobody asks where a request came from
             timeout_graceful_shutdown=int(settings.deadline) + 1,
         )
