@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def test_an_export_that_differs_is_no_export(trained, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="does not score as"):
         export(trained("single"), tmp_path / "plain", "transformers")
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("roundings", [0, 1e6])
+def test_rounding_is_measured_by_the_run_itself(trained, tmp_path, monkeypatch, roundings):
+    monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
+    monkeypatch.setattr(exporting, "ROUNDINGS", roundings)
+    allowed = pytest.raises(RuntimeError, match="does not score as") if roundings == 0 else nullcontext()
+    with allowed:
+        export(trained("single"), tmp_path / "plain", "transformers", say=lambda line: None)
 
 
 def test_what_a_plain_class_cannot_hold_is_refused_with_the_reason(trained, tmp_path):

@@ -24,9 +24,8 @@ ROWS = (64, 128, 256, 512, 1024)
 ROWS_A_SEGMENT = 8
 CPU = torch.device("cpu")
 
-Forward = Callable[
-    [Tensor, Tensor, Sequences, Tensor], Tensor
-]  # ids [R], positions [R], sequences, rows to read [N] -> [N, C]
+# Of ids [R], positions [R], sequences and the rows to read [N]: scores [N, C].
+Forward = Callable[[Tensor, Tensor, Sequences, Tensor], Tensor]
 
 
 class Recordings:

@@ -9,6 +9,7 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import threading
@@ -103,9 +104,12 @@ class Scorer(nn.Module):
         """
         dtype = self.inner.base_model.get_input_embeddings().weight.dtype
         plain = self.packed and not self.encoder and self.pooling == "last" and self.lower is None and not self.sharded
-        plain = plain and not getattr(self.inner, "is_loaded_in_4bit", False)
+        plain = plain and not self.training and not getattr(self.inner, "is_loaded_in_4bit", False)
         if plain and recordable(self.inner.config, self.device, dtype):
-            with self.one_at_a_time:
+            with (
+                self.one_at_a_time,
+                contextlib.suppress(torch.OutOfMemoryError),
+            ):  # which a forward at a time may yet fit
                 self.recordings = Recordings(self._laid_out, self.device)
         return self.recordings is not None
 

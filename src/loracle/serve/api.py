@@ -131,11 +131,13 @@ class Desk:
         encode = self.predictors[run].encode
         if not self._encoding_away and sum(map(len, (*texts, *filter(None, contexts or ())))) <= ENCODED_HERE:
             return encode(texts, contexts)
+        loop, work = asyncio.get_running_loop(), self.encoding.submit(encode, texts, contexts)
         self._encoding_away += 1  # an encoder does one thing at a time, and the loop must not wait for it
-        try:
-            return await self.away(self.encoding, encode, texts, contexts)
-        finally:
-            self._encoding_away -= 1
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._came_back))
+        return await asyncio.wrap_future(work)
+
+    def _came_back(self) -> None:
+        self._encoding_away -= 1
 
     def _answer(self, work: Future[np.ndarray]) -> asyncio.Future[np.ndarray]:
         """What the worker makes of something. The loop is woken once for a whole round, not for each request in it."""
