@@ -21,7 +21,7 @@ import numpy as np
 from n24news import write_split
 from results import write_table
 
-TEXTS, BATCH, LR, SEEDS, LAYERS, TOP = 328, 32, 1e-3, 3, 30, 10  # 295 train, 33 are watched
+TEXTS, BATCH, LR, SEEDS, LAYERS, TOP = 900, 32, 1e-3, 3, 30, 10  # 810 train, 90 are watched
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"epochs": 3.0}, "cached": {"epochs": 3.0, "adapt_top": TOP}, "warm": {"epochs": 1.0, "adapt_top": TOP},
 }  # fmt: skip
