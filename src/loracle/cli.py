@@ -659,7 +659,7 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     _calm()
     from loracle.run import export as exporting
 
-    named = run if run.name else run.resolve()  # "." has no name
+    named = run.resolve() if run.name in ("", "..") else run
     folder = exporting.export(run, out or named.with_name(f"{named.name}-{to}"), to, base=base, say=click.echo)
     click.echo(f"export: {folder}")
 

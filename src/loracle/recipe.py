@@ -440,9 +440,7 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
     order = np.random.default_rng(schedule.seed).permutation(len(data.train))[: PREFLIGHT_BATCHES * schedule.batch]
     batches = [order[i : i + schedule.batch] for i in range(0, len(order), schedule.batch)]
     useful, computed, padded, count, largest = 0, [], 0, 0, 0
-    timed: list[
-        Encoded
-    ] = []  # a round of the first batch: on a GPU a whole one, on a CPU what takes it a second or a few
+    timed: list[Encoded] = []  # a round of the first batch: on a GPU a whole one, on a CPU what takes a second or a few
     for batch in batches:
         units = encode_examples(encoder, [data.train[i] for i in batch])
         texts = [e for unit in units for e in unit]

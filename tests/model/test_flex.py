@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from test_exact import CPU, LORA, SHAPES, assert_same, scorer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
@@ -237,6 +238,21 @@ def test_what_fits_no_recording():
     assert recorded.lay_out(pack(long), 128) is not None
     behind = [Encoded(chunks=((*range(40), 50 + i),), starts=(40,)) for i in range(7)]
     assert recorded.lay_out(pack(behind), 64) is None  # keys of one start, copied for each
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "fixed"),
+    [
+        ("Qwen2", {"rope_type": "default", "rope_theta": 1e4}, True),
+        ("Llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, False),
+        ("Gemma3Text", {f"{of}_attention": {"rope_type": "default", "rope_theta": 1e4} for of in ("sliding", "full")}, True),
+    ],
+)  # fmt: skip
+def test_what_looks_at_lengths_is_not_recorded(monkeypatch, kind, rope, fixed):
+    monkeypatch.setattr(recorded, "has_flash", lambda device: True)
+    config = getattr(transformers, f"{kind}Config")(rope_parameters=rope)
+    assert recorded.recordable(config, torch.device("cuda"), torch.bfloat16) == fixed
+    assert not recorded.recordable(config, torch.device("cuda"), torch.float32)
 
 
 def test_on_a_cpu_nothing_is_recorded(tiny_model):

@@ -100,6 +100,12 @@ def test_an_export_that_differs_is_no_export(trained, tmp_path, monkeypatch):
     assert not (tmp_path / "plain").exists()
 
 
+def test_a_run_that_reads_long_texts_in_chunks_leaves_as_one_that_cuts_them(trained, tmp_path):
+    said = []
+    export(trained("single", long="chunk"), tmp_path / "plain", "transformers", say=said.append)
+    assert any("chunk" in line for line in said)
+
+
 @pytest.mark.parametrize("roundings", [0, 1e6])
 def test_rounding_is_measured_by_the_run_itself(trained, tmp_path, monkeypatch, roundings):
     monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
@@ -166,10 +172,10 @@ def test_a_tokenizer_that_transformers_takes_for_another_is_refused(tiny_model, 
     assert not (tmp_path / "plain").exists()
 
 
-@pytest.mark.parametrize("named", ["run", "."])
+@pytest.mark.parametrize("named", ["run", ".", ".."])
 def test_without_a_folder_it_goes_beside_the_run(trained, monkeypatch, named):
     run = trained("single")
-    monkeypatch.chdir(run if named == "." else run.parent)
+    monkeypatch.chdir({"run": run.parent, ".": run, "..": run / "tensorboard"}[named])
     made = []
     monkeypatch.setattr(exporting, "export", lambda run, out, *_, **more: made.append(out) or out)
     done = CliRunner().invoke(main, ["export", named, "--to", "openvino"])

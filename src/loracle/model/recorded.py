@@ -111,6 +111,13 @@ def _read(laid: Tensor, rows: int) -> tuple[Tensor, Tensor, Sequences, Tensor]:
 
 
 def recordable(config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether all that such a decoder's forward does can be recorded: flash attention in 16 bits."""
+    """Whether all that such a decoder's forward does can be recorded: flash attention in 16 bits, and positions that are
+    turned by the same angles whatever the length.
+    """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return device.type == "cuda" and flash_takes(dtype, head) and has_flash(device)
+    known = getattr(config, "rope_parameters", None) or {}
+    turned = {
+        of.get("rope_type") for of in (known, *known.values()) if isinstance(of, dict)
+    }  # one, or one a kind of layer
+    fixed = not turned & {"dynamic", "longrope"}
+    return device.type == "cuda" and fixed and flash_takes(dtype, head) and has_flash(device)

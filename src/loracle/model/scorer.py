@@ -9,9 +9,9 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,9 +26,12 @@ from loracle.model import attention
 from loracle.model.attention import Sequences
 from loracle.model.depth import LowerLayers
 from loracle.model.fused import fuse
+from loracle.model.memory import release
 from loracle.model.recorded import Recordings, recordable
 from loracle.text.encode import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
+
+logger = logging.getLogger(__name__)
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
 ENCODERS = ("bert", "roberta", "xlm-roberta")
@@ -100,17 +103,19 @@ class Scorer(nn.Module):
     def record(self) -> bool:
         """Record forwards of short batches, where this model and its device allow it; whether they do.
 
-        Only scores gain by it, and only until ``train`` or ``eval`` is called: whoever changes a weight calls one of them.
+        Only scores gain by it, and only until ``train`` or ``eval`` of the scorer is called: whoever changes a weight calls one
+        of them.
         """
         dtype = self.inner.base_model.get_input_embeddings().weight.dtype
         plain = self.packed and not self.encoder and self.pooling == "last" and self.lower is None and not self.sharded
         plain = plain and not self.training and not getattr(self.inner, "is_loaded_in_4bit", False)
         if plain and recordable(self.inner.config, self.device, dtype):
-            with (
-                self.one_at_a_time,
-                contextlib.suppress(torch.OutOfMemoryError),
-            ):  # which a forward at a time may yet fit
-                self.recordings = Recordings(self._laid_out, self.device)
+            with self.one_at_a_time:
+                try:
+                    self.recordings = Recordings(self._laid_out, self.device)
+                except RuntimeError as e:  # too little memory for all sizes, say; one at a time they may yet fit
+                    release(self)
+                    logger.warning("forwards are not recorded: %s", str(e).partition("\n")[0])
         return self.recordings is not None
 
     def train(self, mode: bool = True) -> Scorer:

@@ -1,7 +1,7 @@
 """HTTP in front of trained runs: what ``predict`` and ``rank`` say, and the same in vLLM's words.
 
-A request is encoded by one thread (a tokenizer is not re-entrant either), scored by the batcher's, and a ranker's chances and
-lifts are drawn in a third, so that the loop that talks to clients never waits.
+A request is encoded by one thread (a tokenizer is not re-entrant either) unless it is short, scored by the batcher's, and a
+ranker's chances and lifts are drawn in a third, so that the loop that talks to clients never waits for long.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "not answered in time, or broken off",
     }.items()
 }
-ENCODED_HERE = 4096  # characters that the event loop encodes by itself: a millisecond
+ENCODED_HERE = 16, 4096  # texts and characters that the event loop encodes by itself: a millisecond
 T = TypeVar("T")
 
 
@@ -129,7 +129,8 @@ class Desk:
     async def _encoded(self, run: str, texts: Sequence[str], contexts: Sequence[str | None] | None) -> list[Encoded]:
         """Texts as the model sees them; a few short ones at once, as another thread would take longer to be asked."""
         encode = self.predictors[run].encode
-        if not self._encoding_away and sum(map(len, (*texts, *filter(None, contexts or ())))) <= ENCODED_HERE:
+        size = len(texts), sum(map(len, (*texts, *filter(None, contexts or ()))))
+        if not self._encoding_away and all(n <= most for n, most in zip(size, ENCODED_HERE, strict=True)):
             return encode(texts, contexts)
         loop, work = asyncio.get_running_loop(), self.encoding.submit(encode, texts, contexts)
         self._encoding_away += 1  # an encoder does one thing at a time, and the loop must not wait for it

@@ -164,9 +164,10 @@ class Metrics:
         self.drift.add_labels(run, labels)
 
     def ranked(self, run: str, scores: np.ndarray) -> None:
-        for score in scores:
+        known = scores.tolist()
+        for score in known:
             self.scores.labels(run).observe(score)
-        self.drift.add(run, "score", scores.tolist())
+        self.drift.add(run, "score", known)
 
     def page(self) -> bytes:
         """In Prometheus' text format."""

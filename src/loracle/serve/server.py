@@ -16,6 +16,7 @@ import uvicorn
 from loracle.config import ServeConfig
 from loracle.errors import UserError
 from loracle.model.assemble import share_weights
+from loracle.model.recorded import ROWS
 from loracle.model.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.api import create_app
@@ -92,9 +93,9 @@ def load(
     }
     if freed := share_weights(p.scorer for p in predictors.values()):
         say(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
-    for predictor in predictors.values():
-        if isinstance(predictor.scorer, Scorer):
-            predictor.scorer.record()
+    for name, predictor in predictors.items():
+        if isinstance(predictor.scorer, Scorer) and predictor.scorer.record():
+            say(f"{name}: forwards of up to {max(ROWS):,} tokens are recorded")
     return predictors
 
 
