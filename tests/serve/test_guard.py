@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def test_what_is_not_answered_in_time_is_given_up(one, monkeypatch):
         answer = client.post("/v1/classify", json={"texts": ["good"]})
         assert "within 0.2 seconds" in refused(answer, 503)
         assert answer.headers["Retry-After"]
+        time.sleep(0.1)  # the worker began a moment after the request did
         assert refused(client.get("/readyz"), 503)
         assert figures(client)["loracle_queue_texts"] == 0
         held.gate.set()
