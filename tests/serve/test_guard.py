@@ -146,6 +146,32 @@ def test_what_is_not_answered_in_time_is_given_up(one, monkeypatch):
         assert client.get("/readyz").json() == {"status": "ok"}
 
 
+def test_while_a_long_text_is_encoded_short_ones_wait_and_the_loop_does_not(one, monkeypatch):
+    """Also if whoever sent it has been given up: the tokenizer is at it all the same."""
+    free, where, own = threading.Event(), [], one["moods"].encode
+
+    def encode(texts, contexts=None):
+        where.append(threading.current_thread().name.startswith("loracle-encoder"))
+        assert len(texts[0]) <= 4096 or free.wait(20)
+        return own(texts, contexts)
+
+    monkeypatch.setattr(one["moods"], "encode", encode)
+    with client_of(one, deadline=0.3) as client:
+
+        def ask(text):
+            return client.post("/v1/classify", json={"texts": [text]}).status_code
+
+        assert ask("good") == 200
+        assert ask("good " * 1000) == 503
+        assert ask("bad") == 503
+        assert client.get("/healthz").status_code == 200
+        assert where == [False, True]
+        free.set()
+        until = time.monotonic() + 20
+        while ask("so") != 200 or where[-1]:
+            assert time.monotonic() < until
+
+
 def test_a_crash_answers_503_and_the_next_request_is_served(one, monkeypatch, caplog):
     true_score, broken = api.score, [RuntimeError("secret")]
 
