@@ -227,12 +227,11 @@ def overload(process: psutil.Process, seconds: float, best: float, cores: int) -
         answers = load(seconds, CROWD, OVERLOAD * best, cores=cores)
     statuses = answers[:, 0].astype(int).tolist()
     count = max(1, len(statuses))
-    half = held[len(held) // 2 :]
     return (
         f"{CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {seconds:g} s: {len(answers):,} answers, "
         f"{statuses.count(200) / count:.1%} accepted with p99 {figures(answers)[2]:,.0f} ms, "
         f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, {statuses.count(0)} broken; "
-        f"memory {held[0]:,.0f} MB before, {max(held):,.0f} at most, {half[0]:,.0f} after half the time."
+        f"memory {held[0]:,.0f} MB before, {max(held):,.0f} at most, {held[len(held) // 2]:,.0f} after half the time."
     )
 
 

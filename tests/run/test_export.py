@@ -110,9 +110,10 @@ def test_a_run_that_reads_long_texts_in_chunks_leaves_as_one_that_cuts_them(trai
 def test_rounding_is_measured_by_the_run_itself(trained, tmp_path, monkeypatch, roundings):
     monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
     monkeypatch.setattr(exporting, "ROUNDINGS", roundings)
-    allowed = pytest.raises(RuntimeError, match="does not score as") if roundings == 0 else nullcontext()
+    allowed, said = pytest.raises(RuntimeError, match="does not score as") if roundings == 0 else nullcontext(), []
     with allowed:
-        export(trained("single"), tmp_path / "plain", "transformers", say=lambda line: None)
+        export(trained("single"), tmp_path / "plain", "transformers", say=said.append)
+    assert [line.startswith("the run's scores to ") for line in said[:1]] == [True] * (roundings > 0)
 
 
 def test_what_a_plain_class_cannot_hold_is_refused_with_the_reason(trained, tmp_path):

@@ -9,11 +9,12 @@ Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class Scorer(nn.Module):
             if known is not None:
                 return by_text(known, batch)
         only = None if self.encoder or self.pooling == "mean" else attention.to_device(batch.read_at, self.device)
-        return by_text(_wide(self._head(self.states(batch, only), batch)), batch)
+        return by_text(_wide(self._head(self._pool(self.states(batch, only), batch))), batch)
 
     def record(self) -> bool:
         """Record forwards of short batches, where this model and its device allow it; whether they do.
@@ -172,24 +173,27 @@ class Scorer(nn.Module):
         ids = put(batch.input_ids)
         if self.lower is not None:
             below = F.pad(self.lower.states(batch, lambda: run(input_ids=ids)), (0, 0, 0, more))[None]
-        self._rows = only
-        try:
+        with self._reading(only):
             if self.lower is None:
                 return run(input_ids=ids).last_hidden_state[0, :tokens]
             with self.lower.upper():
                 return run(inputs_embeds=below).last_hidden_state[0, :tokens]
-        finally:
-            self._rows = None
 
     def _laid_out(self, ids: Tensor, positions: Tensor, tree: Sequences, read: Tensor) -> Tensor:
         """Scores ``float32 [N, C]`` at the rows to ``read [N]`` of ids and positions ``[R]``, with no look at any number."""
-        self._rows = read
-        try:
-            inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+        inputs = {"input_ids": ids[None], "position_ids": positions[None]}
+        with self._reading(read):
             states = self.inner.base_model(**inputs, tree=tree, use_cache=False).last_hidden_state[0]
+        return _wide(self._head(states[read]))
+
+    @contextlib.contextmanager
+    def _reading(self, only: Tensor | None) -> Iterator[None]:
+        """While a batch runs of which only those rows are read."""
+        self._rows = only
+        try:
+            yield
         finally:
             self._rows = None
-        return _wide(self.inner.score(states[read].to(_dtype(self.inner.score))))
 
     def _take_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Before a part of the last layer: the rows that are read, of ``x [1, T, X]``."""
@@ -214,9 +218,9 @@ class Scorer(nn.Module):
         rows = batch.start[batch.scored] if self.encoder else batch.read_at
         return states[attention.to_device(rows, states.device)]
 
-    def _head(self, states: Tensor, batch: PackedBatch) -> Tensor:
-        """The model's own head on the rows that are read, ``[S, C]``."""
-        inner, pooled = self.inner, self._pool(states, batch)
+    def _head(self, pooled: Tensor) -> Tensor:
+        """The model's own head on what is read of S texts ``[S, H]``, ``[S, C]``."""
+        inner = self.inner
         if not self.encoder:
             return inner.score(pooled.to(_dtype(inner.score)))
         first = pooled[:, None].to(_dtype(inner.classifier))

@@ -73,8 +73,11 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
             _fold(model, run_folder.read_calibration(run))
             model.save_pretrained(out)
             del model
-            _try_transformers(run, out, base)
-            said = "the same scores as the run, float32, through transformers alone"
+            apart = _try_transformers(run, out, base)
+            same = (
+                "the same scores as the run" if apart <= TOLERANCE else f"the run's scores to {apart:.1g}, by rounding"
+            )
+            said = f"{same}, float32, through transformers alone"
         else:
             int8.convert(model, out, pooling=kept.pooling)
             del model
@@ -109,9 +112,11 @@ def _gives_scores(module: Any, model: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
 
 
-def _try_transformers(run: Path, out: Path, base: str | None) -> None:
-    """Open the export as anybody would and compare; over-long texts too, since those are what formats differ in."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+def _try_transformers(run: Path, out: Path, base: str | None) -> float:
+    """Open the export as anybody would and compare; over-long texts too, since those are what formats differ in. How far
+    scores are apart at most.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     info = run_folder.read_info(run)
     predictor = Predictor(run, base=base, device="cpu", dtype="float32")
@@ -123,7 +128,7 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
     asked = list(zip(texts, contexts, strict=True))
-    as_it_is = PreTrainedTokenizerFast.from_pretrained(out)
+    as_it_is = load_tokenizer(out)
     if any(_ids(tokenizer, *pair) != _ids(as_it_is, *pair) for pair in asked):
         raise UserError(
             "a base whose tokenizer transformers reads as tokenizer.json has it",
@@ -142,9 +147,9 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> None:
     if not worst <= TOLERANCE:  # by which large models round
         each = np.concatenate([predictor.scores([text], [c]) for text, c in asked])
         rounding = _apart(ours, each / predictor.calibration.temperature)
-        if worst <= min(ROUNDINGS * rounding, AT_MOST):
-            return
-        raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
+        if not worst <= min(ROUNDINGS * rounding, AT_MOST):
+            raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
+    return worst
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
