@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import softmax
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.judge.metrics import calibration_band, calibration_error, classification_metrics, lead
 
 PRIOR = np.array([0.5, 0.25, 0.15, 0.1])

@@ -68,7 +68,7 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
 
 def measure(size: str, scorer: Any, seed: int, batch: int, micro_tokens: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
-    from loracle.data.examples import LabeledText, Task
+    from loracle.examples import LabeledText, Task
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 

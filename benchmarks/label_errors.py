@@ -13,7 +13,7 @@ import csv
 import numpy as np
 from results import SHARED, write_table
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.judge.suspects import margins, out_of_fold, suspects
 
 SHARE, SEEDS = 0.05, 3

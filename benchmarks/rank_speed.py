@@ -51,7 +51,7 @@ def ours() -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from loracle.data.examples import RankGroup, Task
+    from loracle.examples import RankGroup, Task
     from loracle.judge.pairs import group_pairs
     from loracle.model.assemble import new_scorer
     from loracle.model.backbone import demo_model_folder

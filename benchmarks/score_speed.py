@@ -27,7 +27,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     """Texts to scores, as ``predict`` does it."""
     import torch
 
-    from loracle.data.examples import Task
+    from loracle.examples import Task
     from loracle.model import int8
     from loracle.model.assemble import new_scorer, score
     from loracle.model.backbone import demo_model_folder, load_sequence_classifier, load_tokenizer

@@ -14,7 +14,7 @@ import numpy as np
 from results import write_table
 from scipy.special import expit, logit
 
-from loracle.data.examples import RankGroup, Task
+from loracle.examples import RankGroup, Task
 from loracle.judge.baselines import frozen_ranker
 from loracle.train.losses import fit_saturation, make_loss, numpy_objective
 

@@ -53,7 +53,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     import torch
     from transformers import AutoTokenizer
 
-    from loracle.data.examples import LabeledText, Task
+    from loracle.examples import LabeledText, Task
     from loracle.model.assemble import new_scorer
     from loracle.model.backbone import demo_model_folder
     from loracle.text.encode import Encoded

@@ -30,7 +30,7 @@ from results import SHARED, write_table
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.data.schema import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
@@ -127,7 +127,7 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     import torch
     from n24news import minilm_folder
 
-    from loracle.data.examples import Task
+    from loracle.examples import Task
     from loracle.model.assemble import features, new_scorer
     from loracle.model.backbone import load_tokenizer
     from loracle.text.encode import Encoder

@@ -14,7 +14,7 @@ from small import clicked, labelled, several, write
 from loracle import comparison, recipe
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.errors import Interrupted, UserError
 from loracle.judge.paired import mcnemar
 from loracle.run.folder import read_info

@@ -16,7 +16,7 @@ from small import write
 from loracle import planning
 from loracle.cli import main
 from loracle.config import PlanConfig
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.errors import UserError
 from loracle.judge.ranking import rank_metrics
 

@@ -19,7 +19,7 @@ from small import QUICK, labelled, pairs, write
 
 from loracle import recipe, rivals
 from loracle.config import RunConfig
-from loracle.data.examples import RankGroup, Task
+from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.model.scorer import Scorer
 from loracle.run import share

@@ -13,7 +13,7 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.data.clicks import Shown, check_counts
 from loracle.data.columns import Columns
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.schema import Examples
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor

@@ -295,7 +295,7 @@ def rank(
 
 def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, columns: dict[str, Any]) -> list[Any]:
     """Groups from the command line, from standard input (-), or from a file."""
-    from loracle.data.examples import RankGroup
+    from loracle.examples import RankGroup
     from loracle.data.table import FORMATS
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):

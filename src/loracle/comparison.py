@@ -21,7 +21,7 @@ import torch
 
 from loracle import recipe, rivals, scoring
 from loracle.config import CompareConfig, RunConfig
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration

@@ -15,7 +15,7 @@ import numpy as np
 from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.data.schema import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError

@@ -21,7 +21,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 
 from loracle.config import PlanConfig
-from loracle.data.examples import RankGroup, Task
+from loracle.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
 from loracle.judge import pictures

@@ -18,7 +18,7 @@ import torch
 
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.audit import audit, refuse, without_leaks
-from loracle.data.examples import Example, LabeledText, RankGroup, Task, texts_of
+from loracle.examples import Example, LabeledText, RankGroup, Task, texts_of
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split

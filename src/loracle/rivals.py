@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loracle.config import RunConfig
-from loracle.data.examples import Example, Task, texts_of
+from loracle.examples import Example, Task, texts_of
 from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.judge import baselines, budget

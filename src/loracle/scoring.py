@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from loracle.data.examples import Example, Task, texts_of
+from loracle.examples import Example, Task, texts_of
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import as_json, classification_metrics, headline_metric, target_array
 from loracle.judge.ranking import rank_metrics

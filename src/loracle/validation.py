@@ -18,7 +18,7 @@ from scipy.special import logit
 from loracle import recipe, scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.audit import refuse
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds

@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from loracle.cli import main
 from loracle.config import DataConfig
 from loracle.data.allocation import LEVEL, Allocation, Period, allocation
-from loracle.data.examples import Arms
+from loracle.examples import Arms
 from loracle.data.schema import read_examples
 from loracle.data.sources import open_table
 

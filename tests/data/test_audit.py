@@ -12,7 +12,7 @@ import pytest
 
 from loracle.data.audit import Audit, Spread, audit, refuse, without_leaks
 from loracle.data.columns import Columns
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.schema import Examples
 from loracle.errors import UserError

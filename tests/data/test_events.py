@@ -19,7 +19,7 @@ from small import write
 
 from loracle.config import DataConfig
 from loracle.data.columns import Columns, infer_columns
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.data.schema import Examples, read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError

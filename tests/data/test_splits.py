@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.splits import restricted, split, split_groups, split_texts
 from loracle.errors import UserError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from loracle.data.examples import Preference, RankGroup, Task
+from loracle.examples import Preference, RankGroup, Task
 from loracle.judge.baselines import (
     frozen_classifier,
     frozen_ranker,

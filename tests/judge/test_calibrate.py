@@ -6,7 +6,7 @@ from scipy.special import expit, softmax
 from scipy.stats import norm
 from sklearn import metrics as reference
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.judge.calibrate import Calibration, fit_calibration, fit_temperature, fit_threshold
 from loracle.judge.metrics import (
     calibration_band,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loracle.data.examples import Preference, RankGroup, Task
+from loracle.examples import Preference, RankGroup, Task
 from loracle.judge.calibrate import Calibration
 from loracle.judge.changes import class_changes, group_change, label_changes
 from loracle.judge.metrics import classification_metrics, differences, lead

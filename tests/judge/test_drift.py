@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.judge.calibrate import Calibration
 from loracle.judge.drift import BINS, Reference, histogram, limit, psi, reference
 

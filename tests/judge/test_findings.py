@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge import findings as of
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import (

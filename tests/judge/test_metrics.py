@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.judge.metrics import (
     Interval,

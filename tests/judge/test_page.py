@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge.calibrate import Calibration, fit_calibration
 from loracle.judge.findings import findings, training_suspects
 from loracle.judge.metrics import as_json, classification_metrics, target_array

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.judge.paired import compare, compare_rankers, credit, holm, mcnemar
 
 TASK = Task(kind="single", label_names=("a", "b"))

@@ -9,7 +9,7 @@ from scipy.special import expit
 from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score
 
-from loracle.data.examples import Preference, RankGroup
+from loracle.examples import Preference, RankGroup
 from loracle.errors import UserError
 from loracle.judge.metrics import Interval
 from loracle.judge.pairs import evidence_of, grade_gains, group_pairs, rate_gap, significant

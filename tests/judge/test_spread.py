@@ -7,7 +7,7 @@ import pytest
 from scipy.special import expit, logsumexp, xlog1py, xlogy
 from scipy.stats import kstest, norm
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.marginal import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, blocks, grid, log_marginal
 from loracle.judge.spread import (
     LARGEST,

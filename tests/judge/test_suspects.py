@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.judge.findings import LISTED, training_suspects
 from loracle.judge.suspects import margins, out_of_fold, pair_suspects, suspects
 

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSequenceClassification
 from peft.tuners.lora.layer import Linear as PeftLinear
 from transformers import AutoTokenizer
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import adapters, assemble
 from loracle.model.adapters import LeanLinear, save_adapter

@@ -20,7 +20,7 @@ from test_flex import LONG
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.model import attention
 from loracle.model.adapters import add_lora
 from loracle.model.scorer import Scorer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, attention, depth
 from loracle.model.depth import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests

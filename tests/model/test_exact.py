@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, masking_utils
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, attention
 from loracle.model.backbone import load_config, load_tokenizer

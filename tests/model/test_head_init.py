@@ -15,7 +15,7 @@ from loracle import recipe, scoring
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.model import assemble
 from loracle.run.predictor import Predictor

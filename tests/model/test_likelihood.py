@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.model.assemble import new_scorer
 from loracle.model.backbone import load_tokenizer
 from loracle.model.likelihood import log_likelihood, name_scores, names_template

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, memory
 from loracle.text.encode import Encoded

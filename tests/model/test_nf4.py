@@ -9,7 +9,7 @@ from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, memory
 from loracle.model.assemble import new_scorer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.model import assemble, attention
 from loracle.text.encode import Encoded
 from loracle.text.packing import pack

@@ -12,7 +12,7 @@ from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.run.folder import RunInfo, read_info, verify, write_info, write_manifest
 

@@ -14,7 +14,7 @@ from small import QUICK, labelled, pairs, several, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.errors import UserError
 from loracle.run.folder import checksum
 from loracle.run.predictor import Predictor

@@ -20,7 +20,7 @@ from small import QUICK, labelled, write
 from loracle import recipe
 from loracle.cli import main
 from loracle.config import RunConfig
-from loracle.data.examples import LabeledText
+from loracle.examples import LabeledText
 from loracle.errors import UserError
 from loracle.train import distributed
 from loracle.train.distributed import on_main, share_out, start

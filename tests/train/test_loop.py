@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import Interrupted, UserError
 from loracle.model.adapters import add_lora
 from loracle.model.scorer import Scorer

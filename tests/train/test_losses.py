@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.data.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import UserError
 from loracle.judge.ranking import rank_metrics
 from loracle.train import losses

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loracle.data.dates import latest, order_of
-from loracle.data.examples import Arms
+from loracle.examples import Arms
 from loracle.data.issues import Issue, rows_named
 
 LEVEL = 0.001  # p below which a group fails; p times the number of groups below which it does so beyond chance

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loracle.data.allocation import Allocation, allocation
-from loracle.data.examples import Arms, Example, LabeledText, RankGroup, Task
+from loracle.examples import Arms, Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.schema import Examples
 from loracle.data.splits import issue_of, without_titles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.data.issues import Issue, IssueLog, rows_named
 from loracle.errors import UserError
 

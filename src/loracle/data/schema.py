@@ -22,7 +22,7 @@ from loracle.data.cells import (
 from loracle.data.clicks import CLICK_ISSUES
 from loracle.data.columns import Columns, cell_of, infer_columns, task_of
 from loracle.data.events import sum_events
-from loracle.data.examples import Arms, LabeledText, RankGroup, Task
+from loracle.examples import Arms, LabeledText, RankGroup, Task
 from loracle.data.groups import READERS, gather
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.table import Table

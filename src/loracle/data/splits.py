@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracle.data.dates import order_of
-from loracle.data.examples import Example, LabeledText, Preference, RankGroup, Task
+from loracle.examples import Example, LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
 

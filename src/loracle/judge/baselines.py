@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge.metrics import Array
 
 Features: TypeAlias = "np.ndarray | csr_matrix"  # [N, H] or [T, H]

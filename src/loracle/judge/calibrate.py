@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, log_softmax
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 
 Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.pairs import group_pairs
 
 Mask = npt.NDArray[np.bool_]

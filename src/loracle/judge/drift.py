@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import chdtri  # the inverse survival function of chi2, without the second that scipy.stats takes
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge.budget import SEARCHED
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import (

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, log_softmax, softmax
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, norm
 
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import (
     UNCALIBRATED,

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.metrics import Array
 
 Pairs = npt.NDArray[np.intp]  # [P, 2]: winner, loser

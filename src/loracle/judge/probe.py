@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.judge import pictures
 from loracle.judge.baselines import one_thread, standardised

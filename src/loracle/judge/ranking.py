@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.metrics import Array, Interval, bootstrap, ratio
 from loracle.judge.tallies import SCORELESS, read_cases, tally_table
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp, ndtr, ndtri, softmax
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.marginal import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, Arms, blocks, grid, log_marginal
 from loracle.judge.metrics import LEVEL, Array
 

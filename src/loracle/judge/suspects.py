@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from loracle.data.examples import LabeledText, Task
+from loracle.examples import LabeledText, Task
 from loracle.data.splits import fold_numbers
 from loracle.judge.baselines import tfidf_classifier, words_of
 from loracle.judge.metrics import Array, probabilities, target_array

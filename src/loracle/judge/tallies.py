@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from loracle.data.examples import RankGroup
+from loracle.examples import RankGroup
 from loracle.judge.metrics import Array
 from loracle.judge.pairs import (
     Evidence,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import nf4
 from loracle.model.adapters import add_lora, load_adapter, merge

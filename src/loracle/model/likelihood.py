@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.model.assemble import in_rounds, new_scorer
 from loracle.model.backbone import load_config
 from loracle.model.scorer import Scorer, by_text

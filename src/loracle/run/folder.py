@@ -29,7 +29,7 @@ import tomli_w
 
 import loracle
 from loracle.config import RunConfig
-from loracle.data.examples import Task
+from loracle.examples import Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
 from loracle.hub import checksum

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loracle.data.examples import RankGroup, Task
+from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities

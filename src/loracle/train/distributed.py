@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from loracle.data.examples import Example, texts_of
+from loracle.examples import Example, texts_of
 from loracle.errors import UserError
 from loracle.model.memory import out_of_memory
 

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from loracle.data.examples import Example, RankGroup
+from loracle.examples import Example, RankGroup
 from loracle.errors import Interrupted, UserError
 from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import Scorer

@@ -22,7 +22,7 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from loracle.config import SATURATING
-from loracle.data.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.errors import UserError
 from loracle.judge.pairs import grade_gains, group_pairs
 
