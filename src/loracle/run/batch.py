@@ -32,7 +32,7 @@ from loracle.data.columns import Columns
 from loracle.data.schema import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
-from loracle.hub import checksum
+from loracle.hubs import checksum
 from loracle.judge.metrics import confidence_of, given_labels
 from loracle.run.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
 from loracle.run.output import Write, check_output, open_output

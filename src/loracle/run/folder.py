@@ -32,7 +32,7 @@ from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
-from loracle.hub import checksum
+from loracle.hubs import checksum
 from loracle.judge.calibrate import Calibration
 from loracle.judge.drift import Reference
 from loracle.judge.spread import Spread

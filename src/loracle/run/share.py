@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from loracle import hub
+from loracle import hubs
 from loracle.errors import UserError
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
@@ -31,7 +31,7 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
     """
     info = run_folder.read_info(run)
     run_folder.verify(run)
-    place = str(hub.parse(to))
+    place = str(hubs.parse(to))
     with tempfile.TemporaryDirectory(prefix="loracle-push-") as scratch:
         staged = Path(scratch) / run.resolve().name
         left = stage(run, staged, info, place)
@@ -40,14 +40,14 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
         say(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
         say(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
         licence = _licence(info)
-        return hub.upload(staged, place, private=private, revision=revision, licence=licence)
+        return hubs.upload(staged, place, private=private, revision=revision, licence=licence)
 
 
 def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str]:
     """Copy what is to be pushed, its paths shortened to names, with a card and a manifest of its own; returns what is not."""
     to.mkdir()
     names = [p.name + "/" * p.is_dir() for p in sorted(run.iterdir()) if not p.name.startswith(".")]
-    kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in hub.RUN_FILES)]
+    kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in hubs.RUN_FILES)]
     for name in kept:
         shutil.copyfile(run / name, to / name)
     shared = without_paths(info)
@@ -96,7 +96,7 @@ def pull(spec: str, out: Path | None = None, *, say: Say = print) -> Path:
     if not place.startswith(("hf:", "modelscope:")):
         raise UserError("hf:owner/name or modelscope:owner/name to pull", repr(spec), "write for example hf:me/topics")
     out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "pick another one")
-    found = hub.download(place, kind="run", revision=revision or None)
+    found = hubs.download(place, kind="run", revision=revision or None)
     if not (found / run_folder.MANIFEST).is_file() or not (found / run_folder.RUN).is_file():
         raise UserError(
             f"a run of loracle at {spec}", "no run.toml and manifest.json there", "push one with loracle push"
@@ -129,16 +129,16 @@ def pull(spec: str, out: Path | None = None, *, say: Say = print) -> Path:
 
 def _names(manifest: Path, spec: str) -> list[str]:
     """The files that a manifest lists: all of them beside it, and of the kinds that are pushed."""
-    listed = hub.read_json(manifest, spec)
+    listed = hubs.read_json(manifest, spec)
     names = list(listed) if isinstance(listed, dict) else []
-    if odd := [n for n in names if not any(fnmatchcase(n, p) for p in hub.RUN_FILES) or Path(n).name != n]:
+    if odd := [n for n in names if not any(fnmatchcase(n, p) for p in hubs.RUN_FILES) or Path(n).name != n]:
         raise UserError(f"files of a run in manifest.json of {spec}", repr(odd[0]), "do not use it")
     return names
 
 
 def _licence(info: run_folder.RunInfo) -> str | None:
     source = info.base["source"]
-    return DEMO_LICENCE if source == "demo" else hub.licence_of(source, info.base.get("revision"))
+    return DEMO_LICENCE if source == "demo" else hubs.licence_of(source, info.base.get("revision"))
 
 
 def _is_local(spec: str) -> bool:

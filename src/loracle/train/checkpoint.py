@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loracle.errors import UserError
-from loracle.hub import checksum
+from loracle.hubs import checksum
 
 STATE = "state.json"
 

@@ -1,4 +1,4 @@
-"""hub.py against two hubs on this machine (fake_hubs.py): the clients are the real ones, in a process of their own."""
+"""hubs.py against two hubs on this machine (fake_hubs.py): the clients are the real ones, in a process of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from fake_hubs import LARGE, REPOS, SHA, WEIGHTS
 
-from loracle import hub
+from loracle import hubs
 from loracle.errors import UserError
 
 
@@ -154,7 +154,7 @@ def test_modelscope_package_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope", None)
     monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
     with pytest.raises(UserError, match=r"Install it with: pip install 'loracle\[modelscope\]'") as refused:
-        hub.download("modelscope:a/b", kind="model")
+        hubs.download("modelscope:a/b", kind="model")
     assert refused.value.found == "none installed"
 
 
@@ -172,17 +172,17 @@ def test_modelscope_package_missing(monkeypatch):
     ],
 )
 def test_parse(spec, kind, name):
-    assert hub.parse(spec) == hub.Source(kind, name)
-    assert hub.parse(str(hub.parse(spec))) == hub.Source(kind, name)
+    assert hubs.parse(spec) == hubs.Source(kind, name)
+    assert hubs.parse(str(hubs.parse(spec))) == hubs.Source(kind, name)
 
 
 def test_parse_prefers_what_is_on_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "x.GGUF").write_bytes(b"GGUF")
-    assert hub.parse("a/b") == hub.Source("folder", str(tmp_path / "a" / "b"))
-    assert hub.parse("hf:a/b") == hub.Source("hf", "a/b")
-    assert hub.parse("x.GGUF") == hub.Source("gguf", str(tmp_path / "x.GGUF"))
+    assert hubs.parse("a/b") == hubs.Source("folder", str(tmp_path / "a" / "b"))
+    assert hubs.parse("hf:a/b") == hubs.Source("hf", "a/b")
+    assert hubs.parse("x.GGUF") == hubs.Source("gguf", str(tmp_path / "x.GGUF"))
 
 
 @pytest.mark.parametrize(
@@ -203,13 +203,13 @@ def test_parse_refuses(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pyproject.toml").touch()
     with pytest.raises(UserError) as refused:
-        hub.parse(spec)
+        hubs.parse(spec)
     assert message in str(refused.value)
 
 
 def test_download_wants_a_hub(tmp_path):
     with pytest.raises(UserError, match="expected a hub id"):
-        hub.download(str(tmp_path), kind="dataset")
+        hubs.download(str(tmp_path), kind="dataset")
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_download_wants_a_hub(tmp_path):
 def test_check_model_folder(tmp_path):
     def refusal() -> str:
         with pytest.raises(UserError) as refused:
-            hub.check_model_folder(tmp_path, "m")
+            hubs.check_model_folder(tmp_path, "m")
         return str(refused.value)
 
     assert refusal().startswith("expected config.json in the model m; found no such file")
@@ -232,7 +232,7 @@ def test_check_model_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "expected all 2 parts of m; found model-00002-of-00002.safetensors missing" in refusal()
     (tmp_path / "model-00002-of-00002.safetensors").touch()
-    hub.check_model_folder(tmp_path, "m")
+    hubs.check_model_folder(tmp_path, "m")
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     assert "expected a weight_map in model.safetensors.index.json" in refusal()
 
@@ -265,57 +265,57 @@ def index(tmp_path, monkeypatch):
 
 def test_wheel_member_is_fetched_once(index, tmp_path):
     sha256 = hashlib.sha256(b"alpha").hexdigest()
-    path = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
+    path = hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
     assert path == tmp_path / "cache" / "wheels" / "loracle-test-wheel-1.0" / "pkg" / "a.txt"
     assert path.read_text() == "alpha"
     next(index.iterdir()).rename(tmp_path / "moved.whl")
-    assert hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256) == path
+    assert hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256) == path
     assert [p.name for p in path.parent.iterdir() if not p.name.endswith(".lock")] == ["a.txt"]
 
 
 def test_wheel_member_is_fetched_again_when_damaged(index):
     sha256 = hashlib.sha256(b"alpha").hexdigest()
-    path = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
+    path = hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
     path.write_text("alphb")
-    assert hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256).read_text() == "alpha"
+    assert hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256).read_text() == "alpha"
 
 
 def test_wheel_folder(index):
-    folder = hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/data/")
+    folder = hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/data/")
     assert (folder / "b.txt").read_text() + (folder / "deep" / "c.txt").read_text() == "betagamma"
 
 
 def test_wheel_member_by_many_at_once(index):
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(hub.fetch_wheel_member, "loracle-test-wheel==1.0", "pkg/a.txt") for _ in range(4)]
+        asked = [pool.submit(hubs.fetch_wheel_member, "loracle-test-wheel==1.0", "pkg/a.txt") for _ in range(4)]
         assert {task.result().read_text() for task in asked} == {"alpha"}
 
 
 def test_wheel_refusals(index, tmp_path):
     with pytest.raises(UserError, match=r"expected pkg/none in loracle_test_wheel-1.0.*; found no such member"):
-        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/none")
+        hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/none")
     with pytest.raises(UserError, match=r"expected pkg/a.txt of .* with SHA-256 00; found SHA-256 8"):
-        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", "00")
+        hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", "00")
     with pytest.raises(UserError, match=r"found pip saying 'ERROR: No matching .*pip install --no-deps loracle-no==2"):
-        hub.fetch_wheel_member("loracle-no==2", "a")
+        hubs.fetch_wheel_member("loracle-no==2", "a")
     with pytest.raises(UserError, match="to keep inside its own folder"):
-        hub.fetch_wheel_member("loracle-test-wheel==1.0", "evil/")
+        hubs.fetch_wheel_member("loracle-test-wheel==1.0", "evil/")
     assert not list(tmp_path.rglob("outside.txt"))
 
 
 def test_installed_package_is_read_where_it_lies_in_that_version_only(monkeypatch, tmp_path):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path))
-    path = hub.fetch_wheel_member(f"pytest=={pytest.__version__}", "pytest/py.typed")
+    path = hubs.fetch_wheel_member(f"pytest=={pytest.__version__}", "pytest/py.typed")
     assert path == Path(pytest.__file__).parent / "py.typed"
-    monkeypatch.setattr(hub, "_download_wheel", lambda requirement, _: pytest.fail(f"asked for {requirement}"))
+    monkeypatch.setattr(hubs, "_download_wheel", lambda requirement, _: pytest.fail(f"asked for {requirement}"))
     with pytest.raises(pytest.fail.Exception, match="asked for pytest==0"):
-        hub.fetch_wheel_member("pytest==0", "pytest/py.typed")
+        hubs.fetch_wheel_member("pytest==0", "pytest/py.typed")
 
 
 def test_no_pip(monkeypatch, index):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"found no pip in this environment\. Install it by hand: pip"):
-        hub.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt")
+        hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -325,11 +325,11 @@ def test_building_is_all_or_nothing(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "old").touch()
-    with pytest.raises(RuntimeError), hub.building(target) as scratch:  # noqa: PT012
+    with pytest.raises(RuntimeError), hubs.building(target) as scratch:  # noqa: PT012
         scratch.mkdir()
         raise RuntimeError
     assert [p.name for p in target.iterdir()] == ["old"]
-    with hub.building(target) as scratch:
+    with hubs.building(target) as scratch:
         scratch.mkdir()
         (scratch / "new").touch()
     assert [p.name for p in target.iterdir()] == ["new"]
@@ -338,12 +338,12 @@ def test_building_is_all_or_nothing(tmp_path):
 
 def test_building_on_a_full_disk(tmp_path):
     words = r"expected room on the disk for .*target; found none left\. Free some, or point LORACLE_CACHE"
-    with pytest.raises(UserError, match=words), hub.building(tmp_path / "target"):
+    with pytest.raises(UserError, match=words), hubs.building(tmp_path / "target"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == [".target.lock"]
 
 
 def test_building_where_nothing_may_be_written(tmp_path):
     words = r"expected leave to write .*target; found .*Permission denied.* Point LORACLE_CACHE to another folder"
-    with pytest.raises(UserError, match=words), hub.building(tmp_path / "target"):
+    with pytest.raises(UserError, match=words), hubs.building(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "Permission denied")
