@@ -18,7 +18,7 @@ from results import SHARED, write_table
 from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
-from loracle.data.schema import read_examples
+from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.judge.metrics import as_json
 from loracle.judge.paired import compare

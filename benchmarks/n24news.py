@@ -22,7 +22,7 @@ from results import SHARED, write_table
 from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.examples import Task
-from loracle.data.schema import read_examples
+from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.judge import baselines
 from loracle.judge.metrics import target_array

@@ -31,7 +31,7 @@ from results import SHARED, write_table
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.examples import RankGroup
-from loracle.data.schema import read_examples
+from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
 from loracle.judge.baselines import frozen_ranker, length_ranker, tfidf_ranker

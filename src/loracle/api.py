@@ -11,10 +11,10 @@ import numpy as np
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.data.clicks import Shown, check_counts
+from loracle.data.click_logs.counts import Shown, check_counts
 from loracle.data.columns import Columns
 from loracle.examples import LabeledText, Preference, RankGroup, Task
-from loracle.data.schema import Examples
+from loracle.data.reader import Examples
 from loracle.errors import UserError
 from loracle.run.predictor import Predictor
 

@@ -300,7 +300,7 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
-        from loracle.data.schema import read_unlabelled_groups
+        from loracle.data.reader import read_unlabelled_groups
         from loracle.data.sources import open_table
 
         table = open_table(titles[0])
@@ -372,7 +372,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     """Measure the classifier or ranker in RUN on labelled DATA."""
     import json
 
-    from loracle.data.schema import read_examples
+    from loracle.data.reader import read_examples
     from loracle.data.sources import open_table
     from loracle.run.folder import read_info
 
@@ -492,8 +492,8 @@ def check(data: str, as_json: bool, **given: Any) -> None:
     """Say what is in DATA and what is wrong with it; exits with 2 if it cannot be trained on."""
     import json
 
-    from loracle.data.audit import audit, refuse
-    from loracle.data.schema import read_examples
+    from loracle.data.checks import audit, refuse
+    from loracle.data.reader import read_examples
     from loracle.data.sources import open_splits, open_table
 
     config = _data_config(data=data, **given)
@@ -635,7 +635,7 @@ def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any
 
 
 def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
-    from loracle.data.schema import read_examples
+    from loracle.data.reader import read_examples
     from loracle.data.sources import open_splits
 
     found = read_examples(open_splits(data)["train"], _data_config(data=data, **given))

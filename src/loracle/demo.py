@@ -16,7 +16,7 @@ from loracle import recipe, scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
 from loracle.examples import RankGroup
-from loracle.data.schema import read_examples
+from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
 from loracle.judge.report import plain_table, result_rows

@@ -16,7 +16,7 @@ from loracle import scoring
 from loracle.config import DataConfig
 from loracle.data.columns import LABEL_NAMES, infer_columns, infer_text_column
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.data.schema import iter_texts, read_examples, read_unlabelled_groups
+from loracle.data.reader import iter_texts, read_examples, read_unlabelled_groups
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
-from loracle.data.audit import audit, refuse, without_leaks
+from loracle.data.checks import audit, refuse, without_leaks
 from loracle.examples import Example, LabeledText, RankGroup, Task, texts_of
-from loracle.data.schema import Examples, read_examples
+from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split
 from loracle.data.table import Table

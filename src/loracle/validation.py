@@ -17,9 +17,9 @@ from scipy.special import logit
 
 from loracle import recipe, scoring
 from loracle.config import RunConfig, ValidateConfig
-from loracle.data.audit import refuse
+from loracle.data.checks import refuse
 from loracle.examples import Task
-from loracle.data.schema import Examples, read_examples
+from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError

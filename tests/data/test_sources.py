@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loracle.data import delimited as delimited_format
-from loracle.data import json_rows
-from loracle.data import parquet as parquet_format
+from loracle.data.formats import delimited as delimited_format
+from loracle.data.formats import json
+from loracle.data.formats import parquet as parquet_format
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.errors import UserError
@@ -241,10 +241,10 @@ def test_an_unclosed_quote_does_not_swallow_the_file(tmp_path, monkeypatch):
 
 
 def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "CHUNK", 64)
+    monkeypatch.setattr(json, "CHUNK", 64)
     read = []
-    chunks = json_rows._chunks
-    monkeypatch.setattr(json_rows, "_chunks", lambda file: (read.append(len(c)) or c for c in chunks(file)))
+    chunks = json._chunks
+    monkeypatch.setattr(json, "_chunks", lambda file: (read.append(len(c)) or c for c in chunks(file)))
     with pytest.raises(UserError, match="line 2"):
         open_table(write(tmp_path, "x.json", '[{"a": 1},\n{"a": oops},\n' + '{"a": 1},\n' * 10_000))
     assert sum(read) < 1000
@@ -462,7 +462,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 
 def test_importing_sources_imports_neither_torch_nor_polars():
-    code = "import sys, loracle.data.schema; print({'torch', 'polars', 'huggingface_hub'} & set(sys.modules))"
+    code = "import sys, loracle.data.reader; print({'torch', 'polars', 'huggingface_hub'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

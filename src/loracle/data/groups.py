@@ -19,7 +19,7 @@ from loracle.data.cells import (
     parsed_rows,
     text_and_context,
 )
-from loracle.data.clicks import Shown, check_counts, click_group
+from loracle.data.click_logs.counts import Shown, check_counts, click_group
 from loracle.data.columns import Columns, cell_of
 from loracle.data.dates import as_date, form_of, latest, mixed_forms
 from loracle.examples import Arms, Preference, RankGroup

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from loracle import hubs
-from loracle.data.delimited import open_delimited, open_lines
+from loracle.data.formats.delimited import open_delimited, open_lines
 from loracle.data.folders import find_splits
-from loracle.data.json_rows import open_json
-from loracle.data.parquet import open_parquet
+from loracle.data.formats.json import open_json
+from loracle.data.formats.parquet import open_parquet
 from loracle.data.table import SUFFIXES, File, Row, Table
 from loracle.errors import UserError, near
 

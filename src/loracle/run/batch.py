@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import loracle
 from loracle.data.columns import Columns
-from loracle.data.schema import iter_texts
+from loracle.data.reader import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
 from loracle.hubs import checksum

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracle.data.clicks import CLICK_ISSUES, Shown, check_counts, click_group
+from loracle.data.click_logs.counts import CLICK_ISSUES, Shown, check_counts, click_group
 from loracle.examples import RankGroup
 from loracle.data.issues import IssueLog
 from loracle.errors import UserError

@@ -20,7 +20,7 @@ from small import write
 from loracle.config import DataConfig
 from loracle.data.columns import Columns, infer_columns
 from loracle.examples import RankGroup
-from loracle.data.schema import Examples, read_examples
+from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
 
@@ -286,7 +286,7 @@ class TestOddRows:
 PEAK = """
 import re, sys
 from loracle.config import DataConfig
-from loracle.data.schema import read_examples
+from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 data = DataConfig(group="test", text="title", clicked="clicked", min_impressions=0)
 found = read_examples(open_table(sys.argv[1]), data)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from loracle.data.allocation import Allocation, allocation
+from loracle.data.click_logs.allocation import Allocation, allocation
 from loracle.examples import Arms, Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
-from loracle.data.schema import Examples
+from loracle.data.reader import Examples
 from loracle.data.splits import issue_of, without_titles
 from loracle.errors import UserError
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from loracle.data.audit import Audit, Spread, audit, refuse, without_leaks
+from loracle.data.checks import Audit, Spread, audit, refuse, without_leaks
 from loracle.data.columns import Columns
 from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
-from loracle.data.schema import Examples
+from loracle.data.reader import Examples
 from loracle.errors import UserError
 
 TWO = Task(kind="single", label_names=("bad", "good"))
@@ -275,5 +275,5 @@ class TestLines:
 
 
 def test_check_needs_no_torch() -> None:
-    code = "import sys, loracle.data.audit, loracle.data.demo; sys.exit('torch' in sys.modules)"
+    code = "import sys, loracle.data.checks, loracle.data.demo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
