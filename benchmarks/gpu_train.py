@@ -59,7 +59,7 @@ def scorer_of(size: str, device: Any) -> Any:
 
 def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
     """Random token ids of lengths like those of N24News abstracts: log-normal, mean 28, 95th percentile 42."""
-    from loracle.text.encode import Encoded
+    from loracle.text.tokenize import Encoded
 
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(np.log(27.2), 0.26, count).round(), 5, 120).astype(int)

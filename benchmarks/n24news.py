@@ -29,7 +29,7 @@ from loracle.judge.metrics import target_array
 from loracle.judge.report import result_rows
 from loracle.model import assemble
 from loracle.model.backbone import load_tokenizer, pick_device
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
 TEST, RATES, EPOCHS = 1000, (2.5e-4, 5e-4, 1e-3), 3.0

@@ -55,7 +55,7 @@ def ours() -> dict[str, float]:
     from loracle.judge.pairs import group_pairs
     from loracle.model.assemble import new_scorer
     from loracle.model.backbone import demo_model_folder
-    from loracle.text.encode import Encoded
+    from loracle.text.tokenize import Encoded
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 

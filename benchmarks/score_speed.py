@@ -32,7 +32,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     from loracle.model.assemble import new_scorer, score
     from loracle.model.backbone import demo_model_folder, load_sequence_classifier, load_tokenizer
     from loracle.model.scorer import Scorer
-    from loracle.text.encode import Encoder
+    from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
 
     with DATA.open(encoding="utf-8") as f:

@@ -56,7 +56,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     from loracle.examples import LabeledText, Task
     from loracle.model.assemble import new_scorer
     from loracle.model.backbone import demo_model_folder
-    from loracle.text.encode import Encoded
+    from loracle.text.tokenize import Encoded
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
 

@@ -130,7 +130,7 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     from loracle.examples import Task
     from loracle.model.assemble import features, new_scorer
     from loracle.model.backbone import load_tokenizer
-    from loracle.text.encode import Encoder
+    from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
 
     folder = minilm_folder()

@@ -74,7 +74,7 @@ from loracle.scoring import (
     write_scores,
 )
 from loracle.text import packing
-from loracle.text.encode import Encoded, Encoder
+from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
 from loracle.train import distributed, tracking
 from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit

@@ -25,7 +25,7 @@ from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.model.scorer import Scorer
 from loracle.scoring import by_example, encode_texts, measure
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 from loracle.train.losses import Loss, numpy_objective
 

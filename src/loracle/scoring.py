@@ -20,7 +20,7 @@ from loracle.judge.ranking import rank_metrics
 from loracle.model import assemble
 from loracle.model.int8 import Int8Scorer
 from loracle.model.scorer import Scorer
-from loracle.text.encode import Encoded, Encoder
+from loracle.text.tokenize import Encoded, Encoder
 from loracle.train import distributed
 from loracle.train.losses import Loss
 

@@ -15,7 +15,7 @@ from loracle.errors import UserError
 from loracle.model import adapters, assemble
 from loracle.model.adapters import LeanLinear, save_adapter
 from loracle.model.backbone import load_tokenizer
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from loracle.model.adapters import add_lora
 from loracle.model.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.server import load
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.train.loop import Schedule, fit
 from loracle.train.losses import make_loss
 

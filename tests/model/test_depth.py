@@ -13,7 +13,7 @@ from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, attention, depth
 from loracle.model.depth import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 BEFORE = tuple(range(20, 40))

@@ -17,7 +17,7 @@ from loracle.errors import UserError
 from loracle.model import assemble, attention
 from loracle.model.backbone import load_config, load_tokenizer
 from loracle.model.scorer import DECODERS, PACKABLE, Scorer
-from loracle.text.encode import Encoded, Encoder
+from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import SHARE_FROM
 from loracle.text.template import bake
 

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from loracle.model import attention, recorded
 from loracle.model.attention import AttentionPlan, FlexPlan, padded_length
 from loracle.model.scorer import by_text
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
 
 KINDS = ("qwen2", "mistral", "gemma3_text", "bert")  # grouped queries, a window, both kinds of layers, both ways

@@ -11,7 +11,7 @@ from loracle.examples import Task
 from loracle.model.assemble import new_scorer
 from loracle.model.backbone import load_tokenizer
 from loracle.model.likelihood import log_likelihood, name_scores, names_template
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
 TEXTS = ["a plain title", "x", "", "Ünïcode — 标题", "a plain title"]

@@ -14,7 +14,7 @@ import torch
 from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.model import assemble, memory
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")

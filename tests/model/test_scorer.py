@@ -8,7 +8,7 @@ import torch
 
 from loracle.examples import Task
 from loracle.model import assemble, attention
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))

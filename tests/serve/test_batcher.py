@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loracle.serve.batcher import Batcher, Failed, Full
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import micro_batches, pack
 
 

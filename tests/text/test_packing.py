@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loracle.text import packing
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import ROOT, ancestors, micro_batches, pack
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loracle.errors import UserError
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
 DECODERS = ("qwen", "llama3", "gemma", "mistral")

@@ -20,7 +20,7 @@ from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import Interrupted, UserError
 from loracle.model.adapters import add_lora
 from loracle.model.scorer import Scorer
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.train import loop
 from loracle.train.checkpoint import load_checkpoint, trainable_state
 from loracle.train.loop import Schedule, fit

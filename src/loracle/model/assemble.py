@@ -20,7 +20,7 @@ from loracle.model.backbone import head_names, load_config, load_sequence_classi
 from loracle.model.int8 import Int8Scorer
 from loracle.model.memory import out_of_memory, release
 from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches, rectangles
 
 PROBLEM_TYPES: dict[str, Any] = {

@@ -34,7 +34,7 @@ from transformers import AttentionInterface
 
 from loracle.errors import UserError
 from loracle.model.fused import applied, can_compile
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from loracle.errors import UserError
 from loracle.model.backbone import load_config
 from loracle.model.scorer import by_text, is_encoder, rectangle
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
 
 MODEL = "openvino_model.xml"

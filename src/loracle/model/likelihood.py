@@ -19,7 +19,7 @@ from loracle.examples import Task
 from loracle.model.assemble import in_rounds, new_scorer
 from loracle.model.backbone import load_config
 from loracle.model.scorer import Scorer, by_text
-from loracle.text.encode import Encoded, Encoder
+from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import ROOT, PackedBatch
 
 ASKED = 256  # texts whose names are encoded at once

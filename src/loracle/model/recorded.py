@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loracle.model.attention import KEYS_A_TOKEN, Sequences, flash_takes, has_flash
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
 
 ROWS = (64, 128, 256, 512, 1024)

@@ -29,7 +29,7 @@ from loracle.model.depth import LowerLayers
 from loracle.model.fused import fuse
 from loracle.model.memory import release
 from loracle.model.recorded import Recordings, recordable
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
 
 logger = logging.getLogger(__name__)

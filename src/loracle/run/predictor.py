@@ -19,7 +19,7 @@ from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_
 from loracle.model.int8 import Int8Scorer
 from loracle.model.scorer import Scorer
 from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
-from loracle.text.encode import Encoded, Encoder
+from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import check_contexts
 
 WINDOW = 4096  # titles that are scored together, sorted by what stands before them and by length

@@ -37,7 +37,7 @@ from loracle.serve import schema
 from loracle.serve.batcher import Batcher, Failed, Full
 from loracle.serve.guard import RETRY, Guard, problem
 from loracle.serve.metrics import Metrics
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.Problem, "description": about}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 from loracle.text.packing import micro_batches, rows
 
 SMOOTHED = 0.3  # weight of the newest round in the speed

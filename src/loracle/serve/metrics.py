@@ -16,7 +16,7 @@ from prometheus_client.utils import floatToGoString
 
 from loracle.judge import drift
 from loracle.serve.batcher import Batcher
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from loracle.text.encode import clean
+from loracle.text.tokenize import clean
 
 Text = Annotated[str, AfterValidator(clean)]  # JSON can spell a lone surrogate, and no answer could repeat it
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loracle.text.encode import Encoded
+from loracle.text.tokenize import Encoded
 
 SHARE_FROM = 16  # tokens: a shorter common start costs less repeated than shared
 ROOT = -1

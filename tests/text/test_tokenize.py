@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from loracle.text.encode import Encoder
+from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
 CUE = "Sort this. Title: {text} Topic:"
