@@ -30,8 +30,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """All runs, then the table."""
     from loracle.judge.metrics import bootstrap
-    from loracle.model import depth
-    from loracle.model.backbone import demo_model_folder
+    from loracle.models import hidden_state_cache
+    from loracle.models.loading import demo_model_folder
 
     base = str(demo_model_folder())
     right: dict[str, list[np.ndarray]] = {name: [] for name in WAYS}
@@ -41,7 +41,7 @@ def main() -> None:
         train, test = write_split(Path(scratch))
         train.write_text("".join(train.open(encoding="utf-8").readlines()[:TEXTS]), encoding="utf-8")
         for seed in range(SEEDS):
-            depth.clear()
+            hidden_state_cache.clear()
             for name, settings in WAYS.items():
                 found = _learn(train, test, Path(scratch) / f"{name}-{seed}", base, seed=seed, **settings)
                 seconds[name].append(found["seconds"])

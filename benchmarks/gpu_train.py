@@ -49,8 +49,8 @@ def model_of(size: str, device: Any) -> Any:
 
 def scorer_of(size: str, device: Any) -> Any:
     """That model with our adapters."""
-    from loracle.model.adapters import add_lora
-    from loracle.model.scorer import Scorer
+    from loracle.models.lora import add_lora
+    from loracle.models.scorer import Scorer
 
     model = model_of(size, device)
     model.score.float()
@@ -148,8 +148,8 @@ def main(size: str, rounds: int, batch: int, micro_tokens: int, peers: bool, loo
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from loracle.model.backbone import pick_device
-    from loracle.model.memory import matrix_rate, training_need
+    from loracle.models.loading import pick_device
+    from loracle.models.memory import matrix_rate, training_need
 
     device = pick_device("auto")
     scorer = scorer_of(size, device)

@@ -27,8 +27,8 @@ from loracle.data.sources import open_table
 from loracle.judge import baselines
 from loracle.judge.metrics import target_array
 from loracle.judge.report import result_rows
-from loracle.model import assemble
-from loracle.model.backbone import load_tokenizer, pick_device
+from loracle.models import build
+from loracle.models.loading import load_tokenizer, pick_device
 from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
@@ -64,11 +64,11 @@ def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task
     seen = read_examples(open_table(str(train)), RunConfig().data)
     unseen = read_examples(open_table(str(test)), RunConfig().data, task=seen.task)
     tokenizer = bake(load_tokenizer(folder), None, 256, encoder=True)
-    scorer = assemble.new_scorer(
+    scorer = build.new_scorer(
         folder, seen.task, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=pick_device("auto")
     )
     encoder = Encoder(tokenizer, encoder=True)
-    states = [assemble.features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
+    states = [build.features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
     targets = target_array(seen.items, seen.task)
     return list(baselines.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]), unseen.items, seen.task
 

@@ -53,8 +53,8 @@ def ours() -> dict[str, float]:
 
     from loracle.examples import RankGroup, Task
     from loracle.judge.pairs import group_pairs
-    from loracle.model.assemble import new_scorer
-    from loracle.model.backbone import demo_model_folder
+    from loracle.models.build import new_scorer
+    from loracle.models.loading import demo_model_folder
     from loracle.text.tokenize import Encoded
     from loracle.train.loop import Schedule, fit
     from loracle.train.losses import make_loss
@@ -93,7 +93,7 @@ def ours() -> dict[str, float]:
 
 def peer(batch: int) -> dict[str, float]:
     """One epoch of RewardTrainer + PEFT."""
-    from loracle.model.backbone import demo_model_folder
+    from loracle.models.loading import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--tests", TESTS, "--batch", batch]
     return last_json([*command, "--dtype", dtype_name()])

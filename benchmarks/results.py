@@ -24,7 +24,7 @@ ROUNDS = 3
 
 def dtype_name() -> str:
     """Of the models on both sides: what ``--dtype auto`` is on this machine."""
-    from loracle.model.backbone import pick_device, pick_dtype
+    from loracle.models.loading import pick_device, pick_dtype
 
     return str(pick_dtype("auto", False, pick_device("auto"))).removeprefix("torch.")
 

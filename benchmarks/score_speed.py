@@ -28,10 +28,10 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     import torch
 
     from loracle.examples import Task
-    from loracle.model import int8
-    from loracle.model.assemble import new_scorer, score
-    from loracle.model.backbone import demo_model_folder, load_sequence_classifier, load_tokenizer
-    from loracle.model.scorer import Scorer
+    from loracle.models import openvino
+    from loracle.models.build import new_scorer, score
+    from loracle.models.loading import demo_model_folder, load_sequence_classifier, load_tokenizer
+    from loracle.models.scorer import Scorer
     from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
 
@@ -39,14 +39,14 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
         texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(limit), strict=False)]
     base, names = demo_model_folder(), tuple(str(i) for i in range(24))
     tokenizer = bake(load_tokenizer(base), None, 512, encoder=False)
-    scorer: Scorer | int8.Int8Scorer
+    scorer: Scorer | openvino.Int8Scorer
     if eight:
         model = load_sequence_classifier(
             base, num_labels=24, pad_token_id=0, dtype=torch.float32, problem_type=None, label_names=names
         )
         with tempfile.TemporaryDirectory() as folder:
-            int8.convert(model, Path(folder), pooling="last")
-            scorer = int8.Int8Scorer(Path(folder), pad_token_id=0)
+            openvino.convert(model, Path(folder), pooling="last")
+            scorer = openvino.Int8Scorer(Path(folder), pad_token_id=0)
     else:
         task, cpu = Task(kind="single", label_names=names), torch.device("cpu")
         scorer = new_scorer(base, task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=cpu, lora=None)
@@ -59,7 +59,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
 
 def main(limit: int) -> None:
     """All in turn, several rounds."""
-    from loracle.model.backbone import demo_model_folder
+    from loracle.models.loading import demo_model_folder
 
     command = [
         sys.executable,

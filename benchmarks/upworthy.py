@@ -128,8 +128,8 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     from n24news import minilm_folder
 
     from loracle.examples import Task
-    from loracle.model.assemble import features, new_scorer
-    from loracle.model.backbone import load_tokenizer
+    from loracle.models.build import features, new_scorer
+    from loracle.models.loading import load_tokenizer
     from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
 

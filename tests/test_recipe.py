@@ -21,7 +21,7 @@ from loracle import recipe, rivals
 from loracle.config import RunConfig
 from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
-from loracle.model.scorer import Scorer
+from loracle.models.scorer import Scorer
 from loracle.run import share
 from loracle.run.folder import read_info
 from loracle.run.predictor import Predictor

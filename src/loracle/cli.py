@@ -716,14 +716,14 @@ def serve(runs: tuple[Path, ...], base: str | None, device: str, **given: Any) -
 def cache(clear: bool) -> None:
     """List the states of frozen lower layers that are kept on disk (--adapt-top), or clear them."""
     _calm()
-    from loracle.model import depth
+    from loracle.models import hidden_state_cache
 
     if clear:
-        click.echo(f"{depth.clear() / 1e6:,.1f} MB freed")
+        click.echo(f"{hidden_state_cache.clear() / 1e6:,.1f} MB freed")
         return
-    for e in depth.entries():
+    for e in hidden_state_cache.entries():
         click.echo(f"{e.size / 1e6:>9,.1f} MB  {e.about['base']}, lower {e.about['depth']} layers  {e.folder}")
-    click.echo(f"{sum(e.size for e in depth.entries()) / 1e6:>9,.1f} MB  in all, in {depth.cache_root()}")
+    click.echo(f"{sum(e.size for e in hidden_state_cache.entries()) / 1e6:>9,.1f} MB  in all, in {hidden_state_cache.cache_root()}")
 
 
 @main.command()

@@ -29,8 +29,8 @@ from loracle.judge.metrics import headline_metric
 from loracle.judge.paired import Paired, holm
 from loracle.judge.paired import compare as in_pairs
 from loracle.judge.report import difference, figure, markdown_table, plain_table
-from loracle.model.backbone import load_config, resolve_base
-from loracle.model.scorer import is_encoder
+from loracle.models.loading import load_config, resolve_base
+from loracle.models.scorer import is_encoder
 from loracle.recipe import Say
 from loracle.rivals import Rival
 from loracle.run import folder as run_folder

@@ -40,9 +40,9 @@ from loracle.judge.page import render
 from loracle.judge.probe import Depth, choose, verdict
 from loracle.judge.report import summary
 from loracle.judge.spread import Spread, fit_spread
-from loracle.model import assemble
-from loracle.model.adapters import save_adapter
-from loracle.model.backbone import (
+from loracle.models import build
+from loracle.models.lora import save_adapter
+from loracle.models.loading import (
     BaseModel,
     load_config,
     load_tokenizer,
@@ -51,8 +51,8 @@ from loracle.model.backbone import (
     positions,
     resolve_base,
 )
-from loracle.model.depth import LowerLayers, keep_lower
-from loracle.model.memory import (
+from loracle.models.hidden_state_cache import LowerLayers, keep_lower
+from loracle.models.memory import (
     free_memory,
     out_of_memory,
     release,
@@ -60,7 +60,7 @@ from loracle.model.memory import (
     training_rate,
     weight_bytes,
 )
-from loracle.model.scorer import Scorer, is_encoder
+from loracle.models.scorer import Scorer, is_encoder
 from loracle.rivals import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
@@ -364,7 +364,7 @@ def new_model(config: RunConfig, task: Task, base: BaseModel, tokenizer: Any) ->
     """The base with a fresh head and fresh adapters, and what encodes texts for it."""
     model, device = config.model, pick_device(config.model.device)
     dtype = pick_dtype(model.dtype, config.lora.full, device)
-    scorer = assemble.new_scorer(
+    scorer = build.new_scorer(
         base.folder,
         task,
         pad_token_id=tokenizer.pad_token_id,
@@ -391,7 +391,7 @@ def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) 
     if not (words := label_words(data.task)):
         found = "numbers" if data.task.label_names else "a ranker, which has none"
         raise UserError("labels with names for --head-init names", found, "leave out --head-init")
-    assemble.head_from_names(
+    build.head_from_names(
         scorer, encoder(words), encode_texts(encoder, some_of(data.train, config.train.seed)[:HEAD_TEXTS])
     )
 
@@ -633,7 +633,7 @@ def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Sc
     """
     sample = [(t, e.context) for e in test for t in texts_of(e)][:REPRODUCED]
     texts, contexts = [t for t, _ in sample], [c for _, c in sample]
-    own = assemble.score(scorer, encoder(texts, contexts))
+    own = build.score(scorer, encoder(texts, contexts))
     device = "cpu" if scorer.sharded else str(scorer.device)
     again = Predictor(folder, base=str(base.folder), device=device).scores(texts, contexts)
     worst = float(np.max(np.abs(own - again) / np.maximum(1, np.abs(own))))

@@ -20,10 +20,10 @@ from loracle.judge.budget import Plan, Work
 from loracle.judge.calibrate import Calibration, fit_calibration
 from loracle.judge.metrics import UNCALIBRATED, headline_metric, target_array
 from loracle.judge.probe import Depth, best_of, by_depth, ridge
-from loracle.model import assemble
-from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
+from loracle.models import build
+from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
-from loracle.model.scorer import Scorer
+from loracle.models.scorer import Scorer
 from loracle.scoring import by_example, encode_texts, measure
 from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
@@ -38,7 +38,7 @@ NAME_TOKENS = 32  # room for a label's name
 def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tokenizer: Any) -> list[Depth]:
     """Probe every layer: fitted on training texts, judged on validation texts, so the test side has no say."""
     seed, device = config.train.seed, pick_device(config.model.device)
-    scorer = assemble.new_scorer(
+    scorer = build.new_scorer(
         base.folder,
         data.task,
         pad_token_id=tokenizer.pad_token_id,
@@ -48,7 +48,7 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
     )
     encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
     some, held = some_of(data.train, seed), some_of(data.validation, seed)
-    seen, unseen = (assemble.layer_features(scorer, encode_texts(encoder, side)) for side in (some, held))
+    seen, unseen = (build.layer_features(scorer, encode_texts(encoder, side)) for side in (some, held))
     return probe_layers(seen, some, unseen, held, data.task, loss, seed)
 
 
@@ -199,7 +199,7 @@ def best_layer(
         return None, mean_features(scorer, encoder, some), mean_features(scorer, encoder, held) if held else []
     count = scorer.inner.config.num_hidden_layers
     layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
-    seen, unseen = (assemble.layer_features(scorer, encode_texts(encoder, side), layers) for side in (some, held))
+    seen, unseen = (build.layer_features(scorer, encode_texts(encoder, side), layers) for side in (some, held))
     try:
         at = best_of(probe_layers(seen, some, unseen, held, data.task, loss, seed)).layers - 1
     except UserError:
@@ -220,7 +220,7 @@ def mean_features(
 ) -> list[np.ndarray]:
     """Mean hidden states of each example's texts after a layer, counted from 0, by default the last: ``float32 [n, H]``."""
     texts = encode_texts(encoder, examples)
-    found = assemble.features(scorer, texts) if layer is None else assemble.layer_features(scorer, texts, [layer])[:, 0]
+    found = build.features(scorer, texts) if layer is None else build.layer_features(scorer, texts, [layer])[:, 0]
     return by_example(found, examples)
 
 

@@ -17,9 +17,9 @@ from loracle.examples import Example, Task, texts_of
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import as_json, classification_metrics, headline_metric, target_array
 from loracle.judge.ranking import rank_metrics
-from loracle.model import assemble
-from loracle.model.int8 import Int8Scorer
-from loracle.model.scorer import Scorer
+from loracle.models import build
+from loracle.models.openvino import Int8Scorer
+from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.train import distributed
 from loracle.train.losses import Loss
@@ -47,7 +47,7 @@ def encode_texts(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]
 
 def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
     """Scores of each example's texts, ``float32 [n, C]`` each."""
-    return by_example(assemble.score(scorer, encode_texts(encoder, examples)), examples)
+    return by_example(build.score(scorer, encode_texts(encoder, examples)), examples)
 
 
 def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:

@@ -22,8 +22,8 @@ from loracle.errors import Interrupted, UserError
 from loracle.judge.metrics import headline_metric
 from loracle.judge.probe import choose, verdict
 from loracle.judge.report import plain_table
-from loracle.model.backbone import load_config
-from loracle.model.scorer import DECODERS, ENCODERS
+from loracle.models.loading import load_config
+from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.recipe import Say
 from loracle.run.recipes import write_recipe
 from loracle.series import place, root_of

@@ -21,7 +21,7 @@ from small import QUICK, labelled, write
 from loracle import recipe
 from loracle.config import RunConfig, ServeConfig
 from loracle.judge import drift
-from loracle.model.assemble import share_weights
+from loracle.models.build import share_weights
 from loracle.run.predictor import Predictor
 from loracle.serve import api
 from loracle.serve.server import load

@@ -106,7 +106,7 @@ def test_chat_template(tiny_tokenizer, tmp_path):
 
 
 def test_the_embedded_model(demo_folder, tmp_path):
-    from loracle.model.backbone import load_tokenizer
+    from loracle.models.loading import load_tokenizer
 
     assert_one_template(bake(load_tokenizer(demo_folder), CUE, MAX_LENGTH), tmp_path)
 

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 
 from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import Interrupted, UserError
-from loracle.model.adapters import add_lora
-from loracle.model.scorer import Scorer
+from loracle.models.lora import add_lora
+from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded
 from loracle.train import loop
 from loracle.train.checkpoint import load_checkpoint, trainable_state

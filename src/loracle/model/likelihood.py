@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loracle.examples import Task
-from loracle.model.assemble import in_rounds, new_scorer
-from loracle.model.backbone import load_config
-from loracle.model.scorer import Scorer, by_text
+from loracle.models.build import in_rounds, new_scorer
+from loracle.models.loading import load_config
+from loracle.models.scorer import Scorer, by_text
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import ROOT, PackedBatch
 

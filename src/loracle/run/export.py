@@ -18,9 +18,9 @@ import torch
 from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import given_labels, probabilities
-from loracle.model import int8
-from loracle.model.assemble import load_merged
-from loracle.model.backbone import head_names, load_tokenizer
+from loracle.models import openvino
+from loracle.models.build import load_merged
+from loracle.models.loading import head_names, load_tokenizer
 from loracle.run import folder as run_folder
 from loracle.run.predictor import Predictor, find_base
 from loracle.text.template import needs_context
@@ -44,7 +44,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
     """
     info = run_folder.read_info(run)
     run_folder.verify(run)
-    if (run / int8.MODEL).exists():
+    if (run / openvino.MODEL).exists():
         raise UserError("a run that was trained", f"{run}, which is an export", "give the run that it was made from")
     run_folder.free(out, "pick another one")
     kept = info.config.model
@@ -79,7 +79,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
             )
             said = f"{same}, float32, through transformers alone"
         else:
-            int8.convert(model, out, pooling=kept.pooling)
+            openvino.convert(model, out, pooling=kept.pooling)
             del model
             for name in (run_folder.RUN, run_folder.CALIBRATION, run_folder.REFERENCE):
                 if (run / name).exists():

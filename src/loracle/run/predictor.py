@@ -13,11 +13,11 @@ from loracle.errors import UserError
 from loracle.judge.calibrate import Calibration
 from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
 from loracle.judge.spread import Spread, expected_lift, win_probability
-from loracle.model import int8
-from loracle.model.assemble import load_scorer, score
-from loracle.model.backbone import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
-from loracle.model.int8 import Int8Scorer
-from loracle.model.scorer import Scorer
+from loracle.models import openvino
+from loracle.models.build import load_scorer, score
+from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.models.openvino import Int8Scorer
+from loracle.models.scorer import Scorer
 from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import check_contexts
@@ -107,7 +107,7 @@ class Predictor:
         self.reference = read_reference(self.folder)
         tokenizer = load_tokenizer(self.folder)
         self.scorer: Scorer | Int8Scorer
-        if (self.folder / int8.MODEL).exists():
+        if (self.folder / openvino.MODEL).exists():
             self.scorer = Int8Scorer(self.folder, pad_token_id=tokenizer.pad_token_id)
         else:
             where = pick_device(device)

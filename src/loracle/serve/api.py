@@ -31,7 +31,7 @@ import loracle
 from loracle.config import ServeConfig
 from loracle.errors import UserError
 from loracle.judge.metrics import probabilities
-from loracle.model.assemble import score
+from loracle.models.build import score
 from loracle.run.predictor import Predictor
 from loracle.serve import schema
 from loracle.serve.batcher import Batcher, Failed, Full

@@ -15,9 +15,9 @@ import uvicorn
 
 from loracle.config import ServeConfig
 from loracle.errors import UserError
-from loracle.model.assemble import share_weights
-from loracle.model.recorded import ROWS
-from loracle.model.scorer import Scorer
+from loracle.models.build import share_weights
+from loracle.models.attention.cuda_graphs import ROWS
+from loracle.models.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.api import create_app
 from loracle.serve.guard import is_loopback

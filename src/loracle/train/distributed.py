@@ -27,10 +27,10 @@ from torch import Tensor
 
 from loracle.examples import Example, texts_of
 from loracle.errors import UserError
-from loracle.model.memory import out_of_memory
+from loracle.models.memory import out_of_memory
 
 if TYPE_CHECKING:
-    from loracle.model.scorer import Scorer
+    from loracle.models.scorer import Scorer
 
 PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
 BUCKET = 2**24  # numbers that are summed at a time, 64 MB: next to no time is lost between buckets, and little memory

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from loracle.examples import Example, RankGroup
 from loracle.errors import Interrupted, UserError
-from loracle.model.memory import out_of_memory, release
-from loracle.model.scorer import Scorer
+from loracle.models.memory import out_of_memory, release
+from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
 from loracle.train import distributed

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from loracle.errors import UserError
-from loracle.model.backbone import head_names
+from loracle.models.loading import head_names
 
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))  # the same input
 

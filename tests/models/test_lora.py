@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import adapters, assemble
-from loracle.model.adapters import LeanLinear, save_adapter
-from loracle.model.backbone import load_tokenizer
+from loracle.models import lora
+from loracle.models import build
+from loracle.models.lora import LeanLinear, save_adapter
+from loracle.models.loading import load_tokenizer
 from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 
@@ -29,7 +30,7 @@ def task(labels: int) -> Task:
 
 def trained(folder, tokenizer, labels: int = 3, lora=LORA, **options):
     """A scorer whose every trained weight has moved."""
-    made = assemble.new_scorer(
+    made = build.new_scorer(
         folder, task(labels), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU, lora=lora, **options
     )
     generator = torch.Generator().manual_seed(3)
@@ -53,7 +54,7 @@ def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, si
 
     tokenizer = bake(load_tokenizer(tiny_model(kind)), None, 24)
     made = trained(tiny_model(kind), tokenizer, labels)
-    wanted = assemble.score(made, Encoder(tokenizer)(TEXTS))
+    wanted = build.score(made, Encoder(tokenizer)(TEXTS))
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
     save_tokenizer(tokenizer, tmp_path)
     load_kwargs = {"num_labels": labels, "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}
@@ -69,9 +70,9 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     encoder = kind in ("bert", "roberta")
     tokenizer = bake(load_tokenizer(tiny_model(kind)), None, 24, encoder=encoder)
     made, texts = trained(tiny_model(kind), tokenizer), Encoder(tokenizer, encoder=encoder)(TEXTS)
-    wanted = assemble.score(made, texts)
+    wanted = build.score(made, texts)
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
-    again = assemble.load_scorer(
+    again = build.load_scorer(
         tiny_model(kind), tmp_path, task(3), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU,
         pooling="last", head="linear",
     )  # fmt: skip
@@ -79,10 +80,10 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     moved = {n: p for n, p in made.named_parameters() if p.requires_grad}
     assert any("modules_to_save" in n for n in moved)
     assert all(torch.equal(p, kept[n]) for n, p in moved.items())
-    close(assemble.score(again, texts), wanted, 0)
+    close(build.score(again, texts), wanted, 0)
     again.model = again.model.merge_and_unload()
     assert not any("lora" in n for n, _ in again.named_parameters())
-    close(assemble.score(again, texts), wanted)
+    close(build.score(again, texts), wanted)
 
 
 def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
@@ -91,10 +92,10 @@ def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
     options = {"pooling": "mean", "head": "mlp"}
     made, texts = trained(folder, tokenizer, **options), Encoder(tokenizer)(TEXTS)
     save_adapter(made.model, tmp_path, base=str(folder), revision=None)
-    again = assemble.load_scorer(
+    again = build.load_scorer(
         folder, tmp_path, task(3), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU, **options
     )
-    close(assemble.score(again, texts), assemble.score(made, texts), 0)
+    close(build.score(again, texts), build.score(made, texts), 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "roberta"])
@@ -142,15 +143,15 @@ def test_lean_is_pefts_own(tiny_model, monkeypatch, dtype):
 def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
     x = torch.ones(401, 501, dtype=dtype)
     torch.manual_seed(0)
-    keep, scale = adapters._dropout(x, 0.05)
+    keep, scale = lora._dropout(x, 0.05)
     assert keep.shape == x.shape
     assert keep.dtype == dtype
     assert set(keep.unique().tolist()) == {0, 1}
     assert (keep == 0).float().mean().item() == pytest.approx(0.05, abs=2e-3)
     assert keep.float().mean().item() * scale == pytest.approx(1, abs=2e-3)
     torch.manual_seed(0)
-    assert torch.equal(keep, adapters._dropout(x, 0.05)[0])
-    assert not torch.equal(keep, adapters._dropout(x, 0.05)[0])
+    assert torch.equal(keep, lora._dropout(x, 0.05)[0])
+    assert not torch.equal(keep, lora._dropout(x, 0.05)[0])
 
 
 def test_layers_that_read_the_same_drop_the_same_and_learn_by_it(tiny_model):
@@ -164,7 +165,7 @@ def test_layers_that_read_the_same_drop_the_same_and_learn_by_it(tiny_model):
     x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
     learnt = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
     torch.manual_seed(3)
-    keep, scale = adapters._dropout(x, 0.4)
+    keep, scale = lora._dropout(x, 0.4)
 
     def plain(layer):
         inside = (x * keep * scale) @ layer.lora_A["default"].weight.t()

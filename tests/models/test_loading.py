@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from loracle.errors import UserError
-from loracle.model import backbone
+from loracle.models import loading
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 DECODER = SMALL | {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": True}
@@ -55,7 +55,7 @@ def folder(families, tmp_path):
 
 def load(folder: Path, **options):
     options = {"num_labels": 3, "pad_token_id": 0, "dtype": torch.float32} | options
-    return backbone.load_sequence_classifier(folder, **options)
+    return loading.load_sequence_classifier(folder, **options)
 
 
 def refusal(function, *args, **options) -> str:
@@ -89,7 +89,7 @@ def test_every_family_loads_without_a_word(families, family, capfd):
 
 
 def test_head_names(families):
-    heads = {family: backbone.head_names(load(families[family])) for family in FAMILIES}
+    heads = {family: loading.head_names(load(families[family])) for family in FAMILIES}
     decoders = dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gemma3_text"), ("score",))
     encoders = {"bert": ("classifier", "bert.pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",)}
     assert heads == decoders | encoders
@@ -115,7 +115,7 @@ def test_bert_without_pooler_gets_a_new_one(families, tmp_path):
     weights = load_file(families["bert"] / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "pooler" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((families["bert"] / "config.json").read_bytes())
-    assert "bert.pooler" in backbone.head_names(load(tmp_path))
+    assert "bert.pooler" in loading.head_names(load(tmp_path))
 
 
 def test_dtype(families):
@@ -181,7 +181,7 @@ def test_code_in_the_folder_of_a_known_architecture_never_runs(folder):
     save_tokenizer(folder)
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.T", "own.T"]}, tokenizer_class="OwnT")
     assert type(load(folder)).__module__.startswith("transformers.")
-    assert backbone.load_tokenizer(folder)("b a").input_ids == [1, 0]
+    assert loading.load_tokenizer(folder)("b a").input_ids == [1, 0]
     assert not list(folder.rglob("ran"))
 
 
@@ -200,7 +200,7 @@ def save_tokenizer(folder: Path) -> None:
 def test_tokenizer_is_the_generic_fast_class_whatever_the_folder_says(tmp_path, capfd):
     save_tokenizer(tmp_path)
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
-    tokenizer = backbone.load_tokenizer(tmp_path)
+    tokenizer = loading.load_tokenizer(tmp_path)
     assert type(tokenizer) is transformers.PreTrainedTokenizerFast
     assert (tokenizer("b a").input_ids, tokenizer.pad_token_id, tokenizer.eos_token_id) == ([1, 0], 2, 3)
     assert capfd.readouterr() == ("", "")
@@ -211,43 +211,43 @@ def test_tokenizer_without_tokenizer_json_is_built_from_its_vocabulary(tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 32}')
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = backbone.load_tokenizer(tmp_path)
+    tokenizer = loading.load_tokenizer(tmp_path)
     assert type(tokenizer) is transformers.PreTrainedTokenizerFast
     assert tokenizer("A b").input_ids == [2, 5, 6, 3]
     assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (0, 32)
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path):
-    assert f"expected a tokenizer in {tmp_path}; found " in refusal(backbone.load_tokenizer, tmp_path)
+    assert f"expected a tokenizer in {tmp_path}; found " in refusal(loading.load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
-    assert "Add the tokenizer.json of the model." in refusal(backbone.load_tokenizer, tmp_path)
+    assert "Add the tokenizer.json of the model." in refusal(loading.load_tokenizer, tmp_path)
 
 
 def test_pick_device(monkeypatch):
-    assert backbone.pick_device("cpu") == torch.device("cpu")
+    assert loading.pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert backbone.pick_device("auto") == torch.device("cpu")
+    assert loading.pick_device("auto") == torch.device("cpu")
     for name in ("cuda", "mps", "tpu", "cuda:0", "cpu:x", ""):
-        assert refusal(backbone.pick_device, name) == (
+        assert refusal(loading.pick_device, name) == (
             f"expected a device that is here (cpu); found {name!r}. Pass --device auto."
         )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [str(backbone.pick_device(name)) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
-    assert "found 'cuda:2'" in refusal(backbone.pick_device, "cuda:2")
+    assert [str(loading.pick_device(name)) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
+    assert "found 'cuda:2'" in refusal(loading.pick_device, "cuda:2")
 
 
 def test_pick_dtype():
     cpu = torch.device("cpu")
-    assert backbone.pick_dtype("auto", True, cpu) == backbone.pick_dtype("float32", False, cpu) == torch.float32
-    assert backbone.pick_dtype("bfloat16", True, cpu) == torch.bfloat16
-    assert backbone.pick_dtype("auto", False, torch.device("mps")) == torch.bfloat16
-    assert refusal(backbone.pick_dtype, "float16", False, cpu) == (
+    assert loading.pick_dtype("auto", True, cpu) == loading.pick_dtype("float32", False, cpu) == torch.float32
+    assert loading.pick_dtype("bfloat16", True, cpu) == torch.bfloat16
+    assert loading.pick_dtype("auto", False, torch.device("mps")) == torch.bfloat16
+    assert refusal(loading.pick_dtype, "float16", False, cpu) == (
         "expected bfloat16 or float32; found float16, in which Qwen2 and others overflow to inf and NaN. "
         "Pass --dtype bfloat16, which takes the same memory."
     )
-    assert "found 'int8'" in refusal(backbone.pick_dtype, "int8", False, cpu)
+    assert "found 'int8'" in refusal(loading.pick_dtype, "int8", False, cpu)
 
 
 def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
@@ -257,44 +257,44 @@ def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
         return min(timeit.repeat(lambda: x @ w.t(), number=1, repeat=20))
 
     faster = min((torch.bfloat16, torch.float32), key=seconds)
-    assert backbone.pick_dtype("auto", False, torch.device("cpu")) == faster
+    assert loading.pick_dtype("auto", False, torch.device("cpu")) == faster
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
 def test_resolve_a_folder(folder):
-    base = backbone.resolve_base(str(folder))
-    assert base == backbone.BaseModel(folder, str(folder), revision=None, note=None)
+    base = loading.resolve_base(str(folder))
+    assert base == loading.BaseModel(folder, str(folder), revision=None, note=None)
     before = base.checksum()
-    assert before == backbone.resolve_base(str(folder)).checksum()
+    assert before == loading.resolve_base(str(folder)).checksum()
     (folder / "README.md").write_text("words change nothing")
     assert base.checksum() == before
     edit(folder / "config.json", rms_norm_eps=1e-3)
     assert base.checksum() != before
-    assert "expected a hub's model for --revision" in refusal(backbone.resolve_base, str(folder), "main")
+    assert "expected a hub's model for --revision" in refusal(loading.resolve_base, str(folder), "main")
 
 
 def test_resolve_refuses_pickles_and_nothing(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "found only pytorch_model.bin, a pickle" in refusal(backbone.resolve_base, str(folder))
-    assert "found nothing there" in refusal(backbone.resolve_base, "./nowhere")
+    assert "found only pytorch_model.bin, a pickle" in refusal(loading.resolve_base, str(folder))
+    assert "found nothing there" in refusal(loading.resolve_base, "./nowhere")
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
 def test_demo_model(capfd):
-    base = backbone.resolve_base("demo")
+    base = loading.resolve_base("demo")
     capfd.readouterr()  # making it, once for a machine, may take a while and says so
-    assert base == backbone.BaseModel(
-        backbone.demo_model_folder(), "demo", None, "SmolLM2-135M-Instruct, dequantised from a 4-bit GGUF file"
+    assert base == loading.BaseModel(
+        loading.demo_model_folder(), "demo", None, "SmolLM2-135M-Instruct, dequantised from a 4-bit GGUF file"
     )
-    assert base.checksum() == backbone.DEMO_SHA256
+    assert base.checksum() == loading.DEMO_SHA256
     model = load(base.folder, dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.model.parameters()) == 134_515_008
     assert not hasattr(model.config, "quantization_config")
-    tokenizer = backbone.load_tokenizer(base.folder)
+    tokenizer = loading.load_tokenizer(base.folder)
     assert tokenizer.tokenize("In  2024 it's") == ["In", "ĠĠ", "2", "0", "2", "4", "Ġit", "'s"]
     assert tokenizer.model_max_length == 8192
     assert tokenizer.chat_template
@@ -304,9 +304,9 @@ def test_demo_model(capfd):
 
 def test_demo_model_knows_the_capital_of_france():
     """Weights, tokenizer and rotary layout fit each other; a permuted head would babble."""
-    folder = backbone.demo_model_folder()
+    folder = loading.demo_model_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = backbone.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     logits = model(torch.tensor([tokenizer("The capital of France is").input_ids])).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
 
@@ -358,36 +358,36 @@ def cache(tmp_path, monkeypatch):
 
 def test_any_gguf_file(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny-Q4_0.gguf")
-    base = backbone.resolve_base(str(path))
+    base = loading.resolve_base(str(path))
     assert (base.source, base.note) == (str(path), "tiny, dequantised from a 4-bit GGUF file")
     assert base.folder.is_relative_to(cache)
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
     expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
     model = load(base.folder, dtype=torch.bfloat16)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
-    assert backbone.load_tokenizer(base.folder).tokenize("abba") == ["ab", "b", "a"]
+    assert loading.load_tokenizer(base.folder).tokenize("abba") == ["ab", "b", "a"]
     # Found again by its content under another name, and remade when the copy was damaged.
     renamed = path.rename(tmp_path / "other.gguf")
     made = (base.folder / "model.safetensors").stat().st_mtime_ns
-    assert backbone.gguf_model_folder(renamed) == base.folder
+    assert loading.gguf_model_folder(renamed) == base.folder
     assert (base.folder / "model.safetensors").stat().st_mtime_ns == made
     norm = model.model.norm.weight.clone()  # the loaded weights are the file's own pages
     weights = base.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2] + b"\0\1")
-    assert backbone.gguf_model_folder(renamed) == base.folder
+    assert loading.gguf_model_folder(renamed) == base.folder
     assert torch.equal(load(base.folder, dtype=torch.bfloat16).model.norm.weight, norm)
-    assert backbone.resolve_base(str(renamed)).checksum() == base.checksum()
+    assert loading.resolve_base(str(renamed)).checksum() == base.checksum()
 
 
 def test_gguf_files_that_cannot_be_used(tmp_path, cache):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF and no more")
     assert f"expected a GGUF file that transformers reads at {broken}; found " in refusal(
-        backbone.gguf_model_folder, broken
+        loading.gguf_model_folder, broken
     )
     part = tmp_path / "big-00001-of-00003.gguf"
     part.touch()
-    assert refusal(backbone.gguf_model_folder, part) == (
+    assert refusal(loading.gguf_model_folder, part) == (
         "expected a GGUF model in one file; found a part, big-00001-of-00003.gguf. "
         "Join them with llama-gguf-split --merge."
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loracle.model.attention import KEYS_A_TOKEN, Sequences, flash_takes, has_flash
+from loracle.models.attention.tree import KEYS_A_TOKEN, Sequences, flash_takes, has_flash
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
 

@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from loracle.errors import UserError
-from loracle.model.fused import applied, can_compile
+from loracle.models.attention.kernels import applied, can_compile
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
 

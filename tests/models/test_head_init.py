@@ -17,7 +17,7 @@ from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
 from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
-from loracle.model import assemble
+from loracle.models import build
 from loracle.run.predictor import Predictor
 
 CUE = "Topic of this headline: {text}\nThe topic is"
@@ -81,7 +81,7 @@ def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
     sides = recipe.read_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     texts = [e.text for e in sides.test]
-    np.testing.assert_allclose(Predictor(run).scores(texts), assemble.score(scorer, encoder(texts)), atol=1e-5)
+    np.testing.assert_allclose(Predictor(run).scores(texts), build.score(scorer, encoder(texts)), atol=1e-5)
     assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 1
 
 

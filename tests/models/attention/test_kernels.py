@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModel
 from transformers.models.llama import modeling_llama as llama
 
-from loracle.model import fused
-from loracle.model.fused import RmsNorm, SwiGlu, fuse, rotate
+from loracle.models.attention import kernels
+from loracle.models.attention.kernels import RmsNorm, SwiGlu, fuse, rotate
 
 
 def drawn(*shape, dtype=torch.float64):
@@ -65,7 +65,7 @@ def test_what_is_turned_at_once_is_turned():
     x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 4).repeat(1, 1, 1, 2)
     for sign in (1, -1):
         torch.testing.assert_close(
-            fused._turned_at_once(x, angle.cos(), angle.sin(), sign), fused._turned(x, angle.cos(), angle.sin(), sign)
+            kernels._turned_at_once(x, angle.cos(), angle.sin(), sign), kernels._turned(x, angle.cos(), angle.sin(), sign)
         )
 
 
@@ -73,7 +73,7 @@ def test_what_is_turned_at_once_is_turned():
 def test_nothing_is_compiled_where_something_lacks(monkeypatch, tmp_path, lacks):
     (tmp_path / "Python.h").touch()
     include = tmp_path / "elsewhere" if lacks == "Python's headers" else tmp_path
-    monkeypatch.setattr(fused, "has_triton", lambda: lacks != "Triton")
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None if lacks == "a C compiler" else f"/usr/bin/{name}")
-    monkeypatch.setattr(fused.sysconfig, "get_paths", lambda: {"include": str(include)})
-    assert fused.can_compile.__wrapped__() == (lacks is None)
+    monkeypatch.setattr(kernels, "has_triton", lambda: lacks != "Triton")
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None if lacks == "a C compiler" else f"/usr/bin/{name}")
+    monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(include)})
+    assert kernels.can_compile.__wrapped__() == (lacks is None)

@@ -13,7 +13,8 @@ import torch
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import assemble, memory
+from loracle.models import build
+from loracle.models import memory
 from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
@@ -22,7 +23,7 @@ TEXTS = [Encoded(chunks=(tuple(range(3, 3 + n)),), starts=(0,)) for n in (5, 9, 
 
 
 def scorer(folder, **lora):
-    return assemble.new_scorer(
+    return build.new_scorer(
         folder,
         TASK,
         pad_token_id=1,
@@ -47,15 +48,15 @@ def short_of(made, tokens: int):
 
 def test_scoring_goes_on_in_smaller_rounds(tiny_model):
     made = scorer(tiny_model("qwen2"))
-    wanted = assemble.score(made, TEXTS)
+    wanted = build.score(made, TEXTS)
     forward, seen = short_of(made, 40)
-    found = assemble.in_rounds(made, forward, TEXTS)
+    found = build.in_rounds(made, forward, TEXTS)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert max(seen) == sum(t.tokens for t in TEXTS)
     assert sum(n > 40 for n in seen) <= 2  # once it is known, no round fails again
     forward, _ = short_of(made, 20)
     with pytest.raises(UserError, match="expected memory for a text of"):  # one text alone does not fit
-        assemble.in_rounds(made, forward, TEXTS)
+        build.in_rounds(made, forward, TEXTS)
 
 
 def test_a_sharded_model_is_not_asked_again(tiny_model):
@@ -64,7 +65,7 @@ def test_a_sharded_model_is_not_asked_again(tiny_model):
     made.sharded = True
     forward, seen = short_of(made, 40)
     with pytest.raises(torch.OutOfMemoryError):
-        assemble.in_rounds(made, forward, TEXTS)
+        build.in_rounds(made, forward, TEXTS)
     assert len(seen) == 1
 
 
@@ -91,14 +92,14 @@ def test_other_errors_are_not_taken_for_it(tiny_model):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        assemble.in_rounds(scorer(tiny_model("qwen2")), broken, TEXTS)
+        build.in_rounds(scorer(tiny_model("qwen2")), broken, TEXTS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_the_cpus_own_error_is_known():
     code = (
         "import resource, torch\n"
-        "from loracle.model.memory import out_of_memory\n"
+        "from loracle.models.memory import out_of_memory\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
         "try:\n    torch.empty(2**37, dtype=torch.uint8)\n"
         "except RuntimeError as e:\n    print(out_of_memory(e))\n"

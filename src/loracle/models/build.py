@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import nf4
-from loracle.model.adapters import add_lora, load_adapter, merge
-from loracle.model.backbone import head_names, load_config, load_sequence_classifier
-from loracle.model.int8 import Int8Scorer
-from loracle.model.memory import out_of_memory, release
-from loracle.model.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
+from loracle.models import quantization
+from loracle.models.lora import add_lora, load_adapter, merge
+from loracle.models.loading import head_names, load_config, load_sequence_classifier
+from loracle.models.openvino import Int8Scorer
+from loracle.models.memory import out_of_memory, release
+from loracle.models.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches, rectangles
 
@@ -145,7 +145,7 @@ def _saved(
         return model
     model = _bare(base, task, pad_token_id, dtype, head, depth, quantize, device)
     if plain:
-        nf4.dequantise(model)
+        quantization.dequantise(model)
     return load_adapter(model, run)
 
 
@@ -318,7 +318,7 @@ def _bare(
     if quantize is not None:
         if model.config.model_type not in DECODERS:
             raise UserError("a decoder for --quantize", model.config.model_type, "leave out --quantize")
-        nf4.quantise(model, device or torch.device("cpu"))
+        quantization.quantise(model, device or torch.device("cpu"))
     return model
 
 

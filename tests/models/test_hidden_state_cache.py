@@ -11,8 +11,10 @@ import torch
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import assemble, attention, depth
-from loracle.model.depth import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
+from loracle.models import build
+from loracle.models.attention import tree
+from loracle.models import hidden_state_cache
+from loracle.models.hidden_state_cache import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
 from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
@@ -30,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def made(folder, *, top=1, lora=True, dtype=torch.float32, **options):
     adapters = {"r": 4, "alpha": 8.0, "dropout": 0.0, "adapt_top": top} if lora else None
-    scorer = assemble.new_scorer(
+    scorer = build.new_scorer(
         folder, TASK, pad_token_id=1, dtype=dtype, device=torch.device("cpu"), lora=adapters, **options
     )
     generator = torch.Generator().manual_seed(3)
@@ -107,7 +109,7 @@ def test_only_the_top_layers_have_adapters(tiny_model):
 def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
     """With the states that the whole model has there, through the final norm."""
     shallow, whole = (made(tiny_model(kind), depth=d, lora=False) for d in (1, None))
-    original = assemble.new_scorer(
+    original = build.new_scorer(
         tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu")
     )
     for scorer in (shallow, whole):
@@ -124,26 +126,26 @@ def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kind):
     whole = made(tiny_model(kind), lora=False)
-    found = assemble.layer_features(whole, TEXTS)
+    found = build.layer_features(whole, TEXTS)
     layers = whole.inner.config.num_hidden_layers
     assert found.shape[:2] == (len(TEXTS), layers)
     for kept in range(1, layers + 1):
         cut = made(tiny_model(kind), depth=kept, lora=False)
         cut.load_state_dict(whole.state_dict(), strict=False)
-        np.testing.assert_allclose(found[:, kept - 1], assemble.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[:, -1], assemble.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[:, kept - 1], build.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:, -1], build.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
 
 
 def test_features_of_some_layers_whatever_a_cache_holds(tiny_model):
     """Two of three layers are read from the cache by a training; asked for their features, they are run."""
     scorer = made(tiny_model("qwen2"))
-    wanted = assemble.layer_features(scorer, TEXTS)
+    wanted = build.layer_features(scorer, TEXTS)
     assert np.abs(wanted[:, 0] - wanted[:, 2]).max() > 1e-2
     cached(scorer)
     kept = scorer.lower
     for _ in range(2):
-        np.testing.assert_allclose(assemble.layer_features(scorer, TEXTS, [0, 2]), wanted[:, [0, 2]], atol=1e-6)
-        assemble.score(scorer, TEXTS)
+        np.testing.assert_allclose(build.layer_features(scorer, TEXTS, [0, 2]), wanted[:, [0, 2]], atol=1e-6)
+        build.score(scorer, TEXTS)
     assert scorer.lower is kept
 
 
@@ -202,29 +204,29 @@ def test_a_kill_while_writing_loses_what_was_being_written_and_nothing_else():
 def test_it_takes_no_more_than_it_may():
     old = store(depth=1)
     old.put({bytes([i]) * 16: rows(100, i) for i in range(10)})
-    size = sum(e.size for e in depth.entries())
+    size = sum(e.size for e in hidden_state_cache.entries())
     new = store(limit=size // 2, depth=2)
     assert not old.folder.exists()
     for i in range(100):
         new.put({bytes([i]) * 16: rows(100, i)})
-    assert 0 < sum(e.size for e in depth.entries()) <= size // 2
+    assert 0 < sum(e.size for e in hidden_state_cache.entries()) <= size // 2
     np.testing.assert_array_equal(new.get(bytes([0]) * 16), rows(100, 0))
 
 
 def test_what_nobody_uses_any_more_makes_room_and_what_is_in_use_does_not(caplog):
     """A cache that another model has filled serves the next one too, at the same limit."""
     store(depth=1).put({bytes([i]) * 16: rows(100, i) for i in range(10)})
-    limit = sum(e.size for e in depth.entries()) + 1000
+    limit = sum(e.size for e in hidden_state_cache.entries()) + 1000
     first, second = store(limit=limit, depth=2), store(limit=limit, depth=3)
     for i in range(4):
         for one in (first, second):
             one.put({bytes([i]) * 16: rows(100, i)})
-    assert sorted(e.about["depth"] for e in depth.entries()) == [2, 3]
+    assert sorted(e.about["depth"] for e in hidden_state_cache.entries()) == [2, 3]
     assert not caplog.text
     for i in range(4, 20):
         first.put({bytes([i]) * 16: rows(100, i)})
     assert second.get(bytes([3]) * 16) is not None
-    assert sum(e.size for e in depth.entries()) <= limit
+    assert sum(e.size for e in hidden_state_cache.entries()) <= limit
     assert caplog.text.count("the cache of states is full") == 1
 
 
@@ -232,7 +234,7 @@ def test_clearing_it_under_a_running_process_is_harmless():
     one = store()
     one.put({b"a" * 16: rows(2, 1)})
     np.testing.assert_array_equal(one.get(b"a" * 16), rows(2, 1))
-    assert depth.clear() > 0
+    assert hidden_state_cache.clear() > 0
     np.testing.assert_array_equal(one.get(b"a" * 16), rows(2, 1))
     one.put({b"b" * 16: rows(1, 2)})
     np.testing.assert_array_equal(store().get(b"b" * 16), rows(1, 2))
@@ -242,7 +244,7 @@ def test_a_folder_that_was_cleared_and_made_anew_is_not_taken_for_the_old_one():
     one = store()
     one.put({b"a" * 16: rows(1, 1), b"x" * 16: rows(9, 1)})
     assert one.get(b"a" * 16) is not None
-    depth.clear()
+    hidden_state_cache.clear()
     store().put({b"b" * 16: rows(1, 2), b"c" * 16: rows(30, 3)})
     one.refresh()
     assert one.get(b"a" * 16) is None
@@ -253,21 +255,21 @@ def test_a_folder_that_was_cleared_and_made_anew_is_not_taken_for_the_old_one():
 
 def test_after_clearing_it_is_still_listed_and_bounded():
     one = store(limit=2000)
-    depth.clear()
+    hidden_state_cache.clear()
     for i in range(50):
         one.put({bytes([i]) * 16: rows(10, i)})
-    (entry,) = depth.entries()
+    (entry,) = hidden_state_cache.entries()
     assert 1000 < entry.size <= 2000
 
 
 @pytest.mark.parametrize("text", ["", "{", None])
 def test_a_broken_note_is_passed_over(text):
-    broken = depth.cache_root() / "broken"
+    broken = hidden_state_cache.cache_root() / "broken"
     broken.mkdir(parents=True)
     if text is not None:
-        (broken / depth.ABOUT).write_text(text)
+        (broken / hidden_state_cache.ABOUT).write_text(text)
     store().put({b"a" * 16: rows(1, 1)})
-    assert len(depth.entries()) == 1
+    assert len(hidden_state_cache.entries()) == 1
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_training(monkeypatch, caplog):
@@ -304,7 +306,7 @@ def test_processes_may_write_at_once():
     found = store()
     for i in range(150):
         np.testing.assert_array_equal(found.get(i.to_bytes(16, "little")), rows(i % 5 + 1, i % 256))
-    assert (found.folder / INDEX).stat().st_size == depth.NAME + 150 * RECORD.size
+    assert (found.folder / INDEX).stat().st_size == hidden_state_cache.NAME + 150 * RECORD.size
 
 
 def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
@@ -327,7 +329,7 @@ def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
     batch = scorer.pack([*OTHERS, TEXTS[0]])
     below = scorer.lower.states(batch, lambda: scorer.inner.base_model(
         input_ids=torch.from_numpy(batch.input_ids)[None], position_ids=torch.from_numpy(batch.position_ids)[None],
-        tree=attention.AttentionPlan.of(batch, torch.device("cpu")), use_cache=False,
+        tree=tree.AttentionPlan.of(batch, torch.device("cpu")), use_cache=False,
     ))  # fmt: skip
     segment = batch.scored[batch.chunk_segment[2]]
     own = slice(batch.start[segment], batch.start[segment] + batch.length[segment])
@@ -338,6 +340,6 @@ def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
 def test_a_cache_that_vanished_is_made_anew(tiny_model):
     scorer = cached(made(tiny_model("qwen2")))
     wanted = scorer(scorer.pack(TEXTS)).detach()
-    shutil.rmtree(depth.cache_root())
+    shutil.rmtree(hidden_state_cache.cache_root())
     torch.testing.assert_close(scorer(scorer.pack(OTHERS + TEXTS)).detach()[2:], wanted, rtol=1e-5, atol=1e-5)
     assert scorer.lower.computed == 2

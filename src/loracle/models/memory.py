@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from loracle.model.adapters import forget
-from loracle.model.nf4 import BITS
+from loracle.models.lora import forget
+from loracle.models.quantization import BITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,9 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import assemble, memory
-from loracle.model.assemble import new_scorer
+from loracle.models import build
+from loracle.models import memory
+from loracle.models.build import new_scorer
 from loracle.run.export import export
 from loracle.run.predictor import Predictor
 
@@ -92,7 +93,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
 
 def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, tmp_path, monkeypatch):
     read: dict[str | None, list[np.ndarray]] = {None: [], "nf4": []}
-    plain = assemble.layer_features
+    plain = build.layer_features
     for quantize, kept in read.items():
         flat = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
         monkeypatch.setattr(

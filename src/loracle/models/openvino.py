@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from loracle.errors import UserError
-from loracle.model.backbone import load_config
-from loracle.model.scorer import by_text, is_encoder, rectangle
+from loracle.models.loading import load_config
+from loracle.models.scorer import by_text, is_encoder, rectangle
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
 

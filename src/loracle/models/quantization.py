@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from loracle.errors import UserError
-from loracle.model.backbone import head_names
+from loracle.models.loading import head_names
 
 BITS = 4.13  # a weight, with its share of the scales, themselves quantised
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from loracle.examples import Task
-from loracle.model import assemble, attention
+from loracle.models import build
+from loracle.models.attention import tree
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
 
@@ -20,7 +21,7 @@ TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in
 def scorer(tiny_model):
     def make(kind="qwen2", **options):
         options = {"pad_token_id": 1, "dtype": torch.float32, "device": torch.device("cpu")} | options
-        return assemble.new_scorer(tiny_model(kind), TASK, **options).eval()
+        return build.new_scorer(tiny_model(kind), TASK, **options).eval()
 
     return make
 
@@ -45,7 +46,7 @@ def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
 def test_rounds_change_nothing(scorer, kind):
     made = scorer(kind).train()
-    small, large = (assemble.score(made, TEXTS, micro_tokens=n) for n in (1, 8192))
+    small, large = (build.score(made, TEXTS, micro_tokens=n) for n in (1, 8192))
     assert small.dtype == np.float32
     assert made.training
     np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
@@ -54,15 +55,15 @@ def test_rounds_change_nothing(scorer, kind):
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
 def test_features_are_one_row_a_text(scorer, kind):
-    found = assemble.features(scorer(kind), TEXTS)
+    found = build.features(scorer(kind), TEXTS)
     assert found.shape == (4, 32)
-    np.testing.assert_allclose(found[:1], assemble.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:1], build.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_is_float32_over_a_bfloat16_base(scorer):
     made = scorer(dtype=torch.bfloat16)
     assert made.inner.score.weight.dtype == torch.float32
-    assert assemble.score(made, TEXTS).dtype == np.float32
+    assert build.score(made, TEXTS).dtype == np.float32
 
 
 def test_a_seed_makes_the_head(scorer):
@@ -90,10 +91,10 @@ def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
 def test_batches_meet_few_numbers_of_rows():
     """A CPU makes a kernel for each; a GPU does not, and gets what there is."""
     cpu, sizes = torch.device("cpu"), range(1, 4097)
-    rows = [attention.rows_for(n, cpu) for n in sizes]
+    rows = [tree.rows_for(n, cpu) for n in sizes]
     assert all(n <= padded <= n * 17 / 16 for n, padded in zip(sizes, rows, strict=True))
     assert len(set(rows)) == 31 + 7 * 16 + 1
-    assert attention.rows_for(1001, torch.device("cuda")) == 1001
+    assert tree.rows_for(1001, torch.device("cuda")) == 1001
 
 
 def test_rows_of_scores_are_not_short():
@@ -101,7 +102,7 @@ def test_rows_of_scores_are_not_short():
     texts = [Encoded(chunks=(tuple(range(n)),), starts=(0,)) for n in (1, 3, 9, 15, 16, 40)]
     shared = [Encoded(chunks=((*BEFORE, 50 + n),), starts=(20,)) for n in range(3)]
     sizes = [
-        b.size for some in (texts, shared) for b in attention.AttentionPlan.of(pack(some), torch.device("cpu")).blocks
+        b.size for some in (texts, shared) for b in tree.AttentionPlan.of(pack(some), torch.device("cpu")).blocks
     ]
     assert [keys for _, _, keys in sizes] == [16, 40, 20, 1]  # the last three see the common twenty besides
 
@@ -115,7 +116,7 @@ def test_the_rows_that_fill_up_are_heard_by_nobody(scorer, kind, monkeypatch):
     made.inner.get_input_embeddings().register_forward_hook(lambda _, x, out: widths.append(out.shape[1]))
     batch = made.pack(texts)
     for rows in (batch.tokens, batch.tokens + 5):
-        monkeypatch.setattr(attention, "rows_for", lambda tokens, device, rows=rows: rows)
+        monkeypatch.setattr(tree, "rows_for", lambda tokens, device, rows=rows: rows)
         made.zero_grad()
         scores = made(batch)
         scores.square().sum().backward()

@@ -21,9 +21,9 @@ from test_flex import LONG
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.examples import LabeledText, Task
-from loracle.model import attention
-from loracle.model.adapters import add_lora
-from loracle.model.scorer import Scorer
+from loracle.models.attention import tree
+from loracle.models.lora import add_lora
+from loracle.models.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.server import load
 from loracle.text.tokenize import Encoded
@@ -77,7 +77,7 @@ def test_scores(kind):
     for name, texts in (SHAPES | {"chunks": [LONG, *SHAPES["flat"]]}).items():
         if kind != "Bert" or "instruction" not in name:  # whose texts are as long as they may be
             assert_same(gpu(gpu.pack(texts)).cpu(), cpu(cpu.pack(texts)), 1e-4)
-    assert isinstance(attention.plan(gpu.pack(SHAPES["flat"]), gpu.device), attention.FlexPlan)
+    assert isinstance(tree.plan(gpu.pack(SHAPES["flat"]), gpu.device), tree.FlexPlan)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_in_16_bits_flash_attention_and_recordings_give_the_scores(kind, monkeyp
             weight.data = weight.data.float()
     half.inner.score.float()
     whole = copied(half).float().to("cpu")
-    assert attention.has_flash(half.device)
+    assert tree.has_flash(half.device)
     batches = {name: half.pack(texts) for name, texts in SHAPES.items()}
     wanted = {name: whole(batch) for name, batch in batches.items()}
     flash = {name: half(batch).cpu() for name, batch in batches.items()}
@@ -113,7 +113,7 @@ def test_in_16_bits_flash_attention_and_recordings_give_the_scores(kind, monkeyp
     replayed = {name: half(batch).cpu() for name, batch in batches.items()}
     again = {name: half(batch).cpu() for name, batch in batches.items()}
     assert half.eval().recordings is None
-    monkeypatch.setattr(attention, "has_flash", lambda device: False)
+    monkeypatch.setattr(tree, "has_flash", lambda device: False)
     flex = {name: half(batch).cpu() for name, batch in batches.items()}
     for name, scores in wanted.items():
         errors = [error(found[name], scores) for found in (flex, flash, replayed)]

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from loracle.model import attention
-from loracle.model.attention import Sequences
-from loracle.model.depth import LowerLayers
-from loracle.model.fused import fuse
-from loracle.model.memory import release
-from loracle.model.recorded import Recordings, recordable
+from loracle.models.attention import tree
+from loracle.models.attention.tree import Sequences
+from loracle.models.hidden_state_cache import LowerLayers
+from loracle.models.attention.kernels import fuse
+from loracle.models.memory import release
+from loracle.models.attention.cuda_graphs import Recordings, recordable
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
 
@@ -59,7 +59,7 @@ class Scorer(nn.Module):
         self.encoder = is_encoder(inner.config)
         self.packed = kind in PACKABLE
         if self.packed:
-            inner.set_attn_implementation(attention.NAME)
+            inner.set_attn_implementation(tree.NAME)
             fuse(inner)
         self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
         self.one_at_a_time = threading.RLock()  # a forward leaves notes on its modules, which another one would read
@@ -98,7 +98,7 @@ class Scorer(nn.Module):
             known = self.recordings.scores(batch)
             if known is not None:
                 return by_text(known, batch)
-        only = None if self.encoder or self.pooling == "mean" else attention.to_device(batch.read_at, self.device)
+        only = None if self.encoder or self.pooling == "mean" else tree.to_device(batch.read_at, self.device)
         return by_text(_wide(self._head(self._pool(self.states(batch, only), batch))), batch)
 
     def record(self) -> bool:
@@ -158,14 +158,14 @@ class Scorer(nn.Module):
             only = only.to(device)  # the others are told of rows in the CPU's memory: their device is another one
         if self.announce is not None:
             self.announce(batch, None if only is None else only.cpu())
-        more = attention.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
+        more = tree.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
 
         def put(a: np.ndarray) -> Tensor:
-            return attention.to_device(np.pad(a, (0, more)), device)[None]
+            return tree.to_device(np.pad(a, (0, more)), device)[None]
 
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        positions, tree = put(batch.position_ids), attention.plan(batch, device)
+        positions, tree = put(batch.position_ids), tree.plan(batch, device)
 
         def run(**inputs: Tensor) -> Any:
             return self.inner.base_model(position_ids=positions, tree=tree, **inputs, **types, **caching)
@@ -216,7 +216,7 @@ class Scorer(nn.Module):
         if self.pooling == "mean":
             return _mean(states, batch)
         rows = batch.start[batch.scored] if self.encoder else batch.read_at
-        return states[attention.to_device(rows, states.device)]
+        return states[tree.to_device(rows, states.device)]
 
     def _head(self, pooled: Tensor) -> Tensor:
         """The model's own head on what is read of S texts ``[S, H]``, ``[S, C]``."""
@@ -274,17 +274,17 @@ def _mean(states: Tensor, batch: PackedBatch) -> Tensor:
     counts = batch.read_at + 1 - batch.pool_from
     rows = torch.cat([torch.arange(a, a + n) for a, n in zip(batch.pool_from.tolist(), counts.tolist(), strict=True)])
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.from_numpy(counts))
-    rows, owner = (attention.to_device(x.numpy(), states.device) for x in (rows, owner))
+    rows, owner = (tree.to_device(x.numpy(), states.device) for x in (rows, owner))
     total = _wide(states[:1]).new_zeros(len(counts), states.shape[1]).index_add(0, owner, _wide(states[rows]))
-    return total / attention.to_device(counts, states.device)[:, None]
+    return total / tree.to_device(counts, states.device)[:, None]
 
 
 def by_text(values: Tensor, batch: PackedBatch) -> Tensor:
     """Values of segments ``[S, X]`` to values of texts ``[E, X]``: equal texts read the same row, chunks are averaged."""
-    chunks = values[attention.to_device(batch.chunk_segment, values.device)]
+    chunks = values[tree.to_device(batch.chunk_segment, values.device)]
     if len(batch.chunk_text) == batch.texts:
         return chunks
-    owner, counts = (attention.to_device(x, values.device) for x in (batch.chunk_text, np.bincount(batch.chunk_text)))
+    owner, counts = (tree.to_device(x, values.device) for x in (batch.chunk_text, np.bincount(batch.chunk_text)))
     total = values.new_zeros(batch.texts, values.shape[1]).index_add(0, owner, chunks)
     return total / counts[:, None]
 

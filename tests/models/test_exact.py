@@ -14,9 +14,10 @@ from transformers import AutoModelForSequenceClassification, masking_utils
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.model import assemble, attention
-from loracle.model.backbone import load_config, load_tokenizer
-from loracle.model.scorer import DECODERS, PACKABLE, Scorer
+from loracle.models import build
+from loracle.models.attention import tree
+from loracle.models.loading import load_config, load_tokenizer
+from loracle.models.scorer import DECODERS, PACKABLE, Scorer
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import SHARE_FROM
 from loracle.text.template import bake
@@ -30,7 +31,7 @@ LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 
 
 def scorer(folder, *, lora=None) -> Scorer:
-    made = assemble.new_scorer(folder, TASK, pad_token_id=PAD, dtype=torch.float32, device=CPU, lora=lora, seed=1)
+    made = build.new_scorer(folder, TASK, pad_token_id=PAD, dtype=torch.float32, device=CPU, lora=lora, seed=1)
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if "lora_B" in name:  # born zero, which would hide A
@@ -93,7 +94,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> 
 def test_transformers_draws_no_mask(tiny_model, monkeypatch, kind):
     """Nor looks whether positions are those of packed texts, for which a GPU's work would be waited for."""
     made = scorer(tiny_model(kind))
-    assert attention.NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    assert tree.NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", None)
     assert made(made.pack(SHAPES["flat"])).isfinite().all()
 
@@ -132,7 +133,7 @@ def test_packed_is_padded_through_transformers(tiny_model, kind, side, attn):
 @pytest.mark.parametrize("fused_from", [1, 10_000])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_both_ways_to_attend_agree(tiny_model, monkeypatch, kind, fused_from):
-    monkeypatch.setattr(attention, "FUSED_FROM", fused_from)
+    monkeypatch.setattr(tree, "FUSED_FROM", fused_from)
     made = scorer(tiny_model(kind))
     for shape in ("instruction and contexts", "long behind an instruction"):
         assert_same(made(made.pack(SHAPES[shape])), alone(plain(made, tiny_model(kind)), SHAPES[shape]), 1e-5)
@@ -185,7 +186,7 @@ def each_alone(made: Scorer, texts):
     made.inner.set_attn_implementation("eager")
     for i, text in enumerate(texts):
         yield i, made.model(input_ids=torch.tensor([text.chunks[0]])).logits[0]
-    made.inner.set_attn_implementation(attention.NAME)
+    made.inner.set_attn_implementation(tree.NAME)
 
 
 @pytest.mark.parametrize("shape", ["instruction and contexts", "long behind an instruction"])
@@ -234,8 +235,8 @@ def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
     texts = SHAPES["instruction"]
     made = scorer(tiny_model(kind))
     scores = made(made.pack(texts))
-    whole = attention.Block.mask
-    monkeypatch.setattr(attention.Block, "mask", lambda self, causal, window: whole(self, causal, None))
+    whole = tree.Block.mask
+    monkeypatch.setattr(tree.Block, "mask", lambda self, causal, window: whole(self, causal, None))
     assert (made(made.pack(texts)) - scores).abs().max() > 1e-2
 
 
@@ -249,7 +250,7 @@ def test_encoders_packed_are_alone(tiny_model, kind):
     texts = encode(
         ["banks fall", "", "the quick brown fox " * 30, "news", "banks fall"], [None, "a", "b", "of foxes", None]
     )
-    made = assemble.new_scorer(
+    made = build.new_scorer(
         tiny_model(kind), TASK, pad_token_id=encode.tokenizer.pad_token_id, dtype=torch.float32, device=CPU, lora=LORA
     ).eval()
     found = made(made.pack(texts))
@@ -308,7 +309,7 @@ def test_the_embedded_model(demo_folder, record_property):
     instruction = "Sort the headline below by the topic of the article that it stands above in the newspaper.\n{text}"
     tokenizer = bake(load_tokenizer(demo_folder), instruction, 128)
     texts = Encoder(tokenizer)(HEADLINES)
-    made = assemble.new_scorer(
+    made = build.new_scorer(
         demo_folder, TASK, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU
     ).eval()
     batch = made.pack(texts)
@@ -325,7 +326,7 @@ def test_the_embedded_model(demo_folder, record_property):
         assert_same(packed, made.inner(**padded(texts, side)).logits, 1e-4)
     made.inner.base_model.bfloat16()
     each = torch.cat([_bf16_alone(made, text) for text in texts])
-    made.inner.set_attn_implementation(attention.NAME)
+    made.inner.set_attn_implementation(tree.NAME)
     low = made(batch)
     noise = (low - each).abs().max().item()
     record_property("bf16_noise", noise)
@@ -369,4 +370,4 @@ def test_capped_attention_logits_are_refused():
     """Gemma 2 hands a cap over, which the tree's attention does not compute: no score is better than another one."""
     states = torch.zeros(1, 2, 3, 4)
     with pytest.raises(UserError, match="does not cap its attention logits; found a soft cap of 50"):
-        attention.tree_attention(torch.nn.Module(), states, states, states, None, tree=None, softcap=50.0)
+        tree.tree_attention(torch.nn.Module(), states, states, states, None, tree=None, softcap=50.0)

@@ -17,9 +17,10 @@ import transformers
 from test_exact import CPU, LORA, SHAPES, assert_same, scorer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from loracle.model import attention, recorded
-from loracle.model.attention import AttentionPlan, FlexPlan, padded_length
-from loracle.model.scorer import by_text
+from loracle.models.attention import tree
+from loracle.models.attention import cuda_graphs
+from loracle.models.attention.tree import AttentionPlan, FlexPlan, padded_length
+from loracle.models.scorer import by_text
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
 
@@ -43,13 +44,13 @@ def sdpa(query, key, value, *, block_mask, scale, enable_gqa):
 @pytest.fixture
 def by_flex(monkeypatch):
     """From here on a batch is attended over as on a GPU, by the kernel that is given."""
-    monkeypatch.setattr(attention, "SMALLEST_HEAD", 1)  # the tiny models' heads are smaller than Triton's products
-    monkeypatch.setattr(attention, "TILE", 16)  # and their batches would fit one tile
+    monkeypatch.setattr(tree, "SMALLEST_HEAD", 1)  # the tiny models' heads are smaller than Triton's products
+    monkeypatch.setattr(tree, "TILE", 16)  # and their batches would fit one tile
 
     def switch(kernel) -> list:
         used = []
-        monkeypatch.setattr(attention, "plan", FlexPlan.of)
-        monkeypatch.setattr(attention, "_kernel", lambda: used.append(None) or kernel)
+        monkeypatch.setattr(tree, "plan", FlexPlan.of)
+        monkeypatch.setattr(tree, "_kernel", lambda: used.append(None) or kernel)
         return used
 
     return switch
@@ -57,7 +58,7 @@ def by_flex(monkeypatch):
 
 @pytest.mark.parametrize("shape", BATCHES)
 def test_the_mask_is_the_drawing(monkeypatch, shape):
-    monkeypatch.setattr(attention, "TILE", 16)
+    monkeypatch.setattr(tree, "TILE", 16)
     batch = pack(BATCHES[shape])
     plan = FlexPlan.of(batch, CPU)
     seen = dense(plan.mask(True, None))[0, 0]
@@ -128,9 +129,9 @@ def flash(q, k, v, query_ends, key_ends, most_queries, most_keys, dropout, causa
 @pytest.fixture
 def by_flash(monkeypatch, by_flex):
     used = by_flex(None)
-    monkeypatch.setattr(attention, "has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "flash_takes", lambda dtype, head: True)
-    monkeypatch.setattr(attention, "_flash_kernel", lambda *a, **b: used.append(None) or flash(*a, **b))
+    monkeypatch.setattr(tree, "has_flash", lambda device: True)
+    monkeypatch.setattr(tree, "flash_takes", lambda dtype, head: True)
+    monkeypatch.setattr(tree, "_flash_kernel", lambda *a, **b: used.append(None) or flash(*a, **b))
     return used
 
 
@@ -159,9 +160,9 @@ def test_sequences_give_the_scores_and_gradients_of_blocks(tiny_model, request, 
 
 def test_one_long_instruction_is_not_copied_for_every_text(monkeypatch):
     short, long = ([Encoded(chunks=((*range(n), 500 + i),), starts=(n,)) for i in range(20)] for n in (16, 300))
-    monkeypatch.setattr(attention, "KEYS_A_TOKEN", 10)
-    assert attention.Sequences.of(pack(short), CPU) is not None
-    assert attention.Sequences.of(pack(long), CPU) is None
+    monkeypatch.setattr(tree, "KEYS_A_TOKEN", 10)
+    assert tree.Sequences.of(pack(short), CPU) is not None
+    assert tree.Sequences.of(pack(long), CPU) is None
 
 
 def shifted(q, k, v, *ends, **more):
@@ -187,9 +188,9 @@ def changed(*given, **more):
     [(flash, None), (shifted, "errors are"), (blind, "errors are"), (empty, "'nan'"), (changed, "unexpected keyword")],
 )
 def test_flash_attention_is_used_only_where_it_is_right(monkeypatch, caplog, kernel, says, inference):
-    monkeypatch.setattr(attention, "_flash_kernel", kernel)
+    monkeypatch.setattr(tree, "_flash_kernel", kernel)
     with torch.inference_mode(inference):
-        assert attention._flash_is_right(CPU) == (says is None)
+        assert tree._flash_is_right(CPU) == (says is None)
     assert [says in line for line in caplog.messages] == [True] * (says is not None)
 
 
@@ -198,14 +199,14 @@ def test_what_the_kernel_cannot_do_goes_the_other_way(tiny_model, by_flex):
     batch = made.pack(BATCHES["contexts"])
     wanted = made(batch)
     used = by_flex(sdpa)
-    attention.SMALLEST_HEAD = 16
+    tree.SMALLEST_HEAD = 16
     assert torch.equal(made(batch), wanted)
     assert not used
 
 
 def test_a_gpu_gets_the_mask_and_a_cpu_the_blocks():
     batch = pack(BATCHES["flat"])
-    assert isinstance(attention.plan(batch, CPU), AttentionPlan)
+    assert isinstance(tree.plan(batch, CPU), AttentionPlan)
 
 
 def test_padded_lengths_are_few():
@@ -223,21 +224,21 @@ def test_what_a_recording_reads_gives_the_scores_of_the_batch(tiny_model, by_fla
     made = scorer(tiny_model(kind))
     batch = made.pack(BATCHES[shape])
     wanted = made(batch)
-    sizes = [rows for rows in recorded.ROWS if recorded.lay_out(batch, rows) is not None]
+    sizes = [rows for rows in cuda_graphs.ROWS if cuda_graphs.lay_out(batch, rows) is not None]
     assert sizes
     for rows in sizes[:2]:
-        given = torch.from_numpy(recorded.lay_out(batch, rows))
-        scores = made._laid_out(*recorded._read(given, rows))[: len(batch.scored)]
+        given = torch.from_numpy(cuda_graphs.lay_out(batch, rows))
+        scores = made._laid_out(*cuda_graphs._read(given, rows))[: len(batch.scored)]
         assert_same(by_text(scores, batch), wanted, 1e-5)
 
 
 def test_what_fits_no_recording():
     short, long = ([Encoded(chunks=(tuple(range(i, i + n)),), starts=(0,)) for i in range(9)] for n in (2, 8))
-    assert recorded.lay_out(pack(short), 64) is None  # nine segments, of eight
-    assert recorded.lay_out(pack(long), 64) is None  # 72 rows
-    assert recorded.lay_out(pack(long), 128) is not None
+    assert cuda_graphs.lay_out(pack(short), 64) is None  # nine segments, of eight
+    assert cuda_graphs.lay_out(pack(long), 64) is None  # 72 rows
+    assert cuda_graphs.lay_out(pack(long), 128) is not None
     behind = [Encoded(chunks=((*range(40), 50 + i),), starts=(40,)) for i in range(7)]
-    assert recorded.lay_out(pack(behind), 64) is None  # keys of one start, copied for each
+    assert cuda_graphs.lay_out(pack(behind), 64) is None  # keys of one start, copied for each
 
 
 @pytest.mark.parametrize(
@@ -249,10 +250,10 @@ def test_what_fits_no_recording():
     ],
 )  # fmt: skip
 def test_what_looks_at_lengths_is_not_recorded(monkeypatch, kind, rope, fixed):
-    monkeypatch.setattr(recorded, "has_flash", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "has_flash", lambda device: True)
     config = getattr(transformers, f"{kind}Config")(rope_parameters=rope)
-    assert recorded.recordable(config, torch.device("cuda"), torch.bfloat16) == fixed
-    assert not recorded.recordable(config, torch.device("cuda"), torch.float32)
+    assert cuda_graphs.recordable(config, torch.device("cuda"), torch.bfloat16) == fixed
+    assert not cuda_graphs.recordable(config, torch.device("cuda"), torch.float32)
 
 
 def test_on_a_cpu_nothing_is_recorded(tiny_model):

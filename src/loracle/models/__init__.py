@@ -1,0 +1,1 @@
+"""The model: base, adapters, head, and attention over packed texts."""

@@ -1,0 +1,1 @@
+"""Attention over a packed token tree."""
