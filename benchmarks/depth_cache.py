@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """All runs, then the table."""
-    from loracle.judge.metrics import bootstrap
+    from loracle.evaluation.classification import bootstrap
     from loracle.models import hidden_state_cache
     from loracle.models.loading import demo_model_folder
 

@@ -20,8 +20,8 @@ from loracle.config import RunConfig
 from loracle.examples import LabeledText
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
-from loracle.judge.metrics import as_json
-from loracle.judge.paired import compare
+from loracle.evaluation.classification import as_json
+from loracle.evaluation.significance import compare
 from loracle.judge.report import figure
 
 EPOCHS = {1: 8, 5: 4, 10: 3}  # by examples a class

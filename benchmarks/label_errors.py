@@ -14,7 +14,7 @@ import numpy as np
 from results import SHARED, write_table
 
 from loracle.examples import LabeledText, Task
-from loracle.judge.suspects import margins, out_of_fold, suspects
+from loracle.evaluation.label_errors import margins, out_of_fold, suspects
 
 SHARE, SEEDS = 0.05, 3
 

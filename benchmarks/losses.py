@@ -12,8 +12,8 @@ import numpy as np
 from results import write_table
 from upworthy import divided, figures, folds, minilm, read_groups
 
-from loracle.judge.baselines import frozen_ranker
-from loracle.judge.ranking import paired_difference, rank_metrics
+from loracle.evaluation.linear_models import frozen_ranker
+from loracle.evaluation.ranking import paired_difference, rank_metrics
 from loracle.train.losses import fit_saturation, make_loss, numpy_objective
 
 NEVER = 1e9  # an m0 at which nothing saturates

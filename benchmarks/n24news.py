@@ -24,8 +24,8 @@ from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
-from loracle.judge import baselines
-from loracle.judge.metrics import target_array
+from loracle.evaluation import linear_models
+from loracle.evaluation.classification import target_array
 from loracle.judge.report import result_rows
 from loracle.models import build
 from loracle.models.loading import load_tokenizer, pick_device
@@ -70,7 +70,7 @@ def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task
     encoder = Encoder(tokenizer, encoder=True)
     states = [build.features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
     targets = target_array(seen.items, seen.task)
-    return list(baselines.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]), unseen.items, seen.task
+    return list(linear_models.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]), unseen.items, seen.task
 
 
 def main() -> None:

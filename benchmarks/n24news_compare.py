@@ -25,8 +25,8 @@ from results import write_table
 from loracle import comparison, recipe, scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
-from loracle.judge.metrics import bootstrap
-from loracle.judge.paired import credit
+from loracle.evaluation.classification import bootstrap
+from loracle.evaluation.significance import credit
 from loracle.run.folder import METRICS
 from loracle.series import learn_once, place
 

@@ -52,7 +52,7 @@ def ours() -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from loracle.examples import RankGroup, Task
-    from loracle.judge.pairs import group_pairs
+    from loracle.evaluation.pairs import group_pairs
     from loracle.models.build import new_scorer
     from loracle.models.loading import demo_model_folder
     from loracle.text.tokenize import Encoded

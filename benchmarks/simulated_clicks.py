@@ -15,7 +15,7 @@ from results import write_table
 from scipy.special import expit, logit
 
 from loracle.examples import RankGroup, Task
-from loracle.judge.baselines import frozen_ranker
+from loracle.evaluation.linear_models import frozen_ranker
 from loracle.train.losses import fit_saturation, make_loss, numpy_objective
 
 SEEDS, GROUPS, FRESH, FEATURES = 20, 300, 500, 20

@@ -34,9 +34,9 @@ from loracle.examples import RankGroup
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
-from loracle.judge.baselines import frozen_ranker, length_ranker, tfidf_ranker
-from loracle.judge.metrics import as_json
-from loracle.judge.ranking import paired_difference, rank_metrics
+from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
+from loracle.evaluation.classification import as_json
+from loracle.evaluation.ranking import paired_difference, rank_metrics
 from loracle.judge.report import figure
 from loracle.train.losses import numpy_objective
 

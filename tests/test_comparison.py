@@ -16,7 +16,7 @@ from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
 from loracle.examples import LabeledText, Task
 from loracle.errors import Interrupted, UserError
-from loracle.judge.paired import mcnemar
+from loracle.evaluation.significance import mcnemar
 from loracle.run.folder import read_info
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]

@@ -15,7 +15,7 @@ from small import clicked, graded, labelled, several, write
 
 from loracle.cli import main
 from loracle.config import RunConfig
-from loracle.judge.paired import mcnemar
+from loracle.evaluation.significance import mcnemar
 from loracle.recipe import train
 from loracle.run.folder import write_manifest
 from loracle.run.predictor import Predictor

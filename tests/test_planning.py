@@ -18,7 +18,7 @@ from loracle.cli import main
 from loracle.config import PlanConfig
 from loracle.examples import RankGroup
 from loracle.errors import UserError
-from loracle.judge.ranking import rank_metrics
+from loracle.evaluation.ranking import rank_metrics
 
 
 def groups_of(config, seed=0):

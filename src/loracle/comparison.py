@@ -24,10 +24,10 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.examples import Task
 from loracle.data.splits import Data
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import headline_metric
-from loracle.judge.paired import Paired, holm
-from loracle.judge.paired import compare as in_pairs
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import headline_metric
+from loracle.evaluation.significance import Paired, holm
+from loracle.evaluation.significance import compare as in_pairs
 from loracle.judge.report import difference, figure, markdown_table, plain_table
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder

@@ -19,11 +19,11 @@ from loracle.examples import LabeledText, RankGroup, Task
 from loracle.data.reader import iter_texts, read_examples, read_unlabelled_groups
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
-from loracle.judge.changes import BROKEN, MENDED, OTHER, GroupChange, class_changes, group_change, label_changes
-from loracle.judge.metrics import as_json, differences, given_labels, headline_metric, probabilities, target_array
-from loracle.judge.paired import compare_rankers, credit, mcnemar
-from loracle.judge.ranking import paired_difference
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.changes import BROKEN, MENDED, OTHER, GroupChange, class_changes, group_change, label_changes
+from loracle.evaluation.classification import as_json, differences, given_labels, headline_metric, probabilities, target_array
+from loracle.evaluation.significance import compare_rankers, credit, mcnemar
+from loracle.evaluation.ranking import paired_difference
 from loracle.judge.report import difference as signed
 from loracle.judge.report import figure, plain_table, shortened
 from loracle.run.folder import RunInfo, read_info

@@ -25,8 +25,8 @@ from loracle.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
 from loracle.judge import pictures
-from loracle.judge.metrics import Array, as_json
-from loracle.judge.pairs import SIGNIFICANT_Z
+from loracle.evaluation.classification import Array, as_json
+from loracle.evaluation.pairs import SIGNIFICANT_Z
 
 DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
 PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that
@@ -169,7 +169,7 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> tuple[PlanConfig,
     Raises:
         UserError: the groups hold no clicks.
     """
-    from loracle.judge.spread import fit_spread, posterior_log_odds
+    from loracle.evaluation.click_model import fit_spread, posterior_log_odds
 
     if not groups or any(g.clicks is None or g.impressions is None for g in groups):
         raise UserError("a click log for simulate --data", "no clicks and impressions in it", "give such a file")
@@ -198,8 +198,8 @@ def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any
 
     A fifth is held out, by group and without common titles; the same one for all three, so that they can be compared.
     """
-    from loracle.judge.baselines import tfidf_ranker
-    from loracle.judge.ranking import rank_metrics
+    from loracle.evaluation.linear_models import tfidf_ranker
+    from loracle.evaluation.ranking import rank_metrics
     from loracle.train.losses import click_rate, make_loss, numpy_objective, resolve_loss
 
     task = Task(kind="rank", evidence="clicks")

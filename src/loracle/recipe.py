@@ -24,12 +24,12 @@ from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.judge import baselines
+from loracle.evaluation import linear_models
 from loracle.judge.budget import Plan, Work
-from loracle.judge.calibrate import Calibration, fit_calibration
-from loracle.judge.drift import reference
+from loracle.evaluation.calibration import Calibration, fit_calibration
+from loracle.evaluation.drift import reference
 from loracle.judge.findings import curves, findings, training_suspects, without_texts
-from loracle.judge.metrics import (
+from loracle.evaluation.classification import (
     UNCALIBRATED,
     given_labels,
     headline_metric,
@@ -39,7 +39,7 @@ from loracle.judge.metrics import (
 from loracle.judge.page import render
 from loracle.judge.probe import Depth, choose, verdict
 from loracle.judge.report import summary
-from loracle.judge.spread import Spread, fit_spread
+from loracle.evaluation.click_model import Spread, fit_spread
 from loracle.models import build
 from loracle.models.lora import save_adapter
 from loracle.models.loading import (
@@ -554,7 +554,7 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     m0 = schedule.saturation
     if m0 is None:
         objective = numpy_objective(make_loss(task, name="list"))
-        scores = baselines.tfidf_ranker(data.train, data.validation, objective, seed=schedule.seed)
+        scores = linear_models.tfidf_ranker(data.train, data.validation, objective, seed=schedule.seed)
         m0 = fit_saturation(scores, data.validation) if name != "binomial" else _saturation_of_odds(scores, data)
     return make_loss(task, name=name, saturation=m0), {"name": name, "saturation": m0}
 

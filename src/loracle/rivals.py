@@ -15,10 +15,11 @@ from loracle.config import RunConfig
 from loracle.examples import Example, Task, texts_of
 from loracle.data.splits import Data
 from loracle.errors import UserError
-from loracle.judge import baselines, budget
+from loracle.judge import budget
+from loracle.evaluation import linear_models
 from loracle.judge.budget import Plan, Work
-from loracle.judge.calibrate import Calibration, fit_calibration
-from loracle.judge.metrics import UNCALIBRATED, headline_metric, target_array
+from loracle.evaluation.calibration import Calibration, fit_calibration
+from loracle.evaluation.classification import UNCALIBRATED, headline_metric, target_array
 from loracle.judge.probe import Depth, best_of, by_depth, ridge
 from loracle.models import build
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
@@ -61,7 +62,7 @@ def probe_layers(
 
         def fit_one(here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
             parts = by_example(here, some), some, by_example(there, held)
-            return [scores[:, None] for scores in baselines.frozen_ranker(*parts, objective, seed=seed)]
+            return [scores[:, None] for scores in linear_models.frozen_ranker(*parts, objective, seed=seed)]
 
     else:
         targets = target_array(some, task)
@@ -146,10 +147,10 @@ def score_baselines(
     """Simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
     task, notes = data.task, list(planned.said)
     if task.kind == "rank":
-        lengths = baselines.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        lengths = linear_models.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
         found = {"length": Rival([s[:, None] for s in lengths])}
     else:
-        shares = baselines.majority(target_array(data.train, task), len(data.test), task)
+        shares = linear_models.majority(target_array(data.train, task), len(data.test), task)
         found = {"majority": Rival(list(shares[:, None]))}
     found["tf-idf"] = tfidf(data, loss, seed)
     if planned.frozen:
@@ -174,10 +175,10 @@ def tfidf(data: Data, loss: Loss, seed: int) -> Rival:
     """A linear model on words, by the same loss when ranking."""
     task = data.task
     if task.kind == "rank":
-        ranked = baselines.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
+        ranked = linear_models.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
         return Rival([s[:, None] for s in ranked])
-    seen, unseen = map(baselines.words_of, (data.train, [*data.validation, *data.test]))
-    logits = baselines.tfidf_classifier(seen, target_array(data.train, task), unseen, task)
+    seen, unseen = map(linear_models.words_of, (data.train, [*data.validation, *data.test]))
+    logits = linear_models.tfidf_classifier(seen, target_array(data.train, task), unseen, task)
     return _calibrated(logits, data.validation, task)
 
 
@@ -239,10 +240,10 @@ def frozen(
     """
     task = data.task
     if task.kind == "rank":
-        ranked = baselines.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
+        ranked = linear_models.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
         return Rival([s[:, None] for s in ranked])
     features, targets = np.concatenate([*watched, *unseen]), target_array(some, task)
-    logits = baselines.frozen_classifier(np.concatenate(seen), targets, features, task, seed=seed)
+    logits = linear_models.frozen_classifier(np.concatenate(seen), targets, features, task, seed=seed)
     return _calibrated(logits, held, task)
 
 

@@ -19,7 +19,7 @@ from loracle import recipe, rivals, scoring
 from loracle.config import RunConfig, TuneConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
-from loracle.judge.metrics import headline_metric
+from loracle.evaluation.classification import headline_metric
 from loracle.judge.probe import choose, verdict
 from loracle.judge.report import plain_table
 from loracle.models.loading import load_config

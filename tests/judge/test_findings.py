@@ -11,8 +11,8 @@ from sklearn import metrics as reference
 
 from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge import findings as of
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import (
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import (
     as_json,
     classification_metrics,
     confidence_of,

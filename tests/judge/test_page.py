@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.judge.calibrate import Calibration, fit_calibration
+from loracle.evaluation.calibration import Calibration, fit_calibration
 from loracle.judge.findings import findings, training_suspects
-from loracle.judge.metrics import as_json, classification_metrics, target_array
+from loracle.evaluation.classification import as_json, classification_metrics, target_array
 from loracle.judge.page import render
-from loracle.judge.ranking import rank_metrics
+from loracle.evaluation.ranking import rank_metrics
 
 HOSTILE = "<script>console.error('run')</script> & \"quoted\" <img src=x onerror=alert(1)> {{ 7 * 7 }}"
 RUN = {

@@ -15,7 +15,7 @@ from small import CHINESE, ENGLISH, QUICK, write
 
 from loracle import recipe, scoring
 from loracle.config import RunConfig
-from loracle.judge.metrics import probabilities
+from loracle.evaluation.classification import probabilities
 from loracle.run.export import export
 from loracle.run.predictor import Predictor
 

@@ -20,7 +20,7 @@ from small import QUICK, labelled, write
 
 from loracle import recipe
 from loracle.config import RunConfig, ServeConfig
-from loracle.judge import drift
+from loracle.evaluation import drift
 from loracle.models.build import share_weights
 from loracle.run.predictor import Predictor
 from loracle.serve import api

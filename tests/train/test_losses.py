@@ -11,7 +11,7 @@ import torch
 
 from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import UserError
-from loracle.judge.ranking import rank_metrics
+from loracle.evaluation.ranking import rank_metrics
 from loracle.train import losses
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loracle.judge.suspects import FOLDS
+from loracle.evaluation.label_errors import FOLDS
 
 SHARE = 0.15  # of the training's operations
 FREE = 1e13  # operations that are granted however short the training is: weak rivals would flatter; half a minute on two cores

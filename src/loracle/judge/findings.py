@@ -19,8 +19,8 @@ import numpy as np
 
 from loracle.examples import LabeledText, RankGroup, Task
 from loracle.judge.budget import SEARCHED
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import (
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import (
     UNCALIBRATED,
     Array,
     bootstrap,
@@ -36,9 +36,9 @@ from loracle.judge.metrics import (
     target_array,
     units_of,
 )
-from loracle.judge.ranking import paired_difference
+from loracle.evaluation.ranking import paired_difference
 from loracle.judge.report import ceiling_line, result_rows, shortened
-from loracle.judge.suspects import out_of_fold, pair_suspects, suspects
+from loracle.evaluation.label_errors import out_of_fold, pair_suspects, suspects
 
 LISTED = 20  # texts a list shows
 LETTERS = 400  # characters of a text that are shown

@@ -19,8 +19,8 @@ from sklearn.linear_model import RidgeCV
 from loracle.examples import Task
 from loracle.errors import UserError
 from loracle.judge import pictures
-from loracle.judge.baselines import one_thread, standardised
-from loracle.judge.metrics import Array
+from loracle.evaluation.linear_models import one_thread, standardised
+from loracle.evaluation.classification import Array
 from loracle.judge.report import plain_table
 
 RIDGE = tuple(10.0**k for k in range(-1, 6))  # penalties for standardised features, chosen by leave-one-out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loracle.judge.tallies import GAPS
+from loracle.evaluation.ranking_metrics import GAPS
 
 SHOWN = {
     "single": ("accuracy", "macro_f1", "log_loss"),

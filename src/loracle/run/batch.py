@@ -33,7 +33,7 @@ from loracle.data.reader import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
 from loracle.hubs import checksum
-from loracle.judge.metrics import confidence_of, given_labels
+from loracle.evaluation.classification import confidence_of, given_labels
 from loracle.run.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
 from loracle.run.output import Write, check_output, open_output
 from loracle.run.predictor import Predictor, names_of, score_window

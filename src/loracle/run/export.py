@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import given_labels, probabilities
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import given_labels, probabilities
 from loracle.models import openvino
 from loracle.models.build import load_merged
 from loracle.models.loading import head_names, load_tokenizer

@@ -33,9 +33,9 @@ from loracle.examples import Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
 from loracle.hubs import checksum
-from loracle.judge.calibrate import Calibration
-from loracle.judge.drift import Reference
-from loracle.judge.spread import Spread
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.drift import Reference
+from loracle.evaluation.click_model import Spread
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
 CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"

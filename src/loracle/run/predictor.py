@@ -10,9 +10,9 @@ import numpy as np
 
 from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import UNCALIBRATED, given_labels, probabilities
-from loracle.judge.spread import Spread, expected_lift, win_probability
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import UNCALIBRATED, given_labels, probabilities
+from loracle.evaluation.click_model import Spread, expected_lift, win_probability
 from loracle.models import openvino
 from loracle.models.build import load_scorer, score
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import loracle
 from loracle.config import ServeConfig
 from loracle.errors import UserError
-from loracle.judge.metrics import probabilities
+from loracle.evaluation.classification import probabilities
 from loracle.models.build import score
 from loracle.run.predictor import Predictor
 from loracle.serve import schema

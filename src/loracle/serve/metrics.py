@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-from loracle.judge import drift
+from loracle.evaluation import drift
 from loracle.serve.batcher import Batcher
 from loracle.text.tokenize import Encoded
 

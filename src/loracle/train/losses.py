@@ -24,7 +24,7 @@ from torch import Tensor
 from loracle.config import SATURATING
 from loracle.examples import LabeledText, RankGroup, Task
 from loracle.errors import UserError
-from loracle.judge.pairs import grade_gains, group_pairs
+from loracle.evaluation.pairs import grade_gains, group_pairs
 
 Bound = Callable[[Tensor], tuple[Tensor, float]]  # scores of the examples it was bound to -> (sum, count)
 Loss = Callable[[Sequence[Any]], Bound]  # all LabeledText, or all RankGroup

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loracle.examples import RankGroup
-from loracle.judge.pairs import group_pairs
+from loracle.evaluation.pairs import group_pairs
 
 Mask = npt.NDArray[np.bool_]
 MENDED, BROKEN, OTHER = "mended", "broken", "changed"

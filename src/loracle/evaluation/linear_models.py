@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.judge.metrics import Array
+from loracle.evaluation.classification import Array
 
 Features: TypeAlias = "np.ndarray | csr_matrix"  # [N, H] or [T, H]
 RankLoss = Callable[[Array], tuple[float, Array]]  # scores [T] -> mean loss, its gradient [T]

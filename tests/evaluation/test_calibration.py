@@ -7,8 +7,8 @@ from scipy.stats import norm
 from sklearn import metrics as reference
 
 from loracle.examples import Task
-from loracle.judge.calibrate import Calibration, fit_calibration, fit_temperature, fit_threshold
-from loracle.judge.metrics import (
+from loracle.evaluation.calibration import Calibration, fit_calibration, fit_temperature, fit_threshold
+from loracle.evaluation.classification import (
     calibration_band,
     calibration_error,
     classification_metrics,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from loracle.examples import Task
-from loracle.judge.calibrate import Calibration
-from loracle.judge.drift import BINS, Reference, histogram, limit, psi, reference
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.drift import BINS, Reference, histogram, limit, psi, reference
 
 
 def test_the_index_of_a_case_by_hand():

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from loracle.examples import LabeledText, Task
 from loracle.data.splits import fold_numbers
-from loracle.judge.baselines import tfidf_classifier, words_of
-from loracle.judge.metrics import Array, probabilities, target_array
+from loracle.evaluation.linear_models import tfidf_classifier, words_of
+from loracle.evaluation.classification import Array, probabilities, target_array
 
 FOLDS = 5
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from loracle.examples import Preference, RankGroup, Task
-from loracle.judge.calibrate import Calibration
-from loracle.judge.changes import class_changes, group_change, label_changes
-from loracle.judge.metrics import classification_metrics, differences, lead
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.changes import class_changes, group_change, label_changes
+from loracle.evaluation.classification import classification_metrics, differences, lead
 
 NAMES = ("neg", "pos", "mid")
 

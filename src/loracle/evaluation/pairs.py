@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loracle.examples import RankGroup
-from loracle.judge.metrics import Array
+from loracle.evaluation.classification import Array
 
 Pairs = npt.NDArray[np.intp]  # [P, 2]: winner, loser
 Evidence = Literal["pairs", "grades", "clicks"]

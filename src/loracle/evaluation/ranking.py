@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from loracle.examples import RankGroup
-from loracle.judge.metrics import Array, Interval, bootstrap, ratio
-from loracle.judge.tallies import SCORELESS, read_cases, tally_table
+from loracle.evaluation.classification import Array, Interval, bootstrap, ratio
+from loracle.evaluation.ranking_metrics import SCORELESS, read_cases, tally_table
 
 
 def rank_metrics(

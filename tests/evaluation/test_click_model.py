@@ -8,8 +8,8 @@ from scipy.special import expit, logsumexp, xlog1py, xlogy
 from scipy.stats import kstest, norm
 
 from loracle.examples import RankGroup
-from loracle.judge.marginal import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, blocks, grid, log_marginal
-from loracle.judge.spread import (
+from loracle.evaluation.marginal_likelihood import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, blocks, grid, log_marginal
+from loracle.evaluation.click_model import (
     LARGEST,
     SMALLEST,
     Spread,

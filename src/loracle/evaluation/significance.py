@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.judge.calibrate import Calibration
-from loracle.judge.metrics import (
+from loracle.evaluation.calibration import Calibration
+from loracle.evaluation.classification import (
     UNCALIBRATED,
     Array,
     Interval,
@@ -29,7 +29,7 @@ from loracle.judge.metrics import (
     target_array,
     units_of,
 )
-from loracle.judge.ranking import paired_difference
+from loracle.evaluation.ranking import paired_difference
 
 
 @dataclass(frozen=True, slots=True)

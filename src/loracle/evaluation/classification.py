@@ -15,7 +15,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 
 from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
-from loracle.judge.calibrate import Calibration
+from loracle.evaluation.calibration import Calibration
 
 Array = npt.NDArray[np.float64]
 Statistics = Callable[[Array], Mapping[str, Array]]

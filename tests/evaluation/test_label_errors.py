@@ -5,7 +5,7 @@ import pytest
 
 from loracle.examples import LabeledText, Task
 from loracle.judge.findings import LISTED, training_suspects
-from loracle.judge.suspects import margins, out_of_fold, pair_suspects, suspects
+from loracle.evaluation.label_errors import margins, out_of_fold, pair_suspects, suspects
 
 TASK = Task(kind="single", label_names=("sea", "sky", "soil"))
 WORDS = (("boat", "wave", "salt", "fish", "reef"), ("cloud", "wing", "star", "wind", "moon"),

@@ -9,7 +9,7 @@ from sklearn import metrics as reference
 
 from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
-from loracle.judge.metrics import (
+from loracle.evaluation.classification import (
     Interval,
     bootstrap,
     classification_metrics,
@@ -131,7 +131,7 @@ def test_seed_decides_the_interval_and_nothing_else():
 def test_interval_does_not_depend_on_the_chunks(monkeypatch):
     scores, targets = random_multi(n=50)
     whole = classification_metrics(scores, targets, MULTI)
-    monkeypatch.setattr("loracle.judge.metrics.CHUNK", 50 * 7)
+    monkeypatch.setattr("loracle.evaluation.classification.CHUNK", 50 * 7)
     assert classification_metrics(scores, targets, MULTI) == whole
 
 

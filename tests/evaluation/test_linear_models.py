@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from loracle.examples import Preference, RankGroup, Task
-from loracle.judge.baselines import (
+from loracle.evaluation.linear_models import (
     frozen_classifier,
     frozen_ranker,
     length_ranker,
@@ -16,8 +16,8 @@ from loracle.judge.baselines import (
     tfidf_classifier,
     tfidf_ranker,
 )
-from loracle.judge.metrics import classification_metrics, probabilities
-from loracle.judge.ranking import rank_metrics
+from loracle.evaluation.classification import classification_metrics, probabilities
+from loracle.evaluation.ranking import rank_metrics
 from loracle.train.losses import make_loss, numpy_objective, resolve_loss
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))

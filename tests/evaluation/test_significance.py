@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from loracle.examples import LabeledText, Preference, RankGroup, Task
-from loracle.judge.paired import compare, compare_rankers, credit, holm, mcnemar
+from loracle.evaluation.significance import compare, compare_rankers, credit, holm, mcnemar
 
 TASK = Task(kind="single", label_names=("a", "b"))
 
