@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
 from loracle.data.reader import read_examples

@@ -69,8 +69,8 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
 def measure(size: str, scorer: Any, seed: int, batch: int, micro_tokens: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
     from loracle.examples import LabeledText, Task
-    from loracle.train.loop import Schedule, fit
-    from loracle.train.losses import make_loss
+    from loracle.training.loop import Schedule, fit
+    from loracle.training.losses import make_loss
 
     encoded = texts(batch * STEPS, SIZES[size]["vocab_size"], seed)
     examples = [LabeledText(text=str(i), labels=(i % LABELS,), row=i + 1) for i in range(len(encoded))]

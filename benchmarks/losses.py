@@ -14,7 +14,7 @@ from upworthy import divided, figures, folds, minilm, read_groups
 
 from loracle.evaluation.linear_models import frozen_ranker
 from loracle.evaluation.ranking import paired_difference, rank_metrics
-from loracle.train.losses import fit_saturation, make_loss, numpy_objective
+from loracle.training.losses import fit_saturation, make_loss, numpy_objective
 
 NEVER = 1e9  # an m0 at which nothing saturates
 SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "regret")

@@ -22,7 +22,8 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle import comparison, recipe, scoring
+from loracle import comparison, recipe
+from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
 from loracle.evaluation.classification import bootstrap

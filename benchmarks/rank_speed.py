@@ -56,8 +56,8 @@ def ours() -> dict[str, float]:
     from loracle.models.build import new_scorer
     from loracle.models.loading import demo_model_folder
     from loracle.text.tokenize import Encoded
-    from loracle.train.loop import Schedule, fit
-    from loracle.train.losses import make_loss
+    from loracle.training.loop import Schedule, fit
+    from loracle.training.losses import make_loss
 
     groups = [
         RankGroup(

@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 
 from loracle.examples import RankGroup, Task
 from loracle.evaluation.linear_models import frozen_ranker
-from loracle.train.losses import fit_saturation, make_loss, numpy_objective
+from loracle.training.losses import fit_saturation, make_loss, numpy_objective
 
 SEEDS, GROUPS, FRESH, FEATURES = 20, 300, 500, 20
 EXPLAINED, UNSEEN, RATE = 0.25, 0.2, 0.015

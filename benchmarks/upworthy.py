@@ -38,7 +38,7 @@ from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf
 from loracle.evaluation.classification import as_json
 from loracle.evaluation.ranking import paired_difference, rank_metrics
 from loracle.judge.report import figure
-from loracle.train.losses import numpy_objective
+from loracle.training.losses import numpy_objective
 
 ROTATIONS = 5
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"

@@ -16,7 +16,7 @@ import torch
 KILLS = int(os.environ.get("LORACLE_KILLS", 5))
 WINDOW = 16
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(["loracle.run.batch", "loracle.train.checkpoint"])
+_forked.set_forkserver_preload(["loracle.run.batch", "loracle.training.checkpoint"])
 
 
 def start(target, *args):
@@ -51,7 +51,7 @@ def label(run: Path, data: Path, out: Path) -> None:
 
 def checkpoint_at(step: int):
     """A checkpoint whose every number tells its step."""
-    from loracle.train.checkpoint import Checkpoint
+    from loracle.training.checkpoint import Checkpoint
 
     def tensors():
         return {"w": torch.full((128, 256), float(step))}
@@ -60,7 +60,7 @@ def checkpoint_at(step: int):
 
 
 def save_without_end(folder: Path, first: int, saved: Connection) -> None:
-    from loracle.train.checkpoint import save_checkpoint
+    from loracle.training.checkpoint import save_checkpoint
 
     for step in itertools.count(first):
         save_checkpoint(folder, checkpoint_at(step))

@@ -14,7 +14,7 @@ from kills import KILLS
 from small import write
 
 from loracle.run.batch import Kept
-from loracle.train.checkpoint import load_checkpoint
+from loracle.training.checkpoint import load_checkpoint
 
 ROWS = 3200
 

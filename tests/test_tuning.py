@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from small import labelled, write
 
-from loracle import recipe, scoring, tuning
+from loracle import recipe, tuning
+from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, UserError

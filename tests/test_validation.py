@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from small import clicked, labelled, several, write
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.cli import main
 from loracle.run.folder import read_info
 

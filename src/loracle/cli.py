@@ -381,7 +381,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     for issue in examples.issues:
         click.echo(f"note: {issue}", err=True)
     _calm()
-    from loracle import scoring
+    from loracle.training import scoring
     from loracle.judge.report import summary
     from loracle.run.predictor import Predictor
 

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from loracle import recipe, rivals, scoring
+from loracle import recipe, rivals
+from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.examples import Task
 from loracle.data.splits import Data

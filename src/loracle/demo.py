@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
 from loracle.examples import RankGroup

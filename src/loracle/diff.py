@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import scoring
+from loracle.training import scoring
 from loracle.config import DataConfig
 from loracle.data.columns import LABEL_NAMES, infer_columns, infer_text_column
 from loracle.examples import LabeledText, RankGroup, Task

@@ -200,7 +200,7 @@ def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any
     """
     from loracle.evaluation.linear_models import tfidf_ranker
     from loracle.evaluation.ranking import rank_metrics
-    from loracle.train.losses import click_rate, make_loss, numpy_objective, resolve_loss
+    from loracle.training.losses import click_rate, make_loss, numpy_objective, resolve_loss
 
     task = Task(kind="rank", evidence="clicks")
     sides = split_groups(groups, 0.2, seed)

@@ -65,7 +65,7 @@ from loracle.rivals import Rival, ask_untuned, label_words, plan_baselines, prob
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
 from loracle.run.predictor import Predictor
-from loracle.scoring import (
+from loracle.training.scoring import (
     encode_examples,
     encode_texts,
     look,
@@ -76,9 +76,10 @@ from loracle.scoring import (
 from loracle.text import packing
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
-from loracle.train import distributed, tracking
-from loracle.train.loop import FEWEST_TOKENS, Fit, Schedule, fit
-from loracle.train.losses import (
+from loracle.training import distributed
+from loracle.training import tracking
+from loracle.training.loop import FEWEST_TOKENS, Fit, Schedule, fit
+from loracle.training.losses import (
     SATURATION,
     Loss,
     class_weights,
@@ -88,7 +89,7 @@ from loracle.train.losses import (
     numpy_objective,
     resolve_loss,
 )
-from loracle.train.optim import default_lr
+from loracle.training.optimizer import default_lr
 
 Say = Callable[[str], None]
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled

@@ -25,10 +25,10 @@ from loracle.models import build
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
 from loracle.model.likelihood import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.models.scorer import Scorer
-from loracle.scoring import by_example, encode_texts, measure
+from loracle.training.scoring import by_example, encode_texts, measure
 from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
-from loracle.train.losses import Loss, numpy_objective
+from loracle.training.losses import Loss, numpy_objective
 
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline, at most
 LAYERS = 12  # among which the frozen features choose

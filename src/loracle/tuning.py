@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe, rivals, scoring
+from loracle import recipe, rivals
+from loracle.training import scoring
 from loracle.config import RunConfig, TuneConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
@@ -27,7 +28,7 @@ from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.recipe import Say
 from loracle.run.recipes import write_recipe
 from loracle.series import place, root_of
-from loracle.train.loop import fit
+from loracle.training.loop import fit
 
 RECIPE = "recipe.toml"
 AROUND = 10.0  # times lower and higher than the given rate

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.special import logit
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.checks import refuse
 from loracle.examples import Task

@@ -18,7 +18,7 @@ from loracle.evaluation.linear_models import (
 )
 from loracle.evaluation.classification import classification_metrics, probabilities
 from loracle.evaluation.ranking import rank_metrics
-from loracle.train.losses import make_loss, numpy_objective, resolve_loss
+from loracle.training.losses import make_loss, numpy_objective, resolve_loss
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 MULTI = Task(kind="multi", label_names=("a", "b", "c"))

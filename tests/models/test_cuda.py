@@ -27,8 +27,8 @@ from loracle.models.scorer import Scorer
 from loracle.run.predictor import Predictor
 from loracle.serve.server import load
 from loracle.text.tokenize import Encoded
-from loracle.train.loop import Schedule, fit
-from loracle.train.losses import make_loss
+from loracle.training.loop import Schedule, fit
+from loracle.training.losses import make_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = {

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from small import integers, labelled, pairs, write
 from transformers import AutoModel
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines

@@ -13,7 +13,8 @@ import pytest
 from asking import client_of, post
 from small import CHINESE, ENGLISH, QUICK, write
 
-from loracle import recipe, scoring
+from loracle import recipe
+from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.evaluation.classification import probabilities
 from loracle.run.export import export

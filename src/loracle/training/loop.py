@@ -30,8 +30,8 @@ from loracle.models.memory import out_of_memory, release
 from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
-from loracle.train import distributed
-from loracle.train.checkpoint import (
+from loracle.training import distributed
+from loracle.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
     optimizer_tensors,
@@ -40,8 +40,8 @@ from loracle.train.checkpoint import (
     set_trainable_state,
     trainable_state,
 )
-from loracle.train.losses import Loss
-from loracle.train.optim import lr_factor, make_optimizer
+from loracle.training.losses import Loss
+from loracle.training.optimizer import lr_factor, make_optimizer
 
 NOTHING = Encoded(chunks=((0,),), starts=(0,))
 FEWEST_TOKENS = 64  # a round that does not fit with so few will not fit at all

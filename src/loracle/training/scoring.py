@@ -21,8 +21,8 @@ from loracle.models import build
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded, Encoder
-from loracle.train import distributed
-from loracle.train.losses import Loss
+from loracle.training import distributed
+from loracle.training.losses import Loss
 
 SCORES = "scores.safetensors"
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from loracle.errors import UserError
-from loracle.train import checkpoint
-from loracle.train.checkpoint import (
+from loracle.training import checkpoint
+from loracle.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
     optimizer_tensors,
@@ -20,7 +20,7 @@ from loracle.train.checkpoint import (
     set_trainable_state,
     trainable_state,
 )
-from loracle.train.optim import make_optimizer
+from loracle.training.optimizer import make_optimizer
 
 
 def at(step: int) -> Checkpoint:

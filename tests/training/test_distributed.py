@@ -22,8 +22,8 @@ from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
 from loracle.errors import UserError
-from loracle.train import distributed
-from loracle.train.distributed import on_main, share_out, start
+from loracle.training import distributed
+from loracle.training.distributed import on_main, share_out, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -21,10 +21,10 @@ from loracle.errors import Interrupted, UserError
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded
-from loracle.train import loop
-from loracle.train.checkpoint import load_checkpoint, trainable_state
-from loracle.train.loop import Schedule, fit
-from loracle.train.losses import make_loss
+from loracle.training import loop
+from loracle.training.checkpoint import load_checkpoint, trainable_state
+from loracle.training.loop import Schedule, fit
+from loracle.training.losses import make_loss
 
 SINGLE = Task(kind="single", label_names=("even", "odd"))
 PAIRS = Task(kind="rank", evidence="pairs")

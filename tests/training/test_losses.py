@@ -12,7 +12,7 @@ import torch
 from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import UserError
 from loracle.evaluation.ranking import rank_metrics
-from loracle.train import losses
+from loracle.training import losses
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 MULTI = Task(kind="multi", label_names=("a", "b", "c"))

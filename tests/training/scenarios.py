@@ -22,8 +22,9 @@ from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, sc
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.errors import Interrupted, UserError
-from loracle.train import distributed, loop
-from loracle.train.losses import make_loss
+from loracle.training import distributed
+from loracle.training import loop
+from loracle.training.losses import make_loss
 
 PLAIN = {"lr": 0.01, "micro_tokens": 10}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loracle.train.optim import default_lr, lr_factor, make_optimizer
+from loracle.training.optimizer import default_lr, lr_factor, make_optimizer
 
 
 def test_the_rate_rises_and_falls_to_nothing():
