@@ -7,13 +7,13 @@ import re
 
 from click.testing import CliRunner
 
-from loracle import rivals
+from loracle.baselines import fit
 from loracle.cli import main
-from loracle.judge import budget
+from loracle.baselines import budget
 
 
 def test_the_demo_trains_measures_and_uses_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals, "FROZEN_TEXTS", 256)  # two cores, one thread: a baseline of less is one all the same
+    monkeypatch.setattr(fit, "FROZEN_TEXTS", 256)  # two cores, one thread: a baseline of less is one all the same
     monkeypatch.setattr(budget, "FREE", 4e12)  # two steps alone would leave their baselines next to nothing
     done = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "demo"), "--max-steps", "2"])
     assert done.exit_code == 0, (done.output, done.exception)

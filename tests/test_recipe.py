@@ -17,7 +17,8 @@ from kills import KILLS
 from safetensors.torch import load_file, save_file
 from small import QUICK, labelled, pairs, write
 
-from loracle import recipe, rivals
+from loracle import recipe
+from loracle.baselines import fit
 from loracle.config import RunConfig
 from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
@@ -386,19 +387,19 @@ def test_frozen_features_are_those_of_the_layer_that_does_best_on_validation_tex
     loss, _ = recipe.choose_loss(config, data)
     base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    layer, seen, watched = rivals.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
-    depths = rivals.probe_depths(config, data, loss, base, tokenizer)
+    layer, seen, watched = fit.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
+    depths = fit.probe_depths(config, data, loss, base, tokenizer)
     assert depths[layer].value == max(d.value for d in depths)
     for found, side in ((seen, data.train), (watched, data.validation)):
-        for one, again in zip(found, rivals.mean_features(scorer, encoder, side, layer), strict=True):
+        for one, again in zip(found, fit.mean_features(scorer, encoder, side, layer), strict=True):
             np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other rounds
-    assert rivals.best_layer(data, data.train, [], scorer, encoder, loss, 0)[0] is None
+    assert fit.best_layer(data, data.train, [], scorer, encoder, loss, 0)[0] is None
 
 
 def test_what_baselines_do_without_is_in_the_report(tiny_model, tmp_path, monkeypatch):
     """A share of nothing: no model is run for them, TF-IDF stays, and the page says what is missing."""
     for name in ("SHARE", "FREE"):
-        monkeypatch.setattr(rivals.budget, name, 1.0 if name == "FREE" else 1e-9)
+        monkeypatch.setattr(fit.budget, name, 1.0 if name == "FREE" else 1e-9)
     said = []
     run = recipe.train(
         config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), say=said.append, quiet=True

@@ -524,7 +524,7 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
 
     _calm()
     from loracle import recipe
-    from loracle.judge import probe as probing
+    from loracle.baselines import linear_probe as probing
 
     config = RunConfig.from_flat({"data": data, **{k: v for k, v in given.items() if v is not None}})
     depths, metric = recipe.probe(config, say=lambda line: click.echo(line, err=as_json))

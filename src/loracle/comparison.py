@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from loracle import recipe, rivals
+from loracle import recipe
+from loracle.baselines import fit
 from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.examples import Task
@@ -33,7 +34,7 @@ from loracle.judge.report import difference, figure, markdown_table, plain_table
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
 from loracle.recipe import Say
-from loracle.rivals import Rival
+from loracle.baselines.fit import Rival
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
@@ -200,7 +201,7 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
 
 
 def _tfidf(one: Contender, data: Data) -> tuple[Rival, dict[str, Any]]:
-    return rivals.tfidf(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
+    return fit.tfidf(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
 def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]]:
@@ -211,12 +212,12 @@ def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]
     base, _, tokenizer, _ = recipe.open_base(config, data, say)
     scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
     loss, _ = recipe.choose_loss(config, data)
-    layer = rivals.layer_of(data, scorer, encoder, loss, config.train.seed)
-    seen, watched = (rivals.mean_features(scorer, encoder, side, layer) for side in (data.train, data.validation))
+    layer = fit.layer_of(data, scorer, encoder, loss, config.train.seed)
+    seen, watched = (fit.mean_features(scorer, encoder, side, layer) for side in (data.train, data.validation))
     asked = time.perf_counter()
-    unseen = rivals.mean_features(scorer, encoder, data.test, layer)
+    unseen = fit.mean_features(scorer, encoder, data.test, layer)
     asked = time.perf_counter() - asked
-    found = rivals.frozen(data, data.train, seen, data.validation, watched, unseen, loss, config.train.seed)
+    found = fit.frozen(data, data.train, seen, data.validation, watched, unseen, loss, config.train.seed)
     return found, {
         "asked": asked,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),

@@ -25,7 +25,7 @@ from loracle.data.splits import Data, split
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.evaluation import linear_models
-from loracle.judge.budget import Plan, Work
+from loracle.baselines.budget import Plan, Work
 from loracle.evaluation.calibration import Calibration, fit_calibration
 from loracle.evaluation.drift import reference
 from loracle.judge.findings import curves, findings, training_suspects, without_texts
@@ -37,7 +37,7 @@ from loracle.evaluation.classification import (
     target_array,
 )
 from loracle.judge.page import render
-from loracle.judge.probe import Depth, choose, verdict
+from loracle.baselines.linear_probe import Depth, choose, verdict
 from loracle.judge.report import summary
 from loracle.evaluation.click_model import Spread, fit_spread
 from loracle.models import build
@@ -61,7 +61,7 @@ from loracle.models.memory import (
     weight_bytes,
 )
 from loracle.models.scorer import Scorer, is_encoder
-from loracle.rivals import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
+from loracle.baselines.fit import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
 from loracle.run import folder as run_folder
 from loracle.run.card import model_card
 from loracle.run.predictor import Predictor

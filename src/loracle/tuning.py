@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe, rivals
+from loracle import recipe
+from loracle.baselines import fit
 from loracle.training import scoring
 from loracle.config import RunConfig, TuneConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.classification import headline_metric
-from loracle.judge.probe import choose, verdict
+from loracle.baselines.linear_probe import choose, verdict
 from loracle.judge.report import plain_table
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
@@ -97,7 +98,7 @@ class Trials:
         self.loss, _ = recipe.choose_loss(config, data)
         self.base, base_config, self.tokenizer, _ = recipe.open_base(config, data, say)
         if config.model.depth == "auto":  # once for all trials
-            depths = rivals.probe_depths(config, data, self.loss, self.base, self.tokenizer)
+            depths = fit.probe_depths(config, data, self.loss, self.base, self.tokenizer)
             say(verdict(depths))
             model = dataclasses.replace(config.model, depth=choose(depths).layers)
             config = dataclasses.replace(config, model=model)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.judge.budget import SEARCHED
+from loracle.baselines.budget import SEARCHED
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import (
     UNCALIBRATED,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loracle.judge.budget import FOLDS, FREE, LINEAR, SHARE, WATCHED, Work, plan
+from loracle.baselines.budget import FOLDS, FREE, LINEAR, SHARE, WATCHED, Work, plan
 
 SIZES = {"train": 4000, "validation": 400, "test": 1000, "characters": 400_000, "labels": 24, "most": 2048}
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from loracle.examples import Task
 from loracle.models.build import new_scorer
 from loracle.models.loading import load_tokenizer
-from loracle.model.likelihood import log_likelihood, name_scores, names_template
+from loracle.baselines.zero_shot import log_likelihood, name_scores, names_template
 from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
 

@@ -7,7 +7,7 @@ import pytest
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.judge.probe import Depth, by_depth, choose, lines, ridge, verdict
+from loracle.baselines.linear_probe import Depth, by_depth, choose, lines, ridge, verdict
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 

@@ -1,0 +1,1 @@
+"""Simpler methods that a model has to beat."""
