@@ -18,7 +18,7 @@ from results import SHARED, write_table
 
 from loracle import Predictor, recipe
 from loracle.config import RunConfig
-from loracle.judge.report import result_rows
+from loracle.reporting.terminal import result_rows
 
 UPLOADERS, TITLES = 500, 6  # of each uploader the first titles, so that no single one rules
 NEW = ("我花了一百天做了一件事，结果所有人都惊呆了", "第三期更新")

@@ -13,7 +13,7 @@ from pathlib import Path
 from results import write_table
 
 from loracle import demo
-from loracle.judge.report import result_rows
+from loracle.reporting.terminal import result_rows
 
 
 def main() -> None:

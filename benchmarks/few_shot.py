@@ -23,7 +23,7 @@ from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.evaluation.classification import as_json
 from loracle.evaluation.significance import compare
-from loracle.judge.report import figure
+from loracle.reporting.terminal import figure
 
 EPOCHS = {1: 8, 5: 4, 10: 3}  # by examples a class
 TEST, WATCHED, SEED = 500, 2, 0

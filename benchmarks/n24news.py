@@ -27,7 +27,7 @@ from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.evaluation import linear_models
 from loracle.evaluation.classification import target_array
-from loracle.judge.report import result_rows
+from loracle.reporting.terminal import result_rows
 from loracle.models import build
 from loracle.models.loading import load_tokenizer, pick_device
 from loracle.text.tokenize import Encoder

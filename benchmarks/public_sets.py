@@ -23,7 +23,7 @@ from results import SHARED, write_table
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.judge.report import result_rows
+from loracle.reporting.terminal import result_rows
 
 DATA = SHARED / "data"
 RATES, SEARCH_STEPS = (5e-4, 1e-3), 45

@@ -21,7 +21,7 @@ from results import HERE, write_table
 from loracle import recipe
 from loracle.config import RunConfig
 from loracle.data.demo import bbc_headlines, simulate_clicks
-from loracle.judge.report import result_rows
+from loracle.reporting.terminal import result_rows
 from loracle.run.recipes import read_recipe
 
 TESTS = 100  # of Upworthy

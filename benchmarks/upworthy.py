@@ -37,7 +37,7 @@ from loracle.data.splits import Split, group_folds, split_groups
 from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
 from loracle.evaluation.classification import as_json
 from loracle.evaluation.ranking import paired_difference, rank_metrics
-from loracle.judge.report import figure
+from loracle.reporting.terminal import figure
 from loracle.training.losses import numpy_objective
 
 ROTATIONS = 5

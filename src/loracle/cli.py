@@ -338,7 +338,7 @@ MATRIX = 10  # titles up to which the terminal shows each one's chance against e
 
 def _ranking_lines(ranked: list, words: list[list[tuple[str, float]]] | None) -> list[str]:
     """A ranking for the terminal; below it, if asked for, what each word of a title adds."""
-    from loracle.judge.report import plain_table
+    from loracle.reporting.terminal import plain_table
 
     rows = []
     if told := ranked[0].lift is not None:
@@ -382,7 +382,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         click.echo(f"note: {issue}", err=True)
     _calm()
     from loracle.training import scoring
-    from loracle.judge.report import summary
+    from loracle.reporting.terminal import summary
     from loracle.run.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)

@@ -30,7 +30,7 @@ from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import headline_metric
 from loracle.evaluation.significance import Paired, holm
 from loracle.evaluation.significance import compare as in_pairs
-from loracle.judge.report import difference, figure, markdown_table, plain_table
+from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
 from loracle.recipe import Say

@@ -20,7 +20,7 @@ from loracle.examples import RankGroup
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
-from loracle.judge.report import plain_table, result_rows
+from loracle.reporting.terminal import plain_table, result_rows
 from loracle.run.folder import METRICS, RUN
 from loracle.run.predictor import Predictor
 

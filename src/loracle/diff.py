@@ -24,8 +24,8 @@ from loracle.evaluation.changes import BROKEN, MENDED, OTHER, GroupChange, class
 from loracle.evaluation.classification import as_json, differences, given_labels, headline_metric, probabilities, target_array
 from loracle.evaluation.significance import compare_rankers, credit, mcnemar
 from loracle.evaluation.ranking import paired_difference
-from loracle.judge.report import difference as signed
-from loracle.judge.report import figure, plain_table, shortened
+from loracle.reporting.terminal import difference as signed
+from loracle.reporting.terminal import figure, plain_table, shortened
 from loracle.run.folder import RunInfo, read_info
 from loracle.run.predictor import Predictor
 

@@ -24,7 +24,7 @@ from loracle.config import PlanConfig
 from loracle.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
-from loracle.judge import pictures
+from loracle.reporting import plots
 from loracle.evaluation.classification import Array, as_json
 from loracle.evaluation.pairs import SIGNIFICANT_Z
 
@@ -222,7 +222,7 @@ def lines(
 ) -> list[str]:
     """What ``loracle simulate`` prints; ``own``: the numbers of ``config`` are medians of a log."""
     median = "median " if own else ""
-    from loracle.judge.report import figure, plain_table
+    from loracle.reporting.terminal import figure, plain_table
 
     rows = [
         ["impressions a title", *(f"{p.shown:,.0f}" for p in curves["impressions"])],
@@ -270,7 +270,7 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
     Raises:
         UserError: matplotlib cannot write such a file.
     """
-    figure = pictures.new_figure(12 if learnt else 8.5, 3.6)
+    figure = plots.new_figure(12 if learnt else 8.5, 3.6)
     axes = figure.subplots(1, 3 if learnt else 2)
     by_shown, by_tests = curves["impressions"], curves["tests"]
     shown = [p.shown for p in by_shown]
@@ -288,4 +288,4 @@ def plot(curves: dict[str, list[Point]], learnt: Sequence[dict[str, Any]], path:
         axes[2].fill_between([r["groups"] for r in learnt], low, high, alpha=0.2)
         axes[2].plot([r["groups"] for r in learnt], value, "o-", label="TF-IDF ranker on held-out pairs")
         axes[2].set(xlabel="groups learnt from", ylabel="pair accuracy, %")
-    pictures.save(figure, path)
+    plots.save(figure, path)

@@ -28,7 +28,7 @@ from loracle.evaluation import linear_models
 from loracle.baselines.budget import Plan, Work
 from loracle.evaluation.calibration import Calibration, fit_calibration
 from loracle.evaluation.drift import reference
-from loracle.judge.findings import curves, findings, training_suspects, without_texts
+from loracle.reporting.report import curves, findings, training_suspects, without_texts
 from loracle.evaluation.classification import (
     UNCALIBRATED,
     given_labels,
@@ -36,9 +36,9 @@ from loracle.evaluation.classification import (
     probabilities,
     target_array,
 )
-from loracle.judge.page import render
+from loracle.reporting.html import render
 from loracle.baselines.linear_probe import Depth, choose, verdict
-from loracle.judge.report import summary
+from loracle.reporting.terminal import summary
 from loracle.evaluation.click_model import Spread, fit_spread
 from loracle.models import build
 from loracle.models.lora import save_adapter

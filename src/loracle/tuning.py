@@ -23,7 +23,7 @@ from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.classification import headline_metric
 from loracle.baselines.linear_probe import choose, verdict
-from loracle.judge.report import plain_table
+from loracle.reporting.terminal import plain_table
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.recipe import Say

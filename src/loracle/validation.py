@@ -25,7 +25,7 @@ from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
 from loracle.evaluation.classification import headline_metric
-from loracle.judge.report import SHOWN, figure, plain_table
+from loracle.reporting.terminal import SHOWN, figure, plain_table
 from loracle.recipe import Say
 from loracle.run import folder as run_folder
 from loracle.series import learn_once, place, root_of

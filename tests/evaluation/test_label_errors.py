@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loracle.examples import LabeledText, Task
-from loracle.judge.findings import LISTED, training_suspects
+from loracle.reporting.report import LISTED, training_suspects
 from loracle.evaluation.label_errors import margins, out_of_fold, pair_suspects, suspects
 
 TASK = Task(kind="single", label_names=("sea", "sky", "soil"))

@@ -18,10 +18,10 @@ from sklearn.linear_model import RidgeCV
 
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.judge import pictures
+from loracle.reporting import plots
 from loracle.evaluation.linear_models import one_thread, standardised
 from loracle.evaluation.classification import Array
-from loracle.judge.report import plain_table
+from loracle.reporting.terminal import plain_table
 
 RIDGE = tuple(10.0**k for k in range(-1, 6))  # penalties for standardised features, chosen by leave-one-out
 
@@ -111,10 +111,10 @@ def plot(depths: Sequence[Depth], metric: str, path: Path) -> None:
     Raises:
         UserError: matplotlib cannot write such a file.
     """
-    figure, chosen = pictures.new_figure(7, 3.6), choose(depths)
+    figure, chosen = plots.new_figure(7, 3.6), choose(depths)
     axes, at = figure.subplots(), [d.layers for d in depths]
     axes.fill_between(at, [100 * d.low for d in depths], [100 * d.high for d in depths], alpha=0.2)
     axes.plot(at, [100 * d.value for d in depths], "o-", label="linear probe, 95 % interval")
     axes.axvline(chosen.layers, ls="--", color="grey", label=f"--depth auto: {chosen.layers}")
     axes.set(xlabel="layers kept", ylabel=f"{metric.replace('_', ' ')}, % of held-out examples")
-    pictures.save(figure, path)
+    plots.save(figure, path)

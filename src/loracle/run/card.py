@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loracle.config import RunConfig
-from loracle.judge.report import ceiling_line, markdown_table, result_rows
+from loracle.reporting.terminal import ceiling_line, markdown_table, result_rows
 from loracle.run.folder import RunInfo
 
 LABELS = 50  # that are named

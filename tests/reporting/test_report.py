@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics as reference
 
 from loracle.examples import LabeledText, RankGroup, Task
-from loracle.judge import findings as of
+from loracle.reporting import report as of
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import (
     as_json,
@@ -20,7 +20,7 @@ from loracle.evaluation.classification import (
     probabilities,
     target_array,
 )
-from loracle.judge.page import render
+from loracle.reporting.html import render
 
 NAMES = tuple(f"label {i}" for i in range(15))
 RUN = {

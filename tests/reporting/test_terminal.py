@@ -2,7 +2,7 @@
 
 import pytest
 
-from loracle.judge.report import FIGURES, ceiling_line, figure, result_rows
+from loracle.reporting.terminal import FIGURES, ceiling_line, figure, result_rows
 
 
 def interval(value, low=None, high=None):

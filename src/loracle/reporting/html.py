@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from loracle.judge.report import figure
+from loracle.reporting.terminal import figure
 
 COLOURS = {"#010101": "currentColor", "#020202": "var(--first)", "#030303": "var(--second)", "#040404": "var(--faint)"}
 INK, FIRST, SECOND, FAINT = COLOURS

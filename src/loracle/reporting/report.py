@@ -37,7 +37,7 @@ from loracle.evaluation.classification import (
     units_of,
 )
 from loracle.evaluation.ranking import paired_difference
-from loracle.judge.report import ceiling_line, result_rows, shortened
+from loracle.reporting.terminal import ceiling_line, result_rows, shortened
 from loracle.evaluation.label_errors import out_of_fold, pair_suspects, suspects
 
 LISTED = 20  # texts a list shows

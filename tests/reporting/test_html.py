@@ -8,9 +8,9 @@ import pytest
 
 from loracle.examples import LabeledText, RankGroup, Task
 from loracle.evaluation.calibration import Calibration, fit_calibration
-from loracle.judge.findings import findings, training_suspects
+from loracle.reporting.report import findings, training_suspects
 from loracle.evaluation.classification import as_json, classification_metrics, target_array
-from loracle.judge.page import render
+from loracle.reporting.html import render
 from loracle.evaluation.ranking import rank_metrics
 
 HOSTILE = "<script>console.error('run')</script> & \"quoted\" <img src=x onerror=alert(1)> {{ 7 * 7 }}"
