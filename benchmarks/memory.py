@@ -58,7 +58,7 @@ def main() -> None:
         one.write_text("text\nA storm is on its way to the coast\n", encoding="utf-8")
         command = [LORACLE, "predict", Path(scratch) / f"run-{SIZES[0]}", one, "-o", Path(scratch) / "out.csv"]
         walls = [peak(command)[1] for _ in range(1 + ROUNDS)][1:]
-        imports = [peak([sys.executable, "-c", "import loracle.run.predictor"])[1] for _ in range(ROUNDS)]
+        imports = [peak([sys.executable, "-c", "import loracle.runs.predictor"])[1] for _ in range(ROUNDS)]
     notes = [
         "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), five steps of 16 N24News abstracts, LoRA on every layer; "
         "the examples themselves are held in memory.",

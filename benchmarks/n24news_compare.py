@@ -28,7 +28,7 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
 from loracle.evaluation.classification import bootstrap
 from loracle.evaluation.significance import credit
-from loracle.run.folder import METRICS
+from loracle.runs.folder import METRICS
 from loracle.series import learn_once, place
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))

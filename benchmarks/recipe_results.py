@@ -22,7 +22,7 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.data.demo import bbc_headlines, simulate_clicks
 from loracle.reporting.terminal import result_rows
-from loracle.run.recipes import read_recipe
+from loracle.runs.recipes import read_recipe
 
 TESTS = 100  # of Upworthy
 

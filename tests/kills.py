@@ -16,7 +16,7 @@ import torch
 KILLS = int(os.environ.get("LORACLE_KILLS", 5))
 WINDOW = 16
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(["loracle.run.batch", "loracle.training.checkpoint"])
+_forked.set_forkserver_preload(["loracle.runs.batch", "loracle.training.checkpoint"])
 
 
 def start(target, *args):
@@ -35,8 +35,8 @@ def job_of(run: Path, data: Path | str, table=None):
     from loracle.config import DataConfig
     from loracle.data.columns import infer_text_column
     from loracle.data.sources import open_table
-    from loracle.run.batch import Job
-    from loracle.run.folder import read_info
+    from loracle.runs.batch import Job
+    from loracle.runs.folder import read_info
 
     table = table or open_table(str(data))
     columns = infer_text_column(table, DataConfig(text="text"))
@@ -44,7 +44,7 @@ def job_of(run: Path, data: Path | str, table=None):
 
 
 def label(run: Path, data: Path, out: Path) -> None:
-    from loracle.run.batch import predict
+    from loracle.runs.batch import predict
 
     predict(job_of(run, data), out, 0.0, say=lambda line: None)
 

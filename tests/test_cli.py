@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from small import clicked, graded, integers, labelled, messages, pairs, prompted, several, write
 
 from loracle.cli import main
-from loracle.run.folder import read_info
+from loracle.runs.folder import read_info
 
 FAST = ["--epochs", "8", "--batch", "8", "--lr", "0.01", "--test-share", "0.2", "--validation-share", "0.2"]
 CLICKS = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]

@@ -17,7 +17,7 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.examples import LabeledText, Task
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.significance import mcnemar
-from loracle.run.folder import read_info
+from loracle.runs.folder import read_info
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
 ROOT = Path(__file__).parents[1]

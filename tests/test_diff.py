@@ -17,8 +17,8 @@ from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.evaluation.significance import mcnemar
 from loracle.recipe import train
-from loracle.run.folder import write_manifest
-from loracle.run.predictor import Predictor
+from loracle.runs.folder import write_manifest
+from loracle.runs.predictor import Predictor
 
 QUICK = {"batch": 8, "epochs": 6.0, "lr": 1e-2, "baselines": False, "test_share": 0.2, "validation_share": 0.2}
 

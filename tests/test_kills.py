@@ -13,7 +13,7 @@ import torch
 from kills import KILLS
 from small import write
 
-from loracle.run.batch import Kept
+from loracle.runs.batch import Kept
 from loracle.training.checkpoint import load_checkpoint
 
 ROWS = 3200

@@ -23,9 +23,9 @@ from loracle.config import RunConfig
 from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.models.scorer import Scorer
-from loracle.run import share
-from loracle.run.folder import read_info
-from loracle.run.predictor import Predictor
+from loracle.runs import sharing
+from loracle.runs.folder import read_info
+from loracle.runs.predictor import Predictor
 
 STEPS = 24
 
@@ -347,7 +347,7 @@ def test_a_pattern_is_found_again_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = recipe.absolute(RunConfig.from_flat({"data": "*.csv"})).data.data
     assert found == str(tmp_path / "*.csv")
-    assert [share._name(spec) for spec in (found, "clients/acme/*.csv", "hf:me/data")] == [
+    assert [sharing._name(spec) for spec in (found, "clients/acme/*.csv", "hf:me/data")] == [
         "*.csv",
         "*.csv",
         "hf:me/data",

@@ -15,7 +15,7 @@ from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, UserError
-from loracle.run.recipes import read_recipe
+from loracle.runs.recipes import read_recipe
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.003", "--validation-share", "0.3"]
 

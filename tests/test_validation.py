@@ -13,7 +13,7 @@ from small import clicked, labelled, several, write
 from loracle import recipe
 from loracle.training import scoring
 from loracle.cli import main
-from loracle.run.folder import read_info
+from loracle.runs.folder import read_info
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01"]
 CLICKS = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]

@@ -8,12 +8,12 @@ __all__ = ["Predictor", "TextClassifier", "TextRanker", "UserError", "__version_
 if TYPE_CHECKING:
     from loracle.api import TextClassifier, TextRanker
     from loracle.errors import UserError
-    from loracle.run.predictor import Predictor
+    from loracle.runs.predictor import Predictor
 
 _HOMES = {
     "TextClassifier": "loracle.api",
     "TextRanker": "loracle.api",
-    "Predictor": "loracle.run.predictor",
+    "Predictor": "loracle.runs.predictor",
     "UserError": "loracle.errors",
 }
 

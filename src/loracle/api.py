@@ -16,7 +16,7 @@ from loracle.data.columns import Columns
 from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.reader import Examples
 from loracle.errors import UserError
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 
 
 class _Estimator:

@@ -157,7 +157,7 @@ def _settings(
     data: str | None, recipe_file: Path | None, given: dict[str, Any], command: str
 ) -> tuple[RunConfig, dict[str, dict[str, Any]]]:
     """A run's settings, flags before the recipe file before defaults; and the file's sections for other commands."""
-    from loracle.run.recipes import read_recipe
+    from loracle.runs.recipes import read_recipe
 
     flat, extra = read_recipe(recipe_file) if recipe_file else ({}, {})
     flat |= {k: v for k, v in {"data": data, **given}.items() if v is not None}
@@ -204,7 +204,7 @@ def predict(
     """
     from loracle.data.columns import infer_text_column
     from loracle.data.sources import open_table
-    from loracle.run.folder import read_info
+    from loracle.runs.folder import read_info
 
     if workers and not on:
         raise UserError("--on ray beside --workers", "--workers alone", "add --on ray, or leave out --workers")
@@ -215,7 +215,7 @@ def predict(
     for line in found.said:
         click.echo(line, err=True)
     _calm()
-    from loracle.run import batch
+    from loracle.runs import batch
 
     job = batch.Job(
         run=run,
@@ -256,13 +256,13 @@ def rank(
     A ranker that learnt from clicks also says how likely each title is to beat each other one, and which lift over the mean
     of those offered to expect.
     """
-    from loracle.run.folder import read_info
+    from loracle.runs.folder import read_info
 
     groups = _titles_to_rank(read_info(run), titles, context, columns)
     _calm()
-    from loracle.run.explain import leave_one_out
-    from loracle.run.output import open_output
-    from loracle.run.predictor import Predictor
+    from loracle.runs.explain import leave_one_out
+    from loracle.runs.output import open_output
+    from loracle.runs.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
 
@@ -374,7 +374,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
 
     from loracle.data.reader import read_examples
     from loracle.data.sources import open_table
-    from loracle.run.folder import read_info
+    from loracle.runs.folder import read_info
 
     info, table = read_info(run), open_table(data)
     examples = read_examples(table, _remembered(info, table, given), task=info.task)
@@ -383,7 +383,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     _calm()
     from loracle.training import scoring
     from loracle.reporting.terminal import summary
-    from loracle.run.predictor import Predictor
+    from loracle.runs.predictor import Predictor
 
     predictor = Predictor(run, base=base, device=device)
     scores = scoring.score_examples(predictor.scorer, predictor.encoder, examples.items)
@@ -425,7 +425,7 @@ def diff(
     import json
 
     from loracle.data.sources import open_table
-    from loracle.run.output import open_output
+    from loracle.runs.output import open_output
 
     _calm()
     from loracle import diff as versions
@@ -657,7 +657,7 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     It is scored beside the run at once, and removed if it differs.
     """
     _calm()
-    from loracle.run import export as exporting
+    from loracle.runs import export as exporting
 
     named = run.resolve() if run.name in ("", "..") else run
     folder = exporting.export(run, out or named.with_name(f"{named.name}-{to}"), to, base=base, say=click.echo)
@@ -674,9 +674,9 @@ def push(run: Path, to: str, private: bool, revision: str | None) -> None:
 
     No text of the data leaves this machine: report, predictions and logs are left out. Label names, settings and metrics go.
     """
-    from loracle.run import share
+    from loracle.runs import sharing
 
-    click.echo(f"page: {share.push(run, to, private=private, revision=revision, say=click.echo)}")
+    click.echo(f"page: {sharing.push(run, to, private=private, revision=revision, say=click.echo)}")
 
 
 @main.command()
@@ -687,9 +687,9 @@ def pull(source: str, out: Path | None) -> None:
 
     Every file is checked against the run's own checksums. What was fetched once serves without a network.
     """
-    from loracle.run import share
+    from loracle.runs import sharing
 
-    click.echo(f"run folder: {share.pull(source, out, say=click.echo)}")
+    click.echo(f"run folder: {sharing.pull(source, out, say=click.echo)}")
 
 
 @main.command()

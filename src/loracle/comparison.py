@@ -35,7 +35,7 @@ from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
 from loracle.recipe import Say
 from loracle.baselines.fit import Rival
-from loracle.run import folder as run_folder
+from loracle.runs import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"

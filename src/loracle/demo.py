@@ -21,8 +21,8 @@ from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
 from loracle.reporting.terminal import plain_table, result_rows
-from loracle.run.folder import METRICS, RUN
-from loracle.run.predictor import Predictor
+from loracle.runs.folder import METRICS, RUN
+from loracle.runs.predictor import Predictor
 
 # Chosen on validation examples (dev/LOG.md). The cue asks the model for what it knows about topics already.
 CUE = "BBC News headline: {text}\nTopic (business, entertainment, politics, sports or tech):"

@@ -26,8 +26,8 @@ from loracle.evaluation.significance import compare_rankers, credit, mcnemar
 from loracle.evaluation.ranking import paired_difference
 from loracle.reporting.terminal import difference as signed
 from loracle.reporting.terminal import figure, plain_table, shortened
-from loracle.run.folder import RunInfo, read_info
-from loracle.run.predictor import Predictor
+from loracle.runs.folder import RunInfo, read_info
+from loracle.runs.predictor import Predictor
 
 LISTED = 5  # rows of a kind that the terminal shows
 LETTERS = 100  # of a text there

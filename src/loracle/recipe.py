@@ -62,9 +62,9 @@ from loracle.models.memory import (
 )
 from loracle.models.scorer import Scorer, is_encoder
 from loracle.baselines.fit import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
-from loracle.run import folder as run_folder
-from loracle.run.card import model_card
-from loracle.run.predictor import Predictor
+from loracle.runs import folder as run_folder
+from loracle.runs.model_card import model_card
+from loracle.runs.predictor import Predictor
 from loracle.training.scoring import (
     encode_examples,
     encode_texts,

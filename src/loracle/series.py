@@ -12,7 +12,7 @@ from loracle.config import RunConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted
 from loracle.recipe import Say
-from loracle.run import folder as run_folder
+from loracle.runs import folder as run_folder
 
 
 def root_of(config: RunConfig, kind: str) -> Path:

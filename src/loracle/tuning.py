@@ -27,7 +27,7 @@ from loracle.reporting.terminal import plain_table
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.recipe import Say
-from loracle.run.recipes import write_recipe
+from loracle.runs.recipes import write_recipe
 from loracle.series import place, root_of
 from loracle.training.loop import fit
 

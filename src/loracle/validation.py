@@ -27,7 +27,7 @@ from loracle.errors import UserError
 from loracle.evaluation.classification import headline_metric
 from loracle.reporting.terminal import SHOWN, figure, plain_table
 from loracle.recipe import Say
-from loracle.run import folder as run_folder
+from loracle.runs import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
 JSON = "validation.json"

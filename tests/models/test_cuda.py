@@ -24,7 +24,7 @@ from loracle.examples import LabeledText, Task
 from loracle.models.attention import tree
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve.server import load
 from loracle.text.tokenize import Encoded
 from loracle.training.loop import Schedule, fit

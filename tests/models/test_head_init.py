@@ -19,7 +19,7 @@ from loracle.data.demo import bbc_headlines
 from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.models import build
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 
 CUE = "Topic of this headline: {text}\nThe topic is"
 

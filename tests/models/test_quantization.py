@@ -14,8 +14,8 @@ from loracle.errors import UserError
 from loracle.models import build
 from loracle.models import memory
 from loracle.models.build import new_scorer
-from loracle.run.export import export
-from loracle.run.predictor import Predictor
+from loracle.runs.export import export
+from loracle.runs.predictor import Predictor
 
 pytest.importorskip("bitsandbytes", reason="the extra nf4 is not installed")
 TASK = Task(kind="single", label_names=("a", "b", "c"))

@@ -15,7 +15,7 @@ from small import QUICK, pairs, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve import api
 
 # --- limits -----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from loracle import recipe
 from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.evaluation.classification import probabilities
-from loracle.run.export import export
-from loracle.run.predictor import Predictor
+from loracle.runs.export import export
+from loracle.runs.predictor import Predictor
 
 LENGTH = 48  # tokens a text may have
 ASKED = {

@@ -22,7 +22,7 @@ from loracle import recipe
 from loracle.config import RunConfig, ServeConfig
 from loracle.evaluation import drift
 from loracle.models.build import share_weights
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve import api
 from loracle.serve.server import load
 

@@ -20,7 +20,7 @@ from loracle import recipe
 from loracle.cli import main
 from loracle.config import RunConfig, ServeConfig
 from loracle.errors import UserError
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve import server
 from loracle.serve.guard import is_loopback
 from loracle.serve.server import _listen, load, read_token

@@ -32,7 +32,7 @@ from loracle.config import ServeConfig
 from loracle.errors import UserError
 from loracle.evaluation.classification import probabilities
 from loracle.models.build import score
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve import schema
 from loracle.serve.batcher import Batcher, Failed, Full
 from loracle.serve.guard import RETRY, Guard, problem

@@ -18,7 +18,7 @@ from loracle.errors import UserError
 from loracle.models.build import share_weights
 from loracle.models.attention.cuda_graphs import ROWS
 from loracle.models.scorer import Scorer
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 from loracle.serve.api import create_app
 from loracle.serve.guard import is_loopback
 from loracle.serve.protocol import bounded

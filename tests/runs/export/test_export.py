@@ -16,9 +16,9 @@ from loracle import recipe
 from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.errors import UserError
-from loracle.run import export as exporting
-from loracle.run.export import export
-from loracle.run.predictor import Predictor
+from loracle.runs import export as exporting
+from loracle.runs.export import export
+from loracle.runs.predictor import Predictor
 
 TEXTS = ["good day", "bad " * 300, "so — naïve 标题", "<|im_end|> good"]
 KINDS = {"single": labelled, "multi": several, "rank": pairs}

@@ -16,8 +16,8 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.examples import RankGroup
 from loracle.errors import UserError
-from loracle.run.folder import checksum
-from loracle.run.predictor import Predictor
+from loracle.runs.folder import checksum
+from loracle.runs.predictor import Predictor
 
 TEXTS = ["good day", "bad " * 30, "", "so — naïve 标"]
 
@@ -64,7 +64,7 @@ def test_an_encoder_with_every_weight_trained_reloads(tiny_model, tmp_path):
 
 
 def test_another_process_gives_the_same_scores(classifier):
-    script = "import json, sys; from loracle.run.predictor import Predictor; print(json.dumps(" \
+    script = "import json, sys; from loracle.runs.predictor import Predictor; print(json.dumps(" \
         "Predictor(sys.argv[1]).scores(json.loads(sys.argv[2])).tolist()))"  # fmt: skip
     command = [sys.executable, "-c", script, str(classifier), json.dumps(TEXTS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -103,7 +103,7 @@ def test_a_ranker_ranks_best_first(ranker):
 
 
 def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
-    monkeypatch.setattr("loracle.run.predictor.WINDOW", 5)
+    monkeypatch.setattr("loracle.runs.predictor.WINDOW", 5)
     groups = [
         RankGroup(group=str(i), texts=titles[: 1 + i % 3], rows=(1, 2, 3)[: 1 + i % 3], context=context)
         for i, context in enumerate(["brief 1", "brief 1", None, "brief 2"] * 2)

@@ -18,7 +18,7 @@ from loracle.models.build import load_scorer, score
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
-from loracle.run.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
+from loracle.runs.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import check_contexts
 

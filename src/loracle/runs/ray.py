@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loracle.errors import UserError
-from loracle.run.predictor import Predictor, score_window
+from loracle.runs.predictor import Predictor, score_window
 
 if TYPE_CHECKING:
-    from loracle.run.batch import Job
+    from loracle.runs.batch import Job
 
 
 def probabilities(job: Job, first: int) -> Iterator[np.ndarray]:

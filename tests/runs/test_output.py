@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from loracle.errors import UserError
-from loracle.run import output
-from loracle.run.output import open_output
+from loracle.runs import output
+from loracle.runs.output import open_output
 
 ROWS = [{"a": 'x, "y"', "b": None, "c": [1, "ö"]}, {"a": "line\nbreak", "b": 2, "c": {"k": "标"}}]
 

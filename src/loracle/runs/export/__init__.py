@@ -21,8 +21,8 @@ from loracle.evaluation.classification import given_labels, probabilities
 from loracle.models import openvino
 from loracle.models.build import load_merged
 from loracle.models.loading import head_names, load_tokenizer
-from loracle.run import folder as run_folder
-from loracle.run.predictor import Predictor, find_base
+from loracle.runs import folder as run_folder
+from loracle.runs.predictor import Predictor, find_base
 from loracle.text.template import needs_context
 
 TRIED = 64  # texts that a float32 export must score as the run does

@@ -34,9 +34,9 @@ from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
 from loracle.hubs import checksum
 from loracle.evaluation.classification import confidence_of, given_labels
-from loracle.run.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
-from loracle.run.output import Write, check_output, open_output
-from loracle.run.predictor import Predictor, names_of, score_window
+from loracle.runs.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
+from loracle.runs.output import Write, check_output, open_output
+from loracle.runs.predictor import Predictor, names_of, score_window
 from loracle.text.template import check_contexts
 
 WINDOW = 2048  # rows held at once, and lost at most by a kill
@@ -74,7 +74,7 @@ class Job:
             UserError: the run is damaged, or the base model is not the one that was trained on.
         """
         if self.workers is not None:
-            from loracle.run.on_ray import probabilities
+            from loracle.runs.ray import probabilities
 
             yield from probabilities(self, first)
             return

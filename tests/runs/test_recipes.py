@@ -14,8 +14,8 @@ from loracle import recipe
 from loracle.cli import _settings, main
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError
-from loracle.run.folder import read_info
-from loracle.run.recipes import read_recipe, write_recipe
+from loracle.runs.folder import read_info
+from loracle.runs.recipes import read_recipe, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 

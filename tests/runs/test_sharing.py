@@ -15,7 +15,7 @@ from small import labelled, write
 from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.recipe import train
-from loracle.run.predictor import Predictor
+from loracle.runs.predictor import Predictor
 
 TEXTS = ["good number 7", "bad number 8", "something else"]
 LEFT_OUT = {"report.html", "report.json", "predictions.csv", "log.jsonl", "tensorboard"}

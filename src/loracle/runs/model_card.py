@@ -8,7 +8,7 @@ from typing import Any
 
 from loracle.config import RunConfig
 from loracle.reporting.terminal import ceiling_line, markdown_table, result_rows
-from loracle.run.folder import RunInfo
+from loracle.runs.folder import RunInfo
 
 LABELS = 50  # that are named
 

@@ -11,8 +11,8 @@ from small import QUICK, write
 
 from loracle import recipe
 from loracle.config import RunConfig
-from loracle.run.export import export
-from loracle.run.predictor import Predictor
+from loracle.runs.export import export
+from loracle.runs.predictor import Predictor
 
 SECRETS = (b"quokka", b"Zyzzyva", "水獭".encode())  # in every text, context and name of a group
 

@@ -23,7 +23,7 @@ from small import write
 from loracle.cli import main
 from loracle.data.sources import open_table
 from loracle.errors import Interrupted, UserError
-from loracle.run.batch import Kept, predict
+from loracle.runs.batch import Kept, predict
 
 ROWS = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(70)]
 WINDOWS = 5  # of kills.WINDOW rows

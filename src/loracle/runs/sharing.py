@@ -14,8 +14,8 @@ from typing import Any
 
 from loracle import hubs
 from loracle.errors import UserError
-from loracle.run import folder as run_folder
-from loracle.run.card import model_card
+from loracle.runs import folder as run_folder
+from loracle.runs.model_card import model_card
 
 Say = Callable[[str], None]
 DEMO_LICENCE = "apache-2.0"  # of SmolLM2, the embedded model

@@ -14,7 +14,7 @@ from loracle import recipe
 from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.run.folder import RunInfo, read_info, verify, write_info, write_manifest
+from loracle.runs.folder import RunInfo, read_info, verify, write_info, write_manifest
 
 FILES = (
     "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "log.jsonl", "metrics.json",

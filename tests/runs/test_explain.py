@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loracle.run.explain import leave_one_out
+from loracle.runs.explain import leave_one_out
 
 
 class Counts:
