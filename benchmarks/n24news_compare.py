@@ -22,7 +22,8 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle import comparison, recipe
+from loracle import comparison
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
@@ -53,7 +54,7 @@ def main() -> None:
     plain = RunConfig.from_flat(
         {"data": str(train), "test": str(test), "batch": BATCH, "epochs": EPOCHS, "lr": LR, "template": TEMPLATE}
     )
-    data = recipe.read_data(plain, print)  # for its test side
+    data = pipeline.read_data(plain, print)  # for its test side
     looks = {lr: encoder_look(plain, data, minilm, lr) for lr in ENCODER_RATES}
     encoder_lr = max(looks, key=lambda lr: looks[lr])
     for seed in range(SEEDS):

@@ -21,7 +21,7 @@ from typing import Any
 
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.reporting.terminal import result_rows
 
@@ -110,7 +110,7 @@ def main(name: str) -> None:
 
 def train(settings: dict[str, Any], out: Path, **more: Any) -> Path:
     """One run."""
-    return recipe.train(RunConfig.from_flat({"out": str(out), **settings, **more}))
+    return pipeline.train(RunConfig.from_flat({"out": str(out), **settings, **more}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from rank_speed import arms
 from results import HERE, write_table
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.demo import bbc_headlines, simulate_clicks
 from loracle.reporting.terminal import result_rows
@@ -65,7 +65,7 @@ def main(name: str) -> None:
         data, about = SETS[name](Path(scratch))
         flat, _ = read_recipe(HERE.parent / "recipes" / f"{name}.toml")
         more = {"data": str(data), "model": "demo", "out": str(Path(scratch) / "run")}
-        run = recipe.train(RunConfig.from_flat(flat | more))
+        run = pipeline.train(RunConfig.from_flat(flat | more))
         metrics = json.loads((run / "metrics.json").read_text())
     notes = [
         f"recipes/{name}.toml with {metrics['base']} in place of its model, seed 0, {metrics['train']['steps']:,} steps "

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from results import SHARED, write_table
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import RankGroup
 from loracle.data.reader import read_examples
@@ -70,7 +70,7 @@ def rotation(number: int, groups: list[RankGroup]) -> Path:
     SCRATCH.mkdir(parents=True, exist_ok=True)
     side = folds(groups)[number]
     data = divided(side)
-    loss, chosen = recipe.choose_loss(config(), data)
+    loss, chosen = pipeline.choose_loss(config(), data)
     objective = numpy_objective(loss)
     learnt_from, held = [*data.train, *data.validation], data.test  # the baselines choose by folds of their own
     scores = {
@@ -80,7 +80,7 @@ def rotation(number: int, groups: list[RankGroup]) -> Path:
     }
     run = SCRATCH / f"run-{number}"
     shutil.rmtree(run, ignore_errors=True)
-    recipe.learn(config(), data, run)
+    pipeline.learn(config(), data, run)
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
         own = np.array([float(row["score"]) for row in csv.DictReader(f)])
     scores["loracle"] = np.split(own, np.cumsum([len(g.texts) for g in held])[:-1])
@@ -101,11 +101,11 @@ def folds(groups: list[RankGroup]) -> list[Split]:
     return group_folds(groups, ROTATIONS, seed=0)
 
 
-def divided(side: Split) -> recipe.Data:
+def divided(side: Split) -> pipeline.Data:
     """A rotation's three sides."""
     inner = split_groups([_undated(g) for g in side.train], 0.1, 1)
-    task = recipe.Task(kind="rank", evidence="clicks")
-    return recipe.Data(task=task, train=inner.train, validation=inner.held, test=side.held)
+    task = pipeline.Task(kind="rank", evidence="clicks")
+    return pipeline.Data(task=task, train=inner.train, validation=inner.held, test=side.held)
 
 
 def _undated(group: RankGroup) -> RankGroup:

@@ -100,13 +100,13 @@ def tiny_model(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def labelled_run(tiny_model, tmp_path_factory) -> Path:
     """A run on ``small.labelled``, two steps long, which tests read and do not write to."""
-    from loracle import recipe
+    from loracle import pipeline
     from loracle.config import RunConfig
 
     folder = tmp_path_factory.mktemp("labelled")
     data = write(folder / "data.csv", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run"), "max_steps": 2}
-    return recipe.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 from small import clicked, labelled, several, write
 
-from loracle import comparison, recipe
+from loracle import comparison
+from loracle import pipeline
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
 from loracle.examples import LabeledText, Task
@@ -48,9 +49,9 @@ def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model,
     for name, kind in names.items():
         assert f'"{name}"' in recipe_text
         recipe_text = recipe_text.replace(f'"{name}"', f'"{tiny_model(kind)}"')
-    (tmp_path / "recipe.toml").write_text(recipe_text, encoding="utf-8")
+    (tmp_path / "pipeline.toml").write_text(recipe_text, encoding="utf-8")
     data, out = write(tmp_path / "abstracts.jsonl", labelled(60)), tmp_path / "table"
-    flags = [data, "--recipe", tmp_path / "recipe.toml", *FAST, "-o", out, "--price-per-hour", "2"]
+    flags = [data, "--recipe", tmp_path / "pipeline.toml", *FAST, "-o", out, "--price-per-hour", "2"]
     said = compare(*flags).stdout
 
     found = json.loads((out / "comparison.json").read_text())
@@ -102,7 +103,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
     flat = {"data": str(data), "model": str(tiny_model("qwen2")), "epochs": 1, "batch": 8, "save_steps": 1, "lr": 0.01,
             "out": str(tmp_path / "table")}  # fmt: skip
     config, settings = RunConfig.from_flat(flat), CompareConfig(against=str(tiny_model("llama")))
-    learn, trained = recipe.learn, []
+    learn, trained = pipeline.learn, []
 
     def stopped_in_the_second(config, data, folder, **how):
         trained.append(folder.name.split("-")[0])
@@ -110,7 +111,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
             raise Interrupted("stopped after step 3 of 6; go on with: loracle train --resume x")
         return learn(config, data, folder, **how)
 
-    monkeypatch.setattr(recipe, "learn", stopped_in_the_second)
+    monkeypatch.setattr(pipeline, "learn", stopped_in_the_second)
     with pytest.raises(Interrupted, match=r"stopped after step 3 of 6 in .*the same command goes on"):
         comparison.run(config, settings, say=lambda line: None, quiet=True)
     comparison.run(config, settings, say=lambda line: None, quiet=True)
@@ -132,7 +133,7 @@ def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
 
 def test_names_that_cannot_be_had_are_said_before_anything_is_trained(tiny_model, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", labelled(60))
-    monkeypatch.setattr(recipe, "learn", None)
+    monkeypatch.setattr(pipeline, "learn", None)
     flags = ["--model", tiny_model("qwen2"), "-o", tmp_path / "table"]
     done = compare(data, *flags, "--against", f"tfidf,{tmp_path}/no-such", code=2)
     assert "no-such" in done.stderr
@@ -196,7 +197,7 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
         LabeledText(text=f"{word} number {i}", labels=(c,), row=i) for i in range(12) for c, word in enumerate("ab")
     ]
     task = Task(kind="single", label_names=("a", "b"))
-    data = recipe.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
+    data = pipeline.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
     rival, more = comparison._frozen(frozen, data, said.append)
     assert np.concatenate(rival.scores).shape == (6, 2)
     assert more["parameters"] > 0

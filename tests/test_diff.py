@@ -16,7 +16,7 @@ from small import clicked, graded, labelled, several, write
 from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.evaluation.significance import mcnemar
-from loracle.recipe import train
+from loracle.pipeline import train
 from loracle.runs.folder import write_manifest
 from loracle.runs.predictor import Predictor
 

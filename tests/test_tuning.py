@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 from small import labelled, write
 
-from loracle import recipe, tuning
+from loracle import tuning
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
@@ -51,14 +52,14 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     assert len({line.split("lr ")[1].partition(":")[0] for line in lines}) == 6
 
     config = RunConfig.from_flat({"data": str(data), "validation_share": 0.3})
-    sides = recipe.read_data(config, lambda line: None)
+    sides = pipeline.read_data(config, lambda line: None)
     assert set(seen) == {e.text for e in sides.validation}  # and no test text
 
-    flat, _ = read_recipe(out / "recipe.toml")
+    flat, _ = read_recipe(out / "pipeline.toml")
     best = max(float(line.rpartition(": ")[2]) for line in lines if "stopped" not in line)
-    assert f"accuracy {best:.4f}" in (out / "recipe.toml").read_text().splitlines()[0]
+    assert f"accuracy {best:.4f}" in (out / "pipeline.toml").read_text().splitlines()[0]
     assert flat["alpha"] == 2 * flat["r"]
-    loracle("train", "--recipe", out / "recipe.toml", "-o", tmp_path / "run", "--no-baselines")
+    loracle("train", "--recipe", out / "pipeline.toml", "-o", tmp_path / "run", "--no-baselines")
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert trained["validation"]["accuracy"] == pytest.approx(best, abs=1e-4)
 
@@ -115,7 +116,7 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
 def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
     def trials(kind, **more):
         config = config_of(tmp_path, tiny_model(kind), **more)
-        data = recipe.read_data(config, lambda line: None)
+        data = pipeline.read_data(config, lambda line: None)
         return tuning.Trials(config, data, tmp_path / "trial", lambda line: None, True)
 
     assert trials("bert", full=True).given == {"epochs": 1.0}

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from small import clicked, labelled, several, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.cli import main
 from loracle.runs.folder import read_info
@@ -123,7 +123,7 @@ def test_what_cannot_be_repeated_is_said_in_a_line(tmp_path, flags, words):
 
 
 def test_read_scores_are_those_that_were_written(tmp_path):
-    groups = [recipe.RankGroup(group=str(n), texts=("a",) * n, rows=(1,) * n) for n in (2, 3)]
+    groups = [pipeline.RankGroup(group=str(n), texts=("a",) * n, rows=(1,) * n) for n in (2, 3)]
     scores = [np.arange(n, dtype=np.float32)[:, None] for n in (2, 3)]
     scoring.write_scores(tmp_path, scores)
     for own, read in zip(scores, scoring.read_scores(tmp_path, groups), strict=True):

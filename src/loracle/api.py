@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.click_logs.counts import Shown, check_counts
 from loracle.data.columns import Columns
@@ -31,8 +31,8 @@ class _Estimator:
     def _fit(self, examples: Examples) -> None:
         config = RunConfig.from_flat({**self.settings, "out": None if self.out is None else str(self.out)})
         say: Callable[[str], None] = print if self.verbose else lambda line: None
-        data = recipe.divide(config, examples)
-        self.run_ = recipe.learn(config, data, recipe.new_folder(config), say=say, quiet=not self.verbose)
+        data = pipeline.divide(config, examples)
+        self.run_ = pipeline.learn(config, data, pipeline.new_folder(config), say=say, quiet=not self.verbose)
         self.predictor_ = Predictor(self.run_)
 
     @classmethod

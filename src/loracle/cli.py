@@ -1,4 +1,4 @@
-"""The command line: options made from ``config.py``, work done by ``recipe.py`` and ``run/``, errors in one line.
+"""The command line: options made from ``config.py``, work done by ``pipeline.py`` and ``run/``, errors in one line.
 
 Nothing heavy is imported before it is needed: ``--help`` and ``check`` never see torch.
 """
@@ -139,12 +139,12 @@ def train(data: str | None, recipe_file: Path | None, resume: Path | None, **giv
         beside = data or "--" + next(iter(given), "recipe")
         raise UserError("--resume alone", f"{beside} beside it", "the run folder knows the rest")
     _calm()
-    from loracle import recipe
+    from loracle import pipeline
 
     if resume is not None:
-        recipe.resume(resume, say=click.echo)
+        pipeline.resume(resume, say=click.echo)
     else:
-        recipe.train(config, say=click.echo)
+        pipeline.train(config, say=click.echo)
 
 
 def _taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -523,11 +523,11 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
     import json
 
     _calm()
-    from loracle import recipe
+    from loracle import pipeline
     from loracle.baselines import linear_probe as probing
 
     config = RunConfig.from_flat({"data": data, **{k: v for k, v in given.items() if v is not None}})
-    depths, metric = recipe.probe(config, say=lambda line: click.echo(line, err=as_json))
+    depths, metric = pipeline.probe(config, say=lambda line: click.echo(line, err=as_json))
     if picture is not None:
         probing.plot(depths, metric, picture)
     if as_json:

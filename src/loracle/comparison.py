@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.baselines import fit
 from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
@@ -33,7 +33,7 @@ from loracle.evaluation.significance import compare as in_pairs
 from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
-from loracle.recipe import Say
+from loracle.pipeline import Say
 from loracle.baselines.fit import Rival
 from loracle.runs import folder as run_folder
 from loracle.series import learn_once, place, root_of
@@ -59,8 +59,8 @@ def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: 
         UserError: a name that is no model, before anything is trained; data that cannot be used.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    config = recipe.absolute(dataclasses.replace(config, baselines=False))
-    data, root = recipe.read_data(config, say), root_of(config, "compare")
+    config = pipeline.absolute(dataclasses.replace(config, baselines=False))
+    data, root = pipeline.read_data(config, say), root_of(config, "compare")
     contenders = line_up(config, settings, say)
     rows = []
     for number, one in enumerate(contenders, 1):
@@ -116,7 +116,7 @@ def _depth_of(name: str) -> tuple[str, str | None]:
 
 def _with_model(config: RunConfig, name: str) -> RunConfig:
     """Another base model; a revision is the first one's alone."""
-    return recipe.absolute(
+    return pipeline.absolute(
         dataclasses.replace(config, model=dataclasses.replace(config.model, model=name, revision=None))
     )
 
@@ -201,7 +201,7 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
 
 
 def _tfidf(one: Contender, data: Data) -> tuple[Rival, dict[str, Any]]:
-    return fit.tfidf(data, recipe.choose_loss(one.config, data)[0], one.config.train.seed), {}
+    return fit.tfidf(data, pipeline.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
 def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]]:
@@ -209,9 +209,9 @@ def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]
     plain = dataclasses.replace(one.config.model, head="linear", depth=None, quantize=None)
     whole = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
     config = dataclasses.replace(one.config, model=plain, lora=whole)
-    base, _, tokenizer, _ = recipe.open_base(config, data, say)
-    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    loss, _ = recipe.choose_loss(config, data)
+    base, _, tokenizer, _ = pipeline.open_base(config, data, say)
+    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
+    loss, _ = pipeline.choose_loss(config, data)
     layer = fit.layer_of(data, scorer, encoder, loss, config.train.seed)
     seen, watched = (fit.mean_features(scorer, encoder, side, layer) for side in (data.train, data.validation))
     asked = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
@@ -47,7 +47,7 @@ def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None
 
     def train(name: str, data: Path, test: Path, settings: dict[str, Any]) -> Path:
         where = {"data": str(data), "test": str(test), "out": str(_fresh(folder / name)), "max_steps": max_steps}
-        return recipe.train(RunConfig.from_flat(where | settings), say=say)
+        return pipeline.train(RunConfig.from_flat(where | settings), say=say)
 
     say("== 1 of 2: topics of BBC News headlines (2004-05, research use) ==")
     topics = train("topics", files.topics_train, files.topics_test, TOPICS)

@@ -7,11 +7,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted
-from loracle.recipe import Say
+from loracle.pipeline import Say
 from loracle.runs import folder as run_folder
 
 
@@ -27,7 +27,7 @@ def place(root: Path, name: str, config: RunConfig, data: Data) -> Path:
 
 
 def learn_once(config: RunConfig, data: Data, folder: Path, *, say: Say, quiet: bool) -> Path:
-    """``recipe.learn``, unless the folder holds the finished run; one that was interrupted is gone on with.
+    """``pipeline.learn``, unless the folder holds the finished run; one that was interrupted is gone on with.
 
     Raises:
         Interrupted: Ctrl-C; what is finished stays.
@@ -37,6 +37,6 @@ def learn_once(config: RunConfig, data: Data, folder: Path, *, say: Say, quiet: 
         return folder
     config = dataclasses.replace(config, out=str(folder))
     try:
-        return recipe.learn(config, data, folder, say=say, quiet=quiet, keep_scores=True)
+        return pipeline.learn(config, data, folder, say=say, quiet=quiet, keep_scores=True)
     except Interrupted as e:
         raise Interrupted(f"{str(e).partition(';')[0]} in {folder}; the same command goes on from there") from None

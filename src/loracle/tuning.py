@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.baselines import fit
 from loracle.training import scoring
 from loracle.config import RunConfig, TuneConfig
@@ -26,12 +26,12 @@ from loracle.baselines.linear_probe import choose, verdict
 from loracle.reporting.terminal import plain_table
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
-from loracle.recipe import Say
+from loracle.pipeline import Say
 from loracle.runs.recipes import write_recipe
 from loracle.series import place, root_of
 from loracle.training.loop import fit
 
-RECIPE = "recipe.toml"
+RECIPE = "pipeline.toml"
 AROUND = 10.0  # times lower and higher than the given rate
 RANKS = (4, 8, 16, 32, 64)
 LENGTHS = (0.5, 1.0, 2.0)  # times the given epochs
@@ -40,7 +40,7 @@ UNDISTURBED = 3  # trials before any may be stopped
 
 
 def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: bool = False) -> Path:
-    """Search, and write the best settings as ``recipe.toml``; returns that file.
+    """Search, and write the best settings as ``pipeline.toml``; returns that file.
 
     Raises:
         UserError: Optuna is not installed, data or model that cannot be used, no trial that ended.
@@ -51,8 +51,8 @@ def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: boo
         raise UserError(
             "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
         )
-    config = recipe.absolute(config)
-    data, root = recipe.read_data(config, say), root_of(config, "tune")
+    config = pipeline.absolute(config)
+    data, root = pipeline.read_data(config, say), root_of(config, "tune")
     journal = place(root, "study", config, data).with_suffix(".jsonl")
     trial_of = Trials(config, data, root / "trial", say, quiet)
     root.mkdir(parents=True, exist_ok=True)
@@ -95,17 +95,17 @@ class Trials:
 
     def __init__(self, config: RunConfig, data: Data, folder: Path, say: Say, quiet: bool):
         self.data, self.folder, self.say, self.quiet = data, folder, say, quiet
-        self.loss, _ = recipe.choose_loss(config, data)
-        self.base, base_config, self.tokenizer, _ = recipe.open_base(config, data, say)
+        self.loss, _ = pipeline.choose_loss(config, data)
+        self.base, base_config, self.tokenizer, _ = pipeline.open_base(config, data, say)
         if config.model.depth == "auto":  # once for all trials
             depths = fit.probe_depths(config, data, self.loss, self.base, self.tokenizer)
             say(verdict(depths))
             model = dataclasses.replace(config.model, depth=choose(depths).layers)
             config = dataclasses.replace(config, model=model)
-        scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
+        scorer, encoder = pipeline.new_model(config, data.task, self.base, self.tokenizer)
         say("of the given settings:")
-        train, _ = recipe.preflight(config, scorer, encoder, data, say)
-        self.rate = recipe.learning_rate(config, base_config)
+        train, _ = pipeline.preflight(config, scorer, encoder, data, say)
+        self.rate = pipeline.learning_rate(config, base_config)
         self.low, self.high = (float(f"{r:.3g}") for r in (self.rate / AROUND, self.rate * AROUND))
         self.config = dataclasses.replace(config, train=train)
 
@@ -142,9 +142,9 @@ class Trials:
         params: dict[str, Any] = {"lr": trial.suggest_float("lr", self.low, self.high, log=True)}
         params |= {name: trial.suggest_categorical(name, choices) for name, choices in self.space.items()}
         config, data = self.settings(params), self.data
-        scorer, encoder = recipe.new_model(config, data.task, self.base, self.tokenizer)
-        recipe.start_head(config, scorer, encoder, data)
-        recipe.keep_lower_states(config, scorer, self.base)
+        scorer, encoder = pipeline.new_model(config, data.task, self.base, self.tokenizer)
+        pipeline.start_head(config, scorer, encoder, data)
+        pipeline.keep_lower_states(config, scorer, self.base)
         looks = 0
 
         def look() -> dict[str, float]:
@@ -170,7 +170,7 @@ class Trials:
                 lambda examples: scoring.encode_examples(encoder, examples),
                 self.loss,
                 look,
-                schedule=recipe.schedule_of(config, params["lr"]),
+                schedule=pipeline.schedule_of(config, params["lr"]),
                 folder=self.folder,
                 quiet=True,
             )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import logit
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.checks import refuse
@@ -26,7 +26,7 @@ from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
 from loracle.evaluation.classification import headline_metric
 from loracle.reporting.terminal import SHOWN, figure, plain_table
-from loracle.recipe import Say
+from loracle.pipeline import Say
 from loracle.runs import folder as run_folder
 from loracle.series import learn_once, place, root_of
 
@@ -42,12 +42,12 @@ def run(config: RunConfig, settings: ValidateConfig, *, say: Say = print, quiet:
         UserError: data that cannot be used, or too few for so many folds.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    config = recipe.absolute(dataclasses.replace(config, baselines=False))
+    config = pipeline.absolute(dataclasses.replace(config, baselines=False))
     root = root_of(config, "folds" if settings.folds else "seeds")
     if settings.folds:
         repeats = [(f"fold-{k}", config, side) for k, side in enumerate(fold_sides(config, settings.folds, say), 1)]
     else:
-        data, first = recipe.read_data(config, say), config.train.seed
+        data, first = pipeline.read_data(config, say), config.train.seed
         # The first seed draws the split, of which a run's own settings tell nothing.
         data = dataclasses.replace(data, checksums=data.checksums | {"split": f"seed {first}"})
         seeds = range(first, first + (settings.seeds or 0))

@@ -18,7 +18,7 @@ from small import QUICK, labelled, write
 from test_exact import LORA, SHAPES, assert_same, assert_same_gradients, gradients
 from test_flex import LONG
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import LabeledText, Task
 from loracle.models.attention import tree
@@ -182,7 +182,7 @@ def test_memory_that_runs_out_halves_the_rounds(tmp_path):
 def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "dtype": "float32", "epochs": 4.0, "baselines": True}
-    run = recipe.train(RunConfig.from_flat(config | more), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config | more), say=lambda line: None, quiet=True)
     texts = ["good number 3", "bad number 4", "so number 5", ""]
     gpu, cpu = (Predictor(run, device=device) for device in ("cuda", "cpu"))
     assert gpu.scorer.device.type == "cuda"
@@ -193,7 +193,7 @@ def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
 def test_served_on_a_gpu_is_what_was_learnt(tiny_model, tmp_path):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "epochs": 4.0}
-    run = recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
     texts = [f"{word} number {n}" for word in ("good", "bad", "so") for n in range(9)]
     served, plain = load([run])["run"], Predictor(run)
     assert served.scorer.recordings is not None

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from small import integers, labelled, pairs, write
 from transformers import AutoModel
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
@@ -25,9 +25,9 @@ CUE = "Topic of this headline: {text}\nThe topic is"
 
 
 def started(config, data):
-    base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
-    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
-    recipe.start_head(config, scorer, encoder, data)
+    base, _, tokenizer, _ = pipeline.open_base(config, data, lambda line: None)
+    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
+    pipeline.start_head(config, scorer, encoder, data)
     return scorer, encoder
 
 
@@ -38,7 +38,7 @@ def test_topics_are_told_apart_without_training(demo_folder):
     task = Task(kind="single", label_names=tuple(topics))
     some = [LabeledText(text=text, labels=(topics.index(topic),), row=i) for i, (text, topic) in enumerate(headlines)]
     some = [*some[::2], *some[1::2]]
-    data = recipe.Data(task=task, train=some[:60], validation=some[60:80], test=some[60:])
+    data = pipeline.Data(task=task, train=some[:60], validation=some[60:80], test=some[60:])
     accuracy = {}
     for how in ("random", "names"):
         config = RunConfig.from_flat({"head_init": how, "template": CUE, "device": "cpu"})
@@ -55,7 +55,7 @@ def test_the_head_is_the_formula_and_is_blind_to_the_mean_text(tiny_model, tmp_p
     data = write(tmp_path / "data.jsonl", labelled())
     folder = tiny_model("qwen2")
     config = RunConfig.from_flat({"data": str(data), "model": str(folder), "head_init": "names", "dtype": "float32"})
-    sides = recipe.read_data(config, lambda line: None)
+    sides = pipeline.read_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     head = scorer.inner.score.modules_to_save["default"].weight.detach().double().numpy()
     seen = np.concatenate([_state(folder, encoder, e.text) for e in sides.train])
@@ -79,7 +79,7 @@ def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
     done = CliRunner().invoke(main, ["train", str(data), *map(str, flags), "--no-baselines"])
     assert done.exit_code == 0, done.output
     config = RunConfig.from_flat({"data": str(data), "model": str(tiny_model("qwen2")), "head_init": "names"})
-    sides = recipe.read_data(config, lambda line: None)
+    sides = pipeline.read_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     texts = [e.text for e in sides.test]
     np.testing.assert_allclose(Predictor(run).scores(texts), build.score(scorer, encoder(texts)), atol=1e-5)

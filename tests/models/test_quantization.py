@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.errors import UserError
@@ -32,7 +32,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nf4")
     config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(folder / "run"), "quantize": "nf4", "epochs": 6.0, "dtype": "float32"}
-    return recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
 
 
 def test_it_learns_and_says_so_after_a_reload(run):
@@ -99,6 +99,6 @@ def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, 
         monkeypatch.setattr(
             assemble, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1]
         )
-        recipe.probe(RunConfig.from_flat(flat | {"quantize": quantize}), say=lambda line: None)
+        pipeline.probe(RunConfig.from_flat(flat | {"quantize": quantize}), say=lambda line: None)
     assert read[None][0].shape == read["nf4"][0].shape
     assert not np.allclose(read[None][0], read["nf4"][0])

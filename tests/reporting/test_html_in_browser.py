@@ -7,7 +7,7 @@ from itertools import cycle, product
 import pytest
 from small import QUICK, clicked, labelled, several, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 
 CLICKS = {"group": "site,day", "text": "headline", "clicks": "clicks", "impressions": "impressions"}
@@ -23,7 +23,7 @@ def runs(model, folder, kind):
     data = write(folder / "a.jsonl", rows)
     flat = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run"), "baselines": True}
     flat |= CLICKS if kind == "clicks" else {}
-    return recipe.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
 
 
 @pytest.mark.parametrize("kind", ["labels", "several", "clicks"])

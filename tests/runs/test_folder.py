@@ -10,7 +10,7 @@ import typing
 import pytest
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import Task
 from loracle.errors import UserError
@@ -29,7 +29,7 @@ def trained(tiny_model, tmp_path_factory):
     config = RunConfig.from_flat(
         QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run")}
     )
-    return recipe.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, say=lambda line: None, quiet=True)
 
 
 @pytest.fixture

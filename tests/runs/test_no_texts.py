@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import QUICK, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
@@ -46,7 +46,7 @@ def train(tiny_model, tmp_path_factory):
         config = QUICK | {"data": str(write(folder / "data.jsonl", ROWS[kind]())), "model": str(tiny_model("qwen2"))}
         config |= {"out": str(folder / "run"), "baselines": True, "dtype": "float32", "max_length": 48}
         config |= COLUMNS.get(kind, {}) | {"texts": texts}
-        return recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+        return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
 
     return make
 

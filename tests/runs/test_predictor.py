@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small import QUICK, labelled, pairs, several, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import RankGroup
 from loracle.errors import UserError
@@ -25,7 +25,7 @@ TEXTS = ["good day", "bad " * 30, "", "so — naïve 标"]
 def learn(folder, model, rows, **more):
     data = write(folder / "a.jsonl", rows)
     config = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run")} | more
-    return recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("how", OTHERS)
 def test_every_kind_of_run_reloads(base, tmp_path, how):
-    """``recipe.reproduce`` compares scores within 1e-6, and raises; here the folder is opened once more."""
+    """``pipeline.reproduce`` compares scores within 1e-6, and raises; here the folder is opened once more."""
     folder = learn(tmp_path, base, labelled(), **OTHERS[how])
     proba = Predictor(folder).predict_proba(TEXTS)
     assert proba.shape == (4, 3)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.cli import _settings, main
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError
@@ -92,7 +92,7 @@ def test_a_run_is_a_recipe_and_so_is_what_is_written(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(tmp_path / "run"), "max_steps": 1}
     config = RunConfig.from_flat(flat)
-    run = recipe.train(config, say=lambda line: None, quiet=True)
+    run = pipeline.train(config, say=lambda line: None, quiet=True)
     again, _ = read_recipe(run / "run.toml")
     assert "out" not in again
     assert RunConfig.from_flat(again | {"out": config.out}) == dataclasses.replace(

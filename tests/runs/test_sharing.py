@@ -14,7 +14,7 @@ from small import labelled, write
 
 from loracle.cli import main
 from loracle.config import RunConfig
-from loracle.recipe import train
+from loracle.pipeline import train
 from loracle.runs.predictor import Predictor
 
 TEXTS = ["good number 7", "bad number 8", "something else"]

@@ -6,7 +6,7 @@ import pytest
 from asking import RUNS, client_of
 from small import QUICK, clicked, labelled, pairs, several, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.serve.server import load
 
@@ -20,7 +20,7 @@ def folder(tiny_model, tmp_path_factory):
         data = write(root / f"{name}.jsonl", rows)
         config = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "dtype": "float32", "max_length": 48}
         config |= {"out": str(root / name), **more}
-        recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+        pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
 
     learn("moods", labelled())
     learn("several", several(), template="Instruction: sort what follows by topic.\nTitle: {text}\nTopic:")

@@ -13,7 +13,7 @@ import pytest
 from asking import client_of, post
 from small import CHINESE, ENGLISH, QUICK, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.evaluation.classification import probabilities
@@ -59,8 +59,8 @@ def trained(tiny_model, tmp_path_factory):
         config |= {"data": str(write(folder / "train.jsonl", rows(kind, learnt)))}
         config |= {"test": str(write(folder / "test.jsonl", rows(kind, [t for some in ASKED.values() for t in some])))}
         config = RunConfig.from_flat(config)
-        data = recipe.read_data(config, lambda line: None)
-        run = recipe.learn(config, data, folder / "run", say=lambda line: None, quiet=True, keep_scores=True)
+        data = pipeline.read_data(config, lambda line: None)
+        run = pipeline.learn(config, data, folder / "run", say=lambda line: None, quiet=True, keep_scores=True)
         scores = np.concatenate(scoring.read_scores(run, data.test))
         texts = [t for e in data.test for t in (e.texts if kind == "ranker" else (e.text,))]
         return run, texts, answers(Predictor(run), scores)

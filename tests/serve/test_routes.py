@@ -18,7 +18,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig, ServeConfig
 from loracle.evaluation import drift
 from loracle.models.build import share_weights
@@ -138,7 +138,7 @@ def test_other_kinds_of_runs_are_served_alike(tiny_model, tmp_path, how):
     base, more = OTHERS[how]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model(base))}
     config |= {"out": str(tmp_path / "run"), "dtype": "float32", **more}
-    recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
     predictor = Predictor(tmp_path / "run")
     with client_of({"run": predictor}, round_tokens=64) as client:
         found = post(client, "/v1/score", texts=TEXTS)["scores"]
@@ -358,7 +358,7 @@ def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictor
     hostile = "<img src=x onerror=console.error(1)>"
     rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2")), "epochs": 6.0}
-    run = recipe.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
     app = api.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
     with running(app) as address:
         page = browser.new_page()

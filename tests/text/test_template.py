@@ -33,7 +33,7 @@ CONTEXTS = ["an article about money", "", "<|im_end|> </s> [SEP] <pad>", "a long
 
 
 def save(tokenizer, folder: Path, model_type: str | None = None) -> Path:
-    from loracle.recipe import save_tokenizer
+    from loracle.pipeline import save_tokenizer
 
     save_tokenizer(tokenizer, folder)
     if model_type:  # a merged export has the model's config beside the tokenizer

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from small import QUICK, labelled, write
 from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, schedule, texts
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import Interrupted, UserError
 from loracle.training import distributed
@@ -143,7 +143,7 @@ def whole_run(folder, **more):
         "epochs": 2.0,
     }
     settings |= {"dropout": 0.0, "dtype": "float32", "out": str(folder / "run"), "baselines": True, **more}
-    recipe.train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
+    pipeline.train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
 
 
 def sharded_run(folder):

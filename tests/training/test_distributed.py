@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
@@ -165,7 +165,7 @@ def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, messa
         "out": str(tmp_path / "run"),
     }
     with pytest.raises(UserError, match=message):
-        recipe.train(RunConfig.from_flat(settings | flags), say=lambda line: None, quiet=True)
+        pipeline.train(RunConfig.from_flat(settings | flags), say=lambda line: None, quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from accelerate.utils import LoggerType
 from small import QUICK, labelled, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import UserError
 
@@ -60,7 +60,7 @@ def config_of(folder, model, **more):
 
 
 def train(config):
-    return recipe.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, say=lambda line: None, quiet=True)
 
 
 def test_the_service_gets_what_the_log_has(tiny_model, tmp_path, wandb):

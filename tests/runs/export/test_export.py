@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from small import QUICK, labelled, pairs, several, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.cli import main
 from loracle.config import RunConfig
 from loracle.errors import UserError
@@ -34,7 +34,7 @@ def trained(tiny_model, tmp_path_factory):
         if key not in known:
             folder = tmp_path_factory.mktemp(f"{kind}-{base}")
             config = QUICK | {"data": str(write(folder / "a.jsonl", KINDS[kind]())), "model": str(tiny_model(base))}
-            known[key] = recipe.train(
+            known[key] = pipeline.train(
                 RunConfig.from_flat(config | {"out": str(folder / "run"), "max_length": 64} | more),
                 say=lambda line: None,
                 quiet=True,
@@ -63,7 +63,7 @@ def test_what_was_learnt_behind_a_context_is_tried_behind_one(tiny_model, tmp_pa
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", behind(kind))), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "max_length": 48, "template": template, "context": "context"}
-    run = recipe.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
     with (run / "predictions.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert {row["context"] for row in rows} <= {row["context"] for row in behind(kind)}
@@ -167,7 +167,7 @@ def test_a_tokenizer_that_transformers_takes_for_another_is_refused(tiny_model, 
     known["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     (base / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(base)}
-    run = recipe.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
     with pytest.raises(UserError, match=r"tokenizer.json has it; found Qwen2Tokenizer, .*Serve the run itself"):
         export(run, tmp_path / "plain", "transformers", say=lambda line: None)
     assert not (tmp_path / "plain").exists()

@@ -17,7 +17,7 @@ from kills import KILLS
 from safetensors.torch import load_file, save_file
 from small import QUICK, labelled, pairs, write
 
-from loracle import recipe
+from loracle import pipeline
 from loracle.baselines import fit
 from loracle.config import RunConfig
 from loracle.examples import RankGroup, Task
@@ -39,21 +39,21 @@ def config_of(folder, model, **more):
 
 
 def train(config):
-    return recipe.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, say=lambda line: None, quiet=True)
 
 
 def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_model, tmp_path, monkeypatch):
-    need = recipe.training_need
+    need = pipeline.training_need
     said = []
 
     def free(device):
-        return int((needs[-1].bytes(70) if needs else 1e9) / recipe.USABLE) + 1
+        return int((needs[-1].bytes(70) if needs else 1e9) / pipeline.USABLE) + 1
 
     needs = []
-    monkeypatch.setattr(recipe, "free_memory", free)
-    monkeypatch.setattr(recipe, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    monkeypatch.setattr(pipeline, "free_memory", free)
+    monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40)
-    run = recipe.train(config, say=said.append, quiet=True)
+    run = pipeline.train(config, say=said.append, quiet=True)
     assert any("note: rounds of 70 tokens instead; steps and results stay the same" in line for line in said)
     assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
     assert any(line.startswith("about ") and "for 2 steps, at the " in line for line in said)
@@ -71,25 +71,25 @@ def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_pa
         return whole(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", forward)
-    recipe.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), say=said.append, quiet=True)
+    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), say=said.append, quiet=True)
     assert seen[0] > 100
     assert any(line.startswith("how long 2 steps take is not known") for line in said)
 
 
 def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkeypatch):
     """It is an estimate, so the run is tried; but nothing is promised."""
-    said, need = [], recipe.training_need
+    said, need = [], pipeline.training_need
     needs = []
-    monkeypatch.setattr(recipe, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
-    monkeypatch.setattr(recipe, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
-    recipe.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), say=said.append, quiet=True)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
+    monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), say=said.append, quiet=True)
     assert any("there may be too little even for rounds of 64 tokens" in line for line in said)
     assert not any("results stay the same" in line for line in said)
 
 
-@pytest.mark.parametrize("begin", [recipe.train, recipe.probe])
+@pytest.mark.parametrize("begin", [pipeline.train, pipeline.probe])
 def test_weights_that_do_not_fit_are_not_read(tiny_model, tmp_path, monkeypatch, begin):
-    monkeypatch.setattr(recipe, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"GB for the weights of .* on cpu; found 0.0 GB free"):
         begin(config_of(tmp_path, tiny_model("qwen2")), say=lambda line: None)
     assert not (tmp_path / "run").exists()
@@ -148,7 +148,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, un
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"loracle train --resume {config.out}" in said
-    recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
@@ -156,23 +156,23 @@ def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2)
     run = train(config)
     with pytest.raises(UserError, match="which is finished"):
-        recipe.resume(run)
+        pipeline.resume(run)
     (run / "manifest.json").unlink()
     write(tmp_path / "data.jsonl", labelled(81))
     with pytest.raises(UserError, match="found other bytes"):
-        recipe.resume(run, say=lambda line: None)
+        pipeline.resume(run, say=lambda line: None)
 
 
 def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, monkeypatch):
     """The head is spoilt between training and the check, as several tools have done to their users."""
-    honest = recipe.save_adapter
+    honest = pipeline.save_adapter
 
     def spoilt(model, folder, **how):
         honest(model, folder, **how)
         path = folder / "adapter_model.safetensors"
         save_file({k: v * 0.5 if "score" in k else v for k, v in load_file(path).items()}, path)
 
-    monkeypatch.setattr(recipe, "save_adapter", spoilt)
+    monkeypatch.setattr(pipeline, "save_adapter", spoilt)
     with pytest.raises(RuntimeError, match="does not reproduce itself"):
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -199,7 +199,7 @@ def test_over_long_texts_are_counted_cut_or_chunked(tiny_model, tmp_path):
     for how in ("cut", "chunk"):
         said = []
         config = config_of(tmp_path, tiny_model("qwen2"), max_steps=1, max_length=40, long=how, out=str(tmp_path / how))
-        run = recipe.train(config, say=said.append, quiet=True)
+        run = pipeline.train(config, say=said.append, quiet=True)
         assert json.loads((run / "metrics.json").read_text())["texts"]["over_length"] == 5
         assert any(f"5 texts over 40 ({how}" in line for line in said)
 
@@ -213,7 +213,7 @@ def test_a_second_run_of_the_same_file_gets_its_own_folder(tiny_model, tmp_path,
 
 def test_the_three_sides_share_no_text(tmp_path):
     write(tmp_path / "data.jsonl", [*labelled(60), *labelled(20)])
-    sides = recipe.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    sides = pipeline.read_data(config_of(tmp_path, "unused"), lambda line: None)
     texts = [{e.text for e in side} for side in (sides.train, sides.validation, sides.test)]
     assert all(texts)
     assert len(set().union(*texts)) == sum(map(len, texts))
@@ -222,7 +222,7 @@ def test_the_three_sides_share_no_text(tmp_path):
 def test_what_a_test_file_holds_is_taken_out_of_training_and_counted(tmp_path):
     write(tmp_path / "test.jsonl", labelled(12))
     said = []
-    data = recipe.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), said.append)
+    data = pipeline.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), said.append)
     assert len(data.test) == 12
     assert not {e.text for e in data.test} & {e.text for e in [*data.train, *data.validation]}
     assert any("test" in line and line.startswith("note:") for line in said)
@@ -232,7 +232,7 @@ def test_what_the_audit_sees_is_said_while_training(tmp_path):
     rows = [*labelled(60), {"text": labelled(1)[0]["text"], "label": "neg"}]
     write(tmp_path / "data.jsonl", rows)
     said = []
-    recipe.read_data(config_of(tmp_path, "unused"), said.append)
+    pipeline.read_data(config_of(tmp_path, "unused"), said.append)
     assert any("repeat an earlier text" in line for line in said)
     assert any("label" in line and "61" in line for line in said)
 
@@ -240,7 +240,7 @@ def test_what_the_audit_sees_is_said_while_training(tmp_path):
 def test_pairs_of_one_title_stay_on_one_side(tmp_path):
     rows = [*pairs(20), *({"chosen": f"good title {i}", "rejected": f"worse title {i}"} for i in range(20))]
     write(tmp_path / "data.jsonl", rows)
-    sides = recipe.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    sides = pipeline.read_data(config_of(tmp_path, "unused"), lambda line: None)
     titles = [{t for g in side for t in g.texts} for side in (sides.train, sides.test)]
     assert not titles[0] & titles[1]
 
@@ -253,7 +253,7 @@ def test_the_test_side_is_on_no_other_side_whoever_made_the_splits(tmp_path):
     for name, some in (("train", rows[:60]), ("validation", rows[60:80]), ("test", rows[70:90])):
         write(folder / f"{name}.jsonl", some)
     said = []
-    sides = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    sides = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
     assert not {e.text for e in sides.validation} & {e.text for e in sides.test}
     assert (len(sides.train), len(sides.validation), len(sides.test)) == (60, 10, 20)
     assert any("left out: 10" in line for line in said)
@@ -264,7 +264,7 @@ def test_a_test_file_that_takes_a_whole_class_away_is_said(tmp_path):
     write(tmp_path / "data.jsonl", rows)
     write(tmp_path / "test.jsonl", rows[30:])
     with pytest.raises(UserError, match="at least 2 classes"):
-        recipe.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), lambda line: None)
+        pipeline.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), lambda line: None)
 
 
 def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
@@ -273,7 +273,7 @@ def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
     write(folder / "train.jsonl", labelled(60))
     write(folder / "test.jsonl", [{"text": r["text"] + "!", "label": None} for r in labelled(20)])
     said = []
-    sides = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    sides = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
     assert sides.test
     assert any("(test) is not used" in line for line in said)
 
@@ -281,7 +281,7 @@ def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
 def test_equal_texts_of_other_contexts_are_other_texts(tmp_path):
     rows = [{"text": "yes", "context": f"question {i}", "label": "xy"[i % 2]} for i in range(60)]
     write(tmp_path / "data.jsonl", rows)
-    sides = recipe.read_data(config_of(tmp_path, "unused", context="context"), lambda line: None)
+    sides = pipeline.read_data(config_of(tmp_path, "unused", context="context"), lambda line: None)
     assert len(sides.train) + len(sides.validation) + len(sides.test) == 60
 
 
@@ -307,7 +307,7 @@ def test_a_model_of_few_positions_cuts_sooner_and_says_so(tiny_model, tmp_path):
     for kind, room in (("bert", 512), ("roberta", 510)):
         said = []
         config = config_of(tmp_path, tiny_model(kind), max_length=1024, max_steps=1, out=str(tmp_path / kind))
-        run = recipe.train(config, say=said.append, quiet=True)
+        run = pipeline.train(config, say=said.append, quiet=True)
         assert any(f"--max-length 1024 becomes {room}" in line for line in said)
         assert json.loads((run / "metrics.json").read_text())["texts"]["max"] == room
 
@@ -326,18 +326,18 @@ def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
     process.wait()
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"step": 5, "lo')
-    recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeypatch):
     """The manifest says that a run is whole; until then the checkpoint is all there is."""
-    monkeypatch.setattr(recipe.run_folder, "write_manifest", lambda folder: 1 / 0)
+    monkeypatch.setattr(pipeline.run_folder, "write_manifest", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     monkeypatch.undo()
     assert list((tmp_path / "run" / "checkpoints").iterdir())
-    run = recipe.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    run = pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
     assert not (run / "checkpoints").exists()
 
 
@@ -345,7 +345,7 @@ def test_a_pattern_is_found_again_from_anywhere(tmp_path, monkeypatch):
     """And of where it pointed a pushed run tells the last part alone."""
     write(tmp_path / "a.csv", labelled(6))
     monkeypatch.chdir(tmp_path)
-    found = recipe.absolute(RunConfig.from_flat({"data": "*.csv"})).data.data
+    found = pipeline.absolute(RunConfig.from_flat({"data": "*.csv"})).data.data
     assert found == str(tmp_path / "*.csv")
     assert [sharing._name(spec) for spec in (found, "clients/acme/*.csv", "hf:me/data")] == [
         "*.csv",
@@ -358,9 +358,9 @@ def test_data_of_a_folder_that_changed_are_seen(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", labelled(60))
-    first = recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
+    first = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
     write(folder / "train.jsonl", labelled(63))
-    assert recipe.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first
+    assert pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first
 
 
 def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
@@ -374,8 +374,8 @@ def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
                       clicks=tuple(clicks.tolist()), impressions=(2000,) * 4)
         )  # fmt: skip
     task = Task(kind="rank", evidence="clicks")
-    data = recipe.Data(task=task, train=groups[:200], validation=groups[200:], test=groups[200:])
-    _, chosen = recipe.choose_loss(RunConfig(), data)
+    data = pipeline.Data(task=task, train=groups[:200], validation=groups[200:], test=groups[200:])
+    _, chosen = pipeline.choose_loss(RunConfig(), data)
     assert chosen["name"] == "binomial"
     assert chosen["saturation"] == pytest.approx(4 / (0.09 * 0.5), rel=0.2)
 
@@ -383,10 +383,10 @@ def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
 def test_frozen_features_are_those_of_the_layer_that_does_best_on_validation_texts(tiny_model, tmp_path):
     """The probe's own choice; the states are those of a pass for that layer alone, and the test side has no say."""
     config = config_of(tmp_path, tiny_model("qwen2"))
-    data = recipe.read_data(config, lambda line: None)
-    loss, _ = recipe.choose_loss(config, data)
-    base, _, tokenizer, _ = recipe.open_base(config, data, lambda line: None)
-    scorer, encoder = recipe.new_model(config, data.task, base, tokenizer)
+    data = pipeline.read_data(config, lambda line: None)
+    loss, _ = pipeline.choose_loss(config, data)
+    base, _, tokenizer, _ = pipeline.open_base(config, data, lambda line: None)
+    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
     layer, seen, watched = fit.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
     depths = fit.probe_depths(config, data, loss, base, tokenizer)
     assert depths[layer].value == max(d.value for d in depths)
@@ -401,7 +401,7 @@ def test_what_baselines_do_without_is_in_the_report(tiny_model, tmp_path, monkey
     for name in ("SHARE", "FREE"):
         monkeypatch.setattr(fit.budget, name, 1.0 if name == "FREE" else 1e-9)
     said = []
-    run = recipe.train(
+    run = pipeline.train(
         config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), say=said.append, quiet=True
     )
     metrics = json.loads((run / "metrics.json").read_text())
