@@ -12,7 +12,7 @@ from pathlib import Path
 
 from results import write_table
 
-from loracle import demo
+from loracle.experiments import demo
 from loracle.reporting.terminal import result_rows
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle import comparison
+from loracle.experiments import compare
 from loracle import pipeline
 from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
@@ -30,7 +30,7 @@ from loracle.data.splits import Data
 from loracle.evaluation.classification import bootstrap
 from loracle.evaluation.significance import credit
 from loracle.runs.folder import METRICS
-from loracle.series import learn_once, place
+from loracle.experiments.runner import learn_once, place
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
 LR, SEEDS = 1e-3, 3
@@ -62,8 +62,8 @@ def main() -> None:
             plain, train=dataclasses.replace(plain.train, seed=seed), out=str(SCRATCH / f"seed-{seed}")
         )
         against = others if seed else f"demo@depth=auto,{others}"
-        root = comparison.run(config, CompareConfig(against=against, encoder_lr=encoder_lr))
-        rows = json.loads((root / comparison.JSON).read_text(encoding="utf-8"))["rows"]
+        root = compare.run(config, CompareConfig(against=against, encoder_lr=encoder_lr))
+        rows = json.loads((root / compare.JSON).read_text(encoding="utf-8"))["rows"]
         found.append([
             row | {"right": credit(np.concatenate(scoring.read_scores(root / row["folder"], data.test)), data.test, data.task)}
             for row in rows

@@ -428,7 +428,7 @@ def diff(
     from loracle.runs.output import open_output
 
     _calm()
-    from loracle import diff as versions
+    from loracle.experiments import diff as versions
 
     info, _ = versions.same_task(run_a, run_b)
     table = open_table(data)
@@ -552,9 +552,9 @@ def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     config, extra = _settings(data, recipe_file, given, "compare")
     settings = CompareConfig(**{**extra.get("compare", {}), **own})
     _calm()
-    from loracle import comparison
+    from loracle.experiments import compare
 
-    comparison.run(config, settings, say=click.echo)
+    compare.run(config, settings, say=click.echo)
 
 
 @main.command()
@@ -570,9 +570,9 @@ def validate(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     settings = ValidateConfig(**_taken(ValidateConfig, given))
     config, _ = _settings(data, recipe_file, given, "validate")
     _calm()
-    from loracle import validation
+    from loracle.experiments import validate
 
-    validation.run(config, settings, say=click.echo)
+    validate.run(config, settings, say=click.echo)
 
 
 @main.command()
@@ -589,9 +589,9 @@ def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     settings = TuneConfig(**_taken(TuneConfig, given))
     config, _ = _settings(data, recipe_file, given, "tune")
     _calm()
-    from loracle import tuning
+    from loracle.experiments import tune
 
-    tuning.run(config, settings, say=click.echo)
+    tune.run(config, settings, say=click.echo)
 
 
 @main.command()
@@ -611,27 +611,27 @@ def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any
     """
     import json
 
-    from loracle import planning
+    from loracle.experiments import power
 
     settings = _taken(PlanConfig, given)
     plan, own, learnt = PlanConfig(**settings), None, []
     if data is not None:
         groups = _click_groups(data, given)
-        plan, own = planning.of_log(groups, plan)
+        plan, own = power.of_log(groups, plan)
         plan = dataclasses.replace(plan, **settings)
-        learnt = planning.learning_curve(groups, plan.seed)
+        learnt = power.learning_curve(groups, plan.seed)
         if settings.keys() - {"tests", "seed"}:  # other titles than the log's: its medians stand for the rest
             own = None
     elif columns := [name for name, value in given.items() if value is not None]:
         raise UserError("--data beside columns", f"--{columns[0].replace('_', '-')} alone", "name the click log")
-    curves = planning.plan(plan, own)
+    curves = power.plan(plan, own)
     if picture is not None:
-        planning.plot(curves, learnt, picture)
+        power.plot(curves, learnt, picture)
     if as_json:
         points = {name: [dataclasses.asdict(p) for p in points] for name, points in curves.items()}
         click.echo(json.dumps({"process": dataclasses.asdict(plan), **points, "learning_curve": learnt}, indent=1))
     else:
-        click.echo("\n".join(planning.lines(plan, curves, learnt, own=own is not None)))
+        click.echo("\n".join(power.lines(plan, curves, learnt, own=own is not None)))
 
 
 def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
@@ -732,7 +732,7 @@ def cache(clear: bool) -> None:
 def demo(out: Path, max_steps: int | None) -> None:
     """Train a topic classifier and a title ranker on embedded data, and use both."""
     _calm()
-    from loracle import demo as showcase
+    from loracle.experiments import demo as showcase
 
     showcase.run(out, max_steps=max_steps, say=click.echo)
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from small import labelled, write
 
-from loracle import tuning
+from loracle.experiments import tune
 from loracle import pipeline
 from loracle.training import scoring
 from loracle.cli import main
@@ -74,7 +74,7 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monkeypatch):
-    config, fit, rates = config_of(tmp_path, tiny_model("qwen2")), tuning.fit, []
+    config, fit, rates = config_of(tmp_path, tiny_model("qwen2")), tune.fit, []
 
     def stopped(*args, schedule, **how):
         rates.append(schedule.lr)
@@ -82,11 +82,11 @@ def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monk
             raise Interrupted("stopped after step 1 of 6; go on with: loracle train --resume x")
         return fit(*args, schedule=schedule, **how)
 
-    monkeypatch.setattr(tuning, "fit", stopped)
+    monkeypatch.setattr(tune, "fit", stopped)
     with pytest.raises(Interrupted, match="stopped after step 1 of 6 of a trial; the same command goes on"):
-        tuning.run(config, TuneConfig(trials=9), say=lambda line: None)
+        tune.run(config, TuneConfig(trials=9), say=lambda line: None)
     assert len(rates) == 2
-    tuning.run(config, TuneConfig(trials=9), say=lambda line: None)
+    tune.run(config, TuneConfig(trials=9), say=lambda line: None)
     assert len(rates) == 10  # nine, and the one that was broken off
     assert rates[:4] == pytest.approx([0.0003, 0.003, 0.03, 0.003])  # those that wait go before it
 
@@ -102,9 +102,9 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
 
     monkeypatch.setattr(scoring, "look", scripted)
     config = config_of(tmp_path, tiny_model("qwen2"), evaluations=2)
-    monkeypatch.setattr(tuning, "LENGTHS", (1.0,))
+    monkeypatch.setattr(tune, "LENGTHS", (1.0,))
     said = []
-    path = tuning.run(config, TuneConfig(trials=6), say=said.append)
+    path = tune.run(config, TuneConfig(trials=6), say=said.append)
     lines = [line for line in said if line.startswith("trial ")]
     assert lines[3].endswith("stopped at look 1, below the median")
     assert "stopped, a validation loss of nan at step" in lines[4]
@@ -117,7 +117,7 @@ def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
     def trials(kind, **more):
         config = config_of(tmp_path, tiny_model(kind), **more)
         data = pipeline.read_data(config, lambda line: None)
-        return tuning.Trials(config, data, tmp_path / "trial", lambda line: None, True)
+        return tune.Trials(config, data, tmp_path / "trial", lambda line: None, True)
 
     assert trials("bert", full=True).given == {"epochs": 1.0}
     assert trials("bert").space["targets"] == ("all-linear", "query,value")
@@ -131,11 +131,11 @@ def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
 
 def test_the_lower_states_are_read_from_the_cache(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
-    tuning.run(config_of(tmp_path, tiny_model("qwen2"), adapt_top=1), TuneConfig(trials=2), say=lambda line: None)
+    tune.run(config_of(tmp_path, tiny_model("qwen2"), adapt_top=1), TuneConfig(trials=2), say=lambda line: None)
     assert "lower 2 layers" in loracle("cache").stdout
 
 
 def test_without_optuna_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"expected optuna for loracle tune; found none installed. Run: pip install"):
-        tuning.run(config_of(tmp_path, "unused"), TuneConfig(), say=lambda line: None)
+        tune.run(config_of(tmp_path, "unused"), TuneConfig(), say=lambda line: None)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scipy.special import expit
 from small import write
 
-from loracle import planning
+from loracle.experiments import power
 from loracle.cli import main
 from loracle.config import PlanConfig
 from loracle.examples import RankGroup
@@ -22,7 +22,7 @@ from loracle.evaluation.ranking import rank_metrics
 
 
 def groups_of(config, seed=0):
-    [(_, clicks, shown)] = planning.draw(config, config.tests, seed)
+    [(_, clicks, shown)] = power.draw(config, config.tests, seed)
     return [
         RankGroup(
             group=f"{config.arms} {i}", texts=tuple(f"title {i} {j}" for j in range(config.arms)), rows=(i,) * config.arms,
@@ -39,14 +39,14 @@ def mixed():
 
 
 def test_without_noise_the_ceiling_is_reached_and_the_best_is_named():
-    point = planning.simulate(PlanConfig(shown=10**9, spread=0.5))
+    point = power.simulate(PlanConfig(shown=10**9, spread=0.5))
     assert point.ceiling > 0.999
     assert point.best_named > 0.999
     assert point.significant > 0.99
 
 
 def test_without_spread_there_is_nothing_to_find():
-    point = planning.simulate(PlanConfig(spread=0.0, shown=20_000))
+    point = power.simulate(PlanConfig(spread=0.0, shown=20_000))
     assert point.highest_lift == pytest.approx(0)
     assert point.significant == pytest.approx(0.05, abs=0.005)  # the test's own level
     assert point.ceiling == pytest.approx(0.5)  # of equals, either order is as right as the other
@@ -56,11 +56,11 @@ def test_without_spread_there_is_nothing_to_find():
 def test_the_highest_lift_is_that_of_the_largest_of_normal_draws():
     draws = np.exp(0.3 * np.random.default_rng(5).standard_normal((200_000, 4)))
     expected = draws.max(1).mean() / draws.mean() - 1
-    assert planning.simulate(PlanConfig(rate=1e-4, spread=0.3)).highest_lift == pytest.approx(expected, abs=0.01)
+    assert power.simulate(PlanConfig(rate=1e-4, spread=0.3)).highest_lift == pytest.approx(expected, abs=0.01)
 
 
 def test_more_impressions_and_more_tests_tell_more():
-    curves = planning.plan(PlanConfig())
+    curves = power.plan(PlanConfig())
     for name in ("ceiling", "significant", "best_named"):
         values = [getattr(p, name) for p in curves["impressions"]]
         assert values == sorted(values)
@@ -73,9 +73,9 @@ def test_more_impressions_and_more_tests_tell_more():
 def test_a_detectable_lift_is_found_four_times_in_five():
     """Logs in which a picker has just that lift, and how often its lift stands out."""
     config = PlanConfig(tests=200, rate=0.05, shown=400, spread=0.4)
-    wanted, found = planning.simulate(config).detectable_lift, []
+    wanted, found = power.simulate(config).detectable_lift, []
     for seed in range(300):
-        [(truth, clicks, shown)] = planning.draw(config, config.tests, seed)
+        [(truth, clicks, shown)] = power.draw(config, config.tests, seed)
         rng = np.random.default_rng(seed)
         rates = expit(truth)
         best = rates.max(1) / rates.mean(1) - 1
@@ -90,7 +90,7 @@ def test_a_detectable_lift_is_found_four_times_in_five():
 
 def test_a_log_gives_its_own_process_back():
     true = PlanConfig(tests=300, arms=5, shown=4000, rate=0.03, spread=0.25)
-    found, _ = planning.of_log(groups_of(true), PlanConfig())
+    found, _ = power.of_log(groups_of(true), PlanConfig())
     assert (found.tests, found.arms, found.shown) == (300, 5, 4000)
     assert found.rate == pytest.approx(true.rate, rel=0.1)
     assert found.spread == pytest.approx(true.spread, rel=0.15)
@@ -98,15 +98,15 @@ def test_a_log_gives_its_own_process_back():
 
 def test_the_simulated_log_tells_what_the_report_says_of_the_log():
     groups = mixed()
-    found = planning.simulate(*planning.of_log(groups, PlanConfig()))
+    found = power.simulate(*power.of_log(groups, PlanConfig()))
     told = rank_metrics([np.zeros(len(g.texts)) for g in groups], groups)
     assert found.ceiling == pytest.approx(told["ceiling"].value, abs=0.015)
     assert found.significant == pytest.approx(told["significant_pairs"] / told["pairs"], abs=0.015)
 
 
 def test_a_log_is_drawn_again_as_it_is():
-    log, own = planning.of_log(mixed(), PlanConfig())
-    drawn = {truth.shape[1]: (truth, shown) for truth, _, shown in planning.draw(log, 20_000, 0, own)}
+    log, own = power.of_log(mixed(), PlanConfig())
+    drawn = {truth.shape[1]: (truth, shown) for truth, _, shown in power.draw(log, 20_000, 0, own)}
     assert sorted(drawn) == [2, 8]
     assert len(drawn[8][0]) == pytest.approx(5000, rel=0.05)  # a quarter of the groups
     assert (drawn[2][1] == 20_000).all()
@@ -116,19 +116,19 @@ def test_a_log_is_drawn_again_as_it_is():
 
 
 def test_more_impressions_are_more_of_each_design():
-    curve = planning.plan(*planning.of_log(mixed(), PlanConfig()))["impressions"]
+    curve = power.plan(*power.of_log(mixed(), PlanConfig()))["impressions"]
     assert [p.shown for p in curve] == [125, 250, 500, 1000, 2000]  # the median title is one of 8
     assert [p.ceiling for p in curve] == sorted(p.ceiling for p in curve)
 
 
 def test_the_largest_numbers_are_planned_with():
-    curves = planning.plan(PlanConfig(shown=10**12 - 1, tests=10**12 - 1))
+    curves = power.plan(PlanConfig(shown=10**12 - 1, tests=10**12 - 1))
     assert curves["impressions"][-1].shown == curves["tests"][-1].tests == 10**12 - 1
 
 
 def test_memory_does_not_grow_with_pairs():
     tracemalloc.start()
-    planning.simulate(PlanConfig(arms=200))
+    power.simulate(PlanConfig(arms=200))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100 * 2**20
@@ -138,14 +138,14 @@ def test_a_learning_curve_at_0_is_drawn_there(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     told = {"groups": 9, "pair_accuracy": {"value": 0.0, "low": None, "high": None}}
-    planning.plot(planning.plan(PlanConfig(rate=1e-9, shown=10)), [told], tmp_path / "plan.png")
+    power.plot(power.plan(PlanConfig(rate=1e-9, shown=10)), [told], tmp_path / "plan.png")
     assert drawn[0].axes[2].lines[0].get_ydata() == [0.0]
 
 
 def test_groups_without_clicks_are_refused():
     graded = RankGroup(group="g", texts=("a", "b"), rows=(1, 2), grades=(0.0, 1.0))
     with pytest.raises(UserError, match="expected a click log"):
-        planning.of_log([graded], PlanConfig())
+        power.of_log([graded], PlanConfig())
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ def test_what_nothing_tells_is_left_open():
 
 
 def test_a_log_is_said_to_be_one_of_medians():
-    (log, _), curves = planning.of_log(mixed(), PlanConfig()), planning.plan(PlanConfig())
-    said = planning.lines(log, curves, own=True)[0]
+    (log, _), curves = power.of_log(mixed(), PlanConfig()), power.plan(PlanConfig())
+    said = power.lines(log, curves, own=True)[0]
     assert said.startswith("400 tests of median 2 titles, median 500 impressions each, median click rate ")
 
 
@@ -219,5 +219,5 @@ def test_what_cannot_be_simulated_is_said_in_a_line(flags, words):
 
 
 def test_a_point_is_the_same_every_time():
-    one, other = (dataclasses.asdict(planning.simulate(PlanConfig(seed=s))) for s in (0, 0))
+    one, other = (dataclasses.asdict(power.simulate(PlanConfig(seed=s))) for s in (0, 0))
     assert one == other

@@ -28,7 +28,7 @@ from loracle.evaluation.classification import headline_metric
 from loracle.reporting.terminal import SHOWN, figure, plain_table
 from loracle.pipeline import Say
 from loracle.runs import folder as run_folder
-from loracle.series import learn_once, place, root_of
+from loracle.experiments.runner import learn_once, place, root_of
 
 JSON = "validation.json"
 AT_THRESHOLDS = ("accuracy", "subset_accuracy", "micro_f1", "macro_f1")  # what thresholds decide of several labels

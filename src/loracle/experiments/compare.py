@@ -36,7 +36,7 @@ from loracle.models.scorer import is_encoder
 from loracle.pipeline import Say
 from loracle.baselines.fit import Rival
 from loracle.runs import folder as run_folder
-from loracle.series import learn_once, place, root_of
+from loracle.experiments.runner import learn_once, place, root_of
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
 DEPTH = "@depth="

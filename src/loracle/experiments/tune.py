@@ -28,7 +28,7 @@ from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.pipeline import Say
 from loracle.runs.recipes import write_recipe
-from loracle.series import place, root_of
+from loracle.experiments.runner import place, root_of
 from loracle.training.loop import fit
 
 RECIPE = "pipeline.toml"
