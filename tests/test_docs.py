@@ -52,8 +52,8 @@ def _answers_as_the_guide_asks(page):
     """The runs that the guide serves, asked what it asks; tests/serve/test_server.py has the process itself."""
     from fastapi.testclient import TestClient
 
-    from loracle.serve.api import create_app
-    from loracle.serve.server import load
+    from loracle.serving.app import create_app
+    from loracle.serving.server import load
 
     (served,) = re.findall(r"^loracle serve (.*)$", page, re.MULTILINE)
     asked = re.findall(r"^curl -H '([\w-]+): (\S+)' localhost:8000(\S+) -d '(.*)'$", page, re.MULTILINE)

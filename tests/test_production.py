@@ -22,9 +22,9 @@ from test_docs import commands
 
 from loracle.cli import main
 from loracle.config import ServeConfig
-from loracle.serve.api import create_app
-from loracle.serve.guard import is_loopback
-from loracle.serve.server import load, read_token
+from loracle.serving.app import create_app
+from loracle.serving.limits import is_loopback
+from loracle.serving.server import load, read_token
 
 
 @contextmanager

@@ -705,7 +705,7 @@ def serve(runs: tuple[Path, ...], base: str | None, device: str, **given: Any) -
     settings = ServeConfig(**_taken(ServeConfig, given))
     _calm()
     try:
-        from loracle.serve import server
+        from loracle.serving import server
     except ModuleNotFoundError as e:
         raise UserError("what loracle serve needs", f"no {e.name}", "run: pip install 'loracle[serve]'") from None
     server.serve(runs, settings, base=base, device=device, say=click.echo)

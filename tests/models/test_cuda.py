@@ -25,7 +25,7 @@ from loracle.models.attention import tree
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
-from loracle.serve.server import load
+from loracle.serving.server import load
 from loracle.text.tokenize import Encoded
 from loracle.training.loop import Schedule, fit
 from loracle.training.losses import make_loss

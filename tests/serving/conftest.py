@@ -8,7 +8,7 @@ from small import QUICK, clicked, labelled, pairs, several, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.serve.server import load
+from loracle.serving.server import load
 
 
 @pytest.fixture(scope="module")

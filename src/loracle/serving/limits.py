@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loracle.serve.metrics import Metrics
+from loracle.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

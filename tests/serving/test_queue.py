@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from loracle.serve.batcher import Batcher, Failed, Full
+from loracle.serving.queue import Batcher, Failed, Full
 from loracle.text.tokenize import Encoded
 from loracle.text.packing import micro_batches, pack
 
@@ -75,8 +75,8 @@ def test_each_request_gets_its_own_scores_in_its_own_order():
 
 
 def test_who_asks_at_the_same_time_shares_a_round(monkeypatch):
-    monkeypatch.setattr("loracle.serve.batcher.QUIET", 0.5)
-    monkeypatch.setattr("loracle.serve.batcher.GATHERED", 10.0)
+    monkeypatch.setattr("loracle.serving.queue.QUIET", 0.5)
+    monkeypatch.setattr("loracle.serving.queue.GATHERED", 10.0)
     model = Model()
     with batcher(model) as queue:
         futures = [queue.submit("a", [text(i)]) for i in range(3)]
@@ -85,8 +85,8 @@ def test_who_asks_at_the_same_time_shares_a_round(monkeypatch):
 
 
 def test_who_leaves_while_others_are_let_in_does_not_end_the_worker(monkeypatch):
-    monkeypatch.setattr("loracle.serve.batcher.QUIET", 0.2)
-    monkeypatch.setattr("loracle.serve.batcher.GATHERED", 10.0)
+    monkeypatch.setattr("loracle.serving.queue.QUIET", 0.2)
+    monkeypatch.setattr("loracle.serving.queue.GATHERED", 10.0)
     model = Model()
     with batcher(model) as queue:
         assert queue.submit("a", [text(1)]).cancel()
@@ -168,7 +168,7 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(limit):
 def taking(seconds, model, monkeypatch):
     """The model, each of whose rounds takes so long: a number, or one for each round."""
     clock = [0.0]
-    monkeypatch.setattr("loracle.serve.batcher.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("loracle.serving.queue.time", SimpleNamespace(monotonic=lambda: clock[0]))
     each = itertools.repeat(seconds) if isinstance(seconds, float) else iter(seconds)
 
     def score(run, texts):
@@ -261,7 +261,7 @@ def test_a_round_that_cannot_be_made_up_fails_who_waits_and_the_next_one_works(m
             raise error
         return micro_batches(*args)
 
-    monkeypatch.setattr("loracle.serve.batcher.micro_batches", cut)
+    monkeypatch.setattr("loracle.serving.queue.micro_batches", cut)
     with batcher(model) as queue:
         with pytest.raises(Failed):
             queue.submit("a", [text(1)]).result(5)

@@ -23,8 +23,8 @@ from loracle.config import RunConfig, ServeConfig
 from loracle.evaluation import drift
 from loracle.models.build import share_weights
 from loracle.runs.predictor import Predictor
-from loracle.serve import api
-from loracle.serve.server import load
+from loracle.serving import app
+from loracle.serving.server import load
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ def test_a_run_from_before_there_was_a_reference_is_served_without(predictors, m
 
 
 def test_an_old_change_is_forgotten(monkeypatch):
-    from loracle.serve import metrics
+    from loracle.serving import metrics
 
     monkeypatch.setattr(metrics, "RECENT", 4)
     seen = metrics.Seen(3)
@@ -316,7 +316,7 @@ def test_nothing_that_the_document_allows_or_forbids_breaks_anything(predictors,
     """Schemathesis, cut to a few seconds: no answer is a 5xx, and each is one that the document describes. ``make soak`` asks
     LORACLE_CASES of each kind, others every time.
     """
-    app = api.create_app({run: predictors[run]}, ServeConfig(max_texts=8, max_chars=500))
+    app = app.create_app({run: predictors[run]}, ServeConfig(max_texts=8, max_chars=500))
     statuses = Counter()
     cases = os.environ.get("LORACLE_CASES")
 
@@ -359,7 +359,7 @@ def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictor
     rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2")), "epochs": 6.0}
     run = pipeline.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
-    app = api.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
+    app = app.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
     with running(app) as address:
         page = browser.new_page()
         said, asked = [], []

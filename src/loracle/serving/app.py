@@ -33,14 +33,14 @@ from loracle.errors import UserError
 from loracle.evaluation.classification import probabilities
 from loracle.models.build import score
 from loracle.runs.predictor import Predictor
-from loracle.serve import schema
-from loracle.serve.batcher import Batcher, Failed, Full
-from loracle.serve.guard import RETRY, Guard, problem
-from loracle.serve.metrics import Metrics
+from loracle.serving import schemas
+from loracle.serving.queue import Batcher, Failed, Full
+from loracle.serving.limits import RETRY, Guard, problem
+from loracle.serving.metrics import Metrics
 from loracle.text.tokenize import Encoded
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.Problem, "description": about}
+    status: {"model": schemas.Problem, "description": about}
     for status, about in {
         400: "not JSON",
         401: "no token, or a wrong one",
@@ -231,26 +231,26 @@ def create_app(predictors: dict[str, Predictor], settings: ServeConfig, *, token
 
 def _add_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/classify")
-    async def classify(asked: schema.Texts) -> schema.Classified:
+    async def classify(asked: schemas.Texts) -> schemas.Classified:
         """Label and probabilities of each text, as `loracle predict`."""
         run = desk.pick(asked.run, "classify")
         encoded, proba, labels = await desk.classify(run, asked.texts, asked.contexts)
         names = desk.predictors[run].task.label_names
         results = [
-            schema.Label(labels=given, probabilities=dict(zip(names, p.tolist(), strict=True)), cut=e.cut)
+            schemas.Label(labels=given, probabilities=dict(zip(names, p.tolist(), strict=True)), cut=e.cut)
             for e, p, given in zip(encoded, proba, labels, strict=True)
         ]
-        return schema.Classified(run=run, results=results)
+        return schemas.Classified(run=run, results=results)
 
     @app.post("/v1/rank")
-    async def rank(asked: schema.Titles) -> schema.Ranking:
+    async def rank(asked: schemas.Titles) -> schemas.Ranking:
         """Titles best first with what their scores mean, as `loracle rank`."""
         run = desk.pick(asked.run, "rank")
         _, scores = await desk.scores(run, asked.titles, [asked.context] * len(asked.titles))
         desk.metrics.ranked(run, scores[:, 0])
         best_first = await desk.away(desk.drawing, desk.predictors[run].ranked, asked.titles, scores[:, 0])
         results = [
-            schema.Ranked(
+            schemas.Ranked(
                 rank=place,
                 index=r.index,
                 title=r.text,
@@ -262,21 +262,21 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
             )
             for place, r in enumerate(best_first, 1)
         ]
-        return schema.Ranking(run=run, results=results)
+        return schemas.Ranking(run=run, results=results)
 
     @app.post("/v1/score")
-    async def score_texts(asked: schema.Texts) -> schema.Scores:
+    async def score_texts(asked: schemas.Texts) -> schemas.Scores:
         """Scores before any softmax, of a classifier or a ranker."""
         run = desk.pick(asked.run)
         _, scores = await desk.scores(run, asked.texts, asked.contexts)
-        return schema.Scores(run=run, labels=list(desk.predictors[run].task.label_names), scores=scores.tolist())
+        return schemas.Scores(run=run, labels=list(desk.predictors[run].task.label_names), scores=scores.tolist())
 
     @app.get("/v1/models")
-    async def models() -> schema.Models:
+    async def models() -> schemas.Models:
         """The runs that are served."""
-        return schema.Models(
+        return schemas.Models(
             data=[
-                schema.Model(id=name, kind=p.task.kind, labels=list(p.task.label_names), base=p.info.base["source"])
+                schemas.Model(id=name, kind=p.task.kind, labels=list(p.task.label_names), base=p.info.base["source"])
                 for name, p in desk.predictors.items()
             ]
         )
@@ -284,40 +284,40 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 def _add_vllm_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/classify")
-    async def classify(asked: schema.VllmClassify) -> schema.VllmClassified:
+    async def classify(asked: schemas.VllmClassify) -> schemas.VllmClassified:
         """As vLLM's, for texts."""
         run = desk.pick(asked.model, "classify")
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         encoded, proba, _ = await desk.classify(run, texts)
         names, tokens = desk.predictors[run].task.label_names, sum(e.tokens for e in encoded)
-        return schema.VllmClassified(
+        return schemas.VllmClassified(
             id=f"classify-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=run,
             data=[
-                schema.VllmClass(index=i, label=names[p.argmax()], probs=p.tolist(), num_classes=len(names))
+                schemas.VllmClass(index=i, label=names[p.argmax()], probs=p.tolist(), num_classes=len(names))
                 for i, p in enumerate(proba)
             ],
-            usage=schema.VllmClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
+            usage=schemas.VllmClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
         )
 
     @app.post("/rerank")
     @app.post("/v1/rerank")
     @app.post("/v2/rerank")
-    async def rerank(asked: schema.VllmRerank) -> schema.VllmReranking:
+    async def rerank(asked: schemas.VllmRerank) -> schemas.VllmReranking:
         """As vLLM's, for texts; a relevance score is the ranker's score as it is."""
         run = desk.pick(asked.model, "rank")
         encoded, scores = await desk.scores(run, asked.documents, [asked.query or None] * len(asked.documents))
         desk.metrics.ranked(run, scores[:, 0])
         best_first = np.argsort(-scores[:, 0], kind="stable")[: asked.top_n or None]
         tokens = sum(e.tokens for e in encoded)
-        return schema.VllmReranking(
+        return schemas.VllmReranking(
             id=f"rerank-{uuid.uuid4().hex}",
             model=run,
-            usage=schema.VllmUsage(prompt_tokens=tokens, total_tokens=tokens),
+            usage=schemas.VllmUsage(prompt_tokens=tokens, total_tokens=tokens),
             results=[
-                schema.VllmReranked(
-                    index=i, document=schema.VllmDocument(text=asked.documents[i]), relevance_score=scores[i, 0]
+                schemas.VllmReranked(
+                    index=i, document=schemas.VllmDocument(text=asked.documents[i]), relevance_score=scores[i, 0]
                 )
                 for i in best_first.tolist()
             ],

@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.utils import floatToGoString
 
 from loracle.evaluation import drift
-from loracle.serve.batcher import Batcher
+from loracle.serving.queue import Batcher
 from loracle.text.tokenize import Encoded
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

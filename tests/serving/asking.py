@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from loracle.config import ServeConfig
-from loracle.serve import api
-from loracle.serve.protocol import bounded
+from loracle.serving import app
+from loracle.serving.protocol import bounded
 
 TEXTS = ["good day", "bad " * 80, "", " ", "so — naïve 标题", "<|im_end|> good", "good day", "nul \0 and tab \t"]
 RUNS = ("moods", "several", "pairs", "clicks")
@@ -21,7 +21,7 @@ SHOWN = ["bad headline 1", "good headline 2", "so headline 3"]
 
 @contextmanager
 def client_of(predictors, token=None, headers=None, **settings):
-    app = api.create_app(predictors, ServeConfig(**settings), token=token)
+    app = app.create_app(predictors, ServeConfig(**settings), token=token)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False, headers=headers) as client:
         yield client
 

@@ -21,9 +21,9 @@ from loracle.cli import main
 from loracle.config import RunConfig, ServeConfig
 from loracle.errors import UserError
 from loracle.runs.predictor import Predictor
-from loracle.serve import server
-from loracle.serve.guard import is_loopback
-from loracle.serve.server import _listen, load, read_token
+from loracle.serving import server
+from loracle.serving.limits import is_loopback
+from loracle.serving.server import _listen, load, read_token
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_two_runs_of_one_name_are_refused(run):
 def test_what_is_not_installed_is_named(run, monkeypatch):
     import loracle.serve
 
-    monkeypatch.delitem(sys.modules, "loracle.serve.server")
+    monkeypatch.delitem(sys.modules, "loracle.serving.server")
     monkeypatch.delattr(loracle.serve, "server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert refused(run).endswith("found no uvicorn. Run: pip install 'loracle[serve]'.")

@@ -19,9 +19,9 @@ from loracle.models.build import share_weights
 from loracle.models.attention.cuda_graphs import ROWS
 from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
-from loracle.serve.api import create_app
-from loracle.serve.guard import is_loopback
-from loracle.serve.protocol import bounded
+from loracle.serving.app import create_app
+from loracle.serving.limits import is_loopback
+from loracle.serving.protocol import bounded
 
 TOKEN = "LORACLE_TOKEN"
 THREADS = "OMP_NUM_THREADS"

@@ -16,7 +16,7 @@ from small import QUICK, pairs, write
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.runs.predictor import Predictor
-from loracle.serve import api
+from loracle.serving import app
 
 # --- limits -----------------------------------------------------------------------------------------------------------
 
@@ -78,14 +78,14 @@ class Held:
     """Keeps the worker at a gate."""
 
     def __init__(self, monkeypatch):
-        self.gate, self.inside, true_score = threading.Event(), threading.Event(), api.score
+        self.gate, self.inside, true_score = threading.Event(), threading.Event(), app.score
 
         def score(*args, **more):
             self.inside.set()
             assert self.gate.wait(20)
             return true_score(*args, **more)
 
-        monkeypatch.setattr(api, "score", score)
+        monkeypatch.setattr(app, "score", score)
 
 
 def test_a_context_counts_with_every_title(predictors):
@@ -173,7 +173,7 @@ def test_while_a_long_text_is_encoded_short_ones_wait_and_the_loop_does_not(one,
 
 
 def test_a_crash_answers_503_and_the_next_request_is_served(one, monkeypatch, caplog):
-    true_score, broken = api.score, [RuntimeError("secret")]
+    true_score, broken = app.score, [RuntimeError("secret")]
 
     def score(*args, **more):
         if broken:
@@ -181,7 +181,7 @@ def test_a_crash_answers_503_and_the_next_request_is_served(one, monkeypatch, ca
         return true_score(*args, **more)
 
     with client_of(one) as client:
-        monkeypatch.setattr(api, "score", score)
+        monkeypatch.setattr(app, "score", score)
         answer = client.post("/v1/classify", json={"texts": ["a secret text"]})
         assert "not scored" in refused(answer, 503)
         assert post(client, "/v1/classify", texts=["good"])
@@ -195,7 +195,7 @@ def test_a_bug_is_a_500_that_tells_the_client_nothing(one, monkeypatch, caplog):
     def broken(*args):
         raise KeyError("secret")
 
-    monkeypatch.setattr(api, "probabilities", broken)
+    monkeypatch.setattr(app, "probabilities", broken)
     with client_of(one) as client:
         answer = client.post("/v1/classify", json={"texts": ["a secret text"]})
     assert "a bug" in refused(answer, 500)

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from asking import running
 
-from loracle.serve import protocol
+from loracle.serving import protocol
 
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
 
