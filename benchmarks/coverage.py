@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import softmax
 
-from loracle.examples import Task
 from loracle.evaluation.classification import calibration_band, calibration_error, classification_metrics, lead
+from loracle.examples import Task
 
 PRIOR = np.array([0.5, 0.25, 0.15, 0.1])
 TASK = Task(kind="single", label_names=("a", "b", "c", "d"))

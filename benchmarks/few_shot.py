@@ -16,14 +16,14 @@ import numpy as np
 from results import SHARED, write_table
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import RunConfig
-from loracle.examples import LabeledText
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.evaluation.classification import as_json
 from loracle.evaluation.significance import compare
+from loracle.examples import LabeledText
 from loracle.reporting.terminal import figure
+from loracle.training import scoring
 
 EPOCHS = {1: 8, 5: 4, 10: 3}  # by examples a class
 TEST, WATCHED, SEED = 500, 2, 0

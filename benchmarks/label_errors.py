@@ -13,8 +13,8 @@ import csv
 import numpy as np
 from results import SHARED, write_table
 
-from loracle.examples import LabeledText, Task
 from loracle.evaluation.label_errors import margins, out_of_fold, suspects
+from loracle.examples import LabeledText, Task
 
 SHARE, SEEDS = 0.05, 3
 

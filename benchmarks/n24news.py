@@ -20,18 +20,18 @@ import numpy as np
 from results import SHARED, write_table
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import RunConfig
-from loracle.examples import Task
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.evaluation import linear_models
 from loracle.evaluation.classification import target_array
-from loracle.reporting.terminal import result_rows
+from loracle.examples import Task
 from loracle.models import build
 from loracle.models.loading import load_tokenizer, pick_device
-from loracle.text.tokenize import Encoder
+from loracle.reporting.terminal import result_rows
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
+from loracle.training import scoring
 
 TEST, RATES, EPOCHS = 1000, (2.5e-4, 5e-4, 1e-3), 3.0
 BATCH, SEARCH_STEPS = 32, 45
@@ -71,7 +71,11 @@ def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task
     encoder = Encoder(tokenizer, encoder=True)
     states = [build.features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
     targets = target_array(seen.items, seen.task)
-    return list(linear_models.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]), unseen.items, seen.task
+    return (
+        list(linear_models.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]),
+        unseen.items,
+        seen.task,
+    )
 
 
 def main() -> None:

@@ -22,15 +22,15 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle.experiments import compare
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
 from loracle.evaluation.classification import bootstrap
 from loracle.evaluation.significance import credit
-from loracle.runs.folder import METRICS
+from loracle.experiments import compare
 from loracle.experiments.runner import learn_once, place
+from loracle.runs.folder import METRICS
+from loracle.training import scoring
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
 LR, SEEDS = 1e-3, 3

@@ -51,8 +51,8 @@ def ours() -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from loracle.examples import RankGroup, Task
     from loracle.evaluation.pairs import group_pairs
+    from loracle.examples import RankGroup, Task
     from loracle.models.build import new_scorer
     from loracle.models.loading import demo_model_folder
     from loracle.text.tokenize import Encoded

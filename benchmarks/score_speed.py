@@ -32,8 +32,8 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     from loracle.models.build import new_scorer, score
     from loracle.models.loading import demo_model_folder, load_sequence_classifier, load_tokenizer
     from loracle.models.scorer import Scorer
-    from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
+    from loracle.text.tokenize import Encoder
 
     with DATA.open(encoding="utf-8") as f:
         texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(limit), strict=False)]

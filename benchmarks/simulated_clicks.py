@@ -14,8 +14,8 @@ import numpy as np
 from results import write_table
 from scipy.special import expit, logit
 
-from loracle.examples import RankGroup, Task
 from loracle.evaluation.linear_models import frozen_ranker
+from loracle.examples import RankGroup, Task
 from loracle.training.losses import fit_saturation, make_loss, numpy_objective
 
 SEEDS, GROUPS, FRESH, FEATURES = 20, 300, 500, 20

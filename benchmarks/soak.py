@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from results import HERE, write_table
 
-TESTS = ["tests/test_kills.py", "tests/test_recipe.py", "tests/run/test_on_ray.py", "tests/serve/test_routes.py",
+TESTS = ["tests/test_kills.py", "tests/test_pipeline.py", "tests/runs/test_ray.py", "tests/serving/test_app.py",
          "tests/test_docker.py"]  # fmt: skip
 CHOSEN = "kill or sigkill or ray or workers or allows_or_forbids or installs"
 

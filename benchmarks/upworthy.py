@@ -30,13 +30,13 @@ from results import SHARED, write_table
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.examples import RankGroup
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
-from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
 from loracle.evaluation.classification import as_json
+from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
 from loracle.evaluation.ranking import paired_difference, rank_metrics
+from loracle.examples import RankGroup
 from loracle.reporting.terminal import figure
 from loracle.training.losses import numpy_objective
 
@@ -130,8 +130,8 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     from loracle.examples import Task
     from loracle.models.build import features, new_scorer
     from loracle.models.loading import load_tokenizer
-    from loracle.text.tokenize import Encoder
     from loracle.text.template import bake
+    from loracle.text.tokenize import Encoder
 
     folder = minilm_folder()
     tokenizer = bake(load_tokenizer(folder), None, 128, encoder=True)

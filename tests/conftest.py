@@ -3,7 +3,7 @@
     tiny_model("qwen2")       a folder as a hub might serve it: config.json, model.safetensors and a tokenizer
     tiny_tokenizer("llama3")  a tokenizer of that family, cut from the same cloth: a few hundred tokens
 
-The models' weights are wide enough that attention matters: a wrong mask changes every score (tests/model/test_exact.py
+The models' weights are wide enough that attention matters: a wrong mask changes every score (tests/models/test_exact.py
 holds them to that), and the windows of Mistral and Gemma are shorter than most texts.
 """
 

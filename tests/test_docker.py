@@ -92,7 +92,9 @@ def test_it_runs_as_nobody_in_particular():
 def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("image")
     config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
-    return pipeline.train(RunConfig.from_flat(config | {"out": str(folder / "model")}), say=lambda line: None, quiet=True)
+    return pipeline.train(
+        RunConfig.from_flat(config | {"out": str(folder / "model")}), say=lambda line: None, quiet=True
+    )
 
 
 def test_the_container_starts_is_healthy_and_not_once_it_is_gone(run):

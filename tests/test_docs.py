@@ -49,7 +49,7 @@ def test_the_guide_works(tiny_model, tmp_path, monkeypatch):
 
 
 def _answers_as_the_guide_asks(page):
-    """The runs that the guide serves, asked what it asks; tests/serve/test_server.py has the process itself."""
+    """The runs that the guide serves, asked what it asks; tests/serving/test_server.py has the process itself."""
     from fastapi.testclient import TestClient
 
     from loracle.serving.app import create_app

@@ -16,24 +16,22 @@ ROOT = Path(loracle.__file__).parent
 ORDER = [
     "errors",
     "config",
-    "hub",
+    "examples",
+    "hubs",
     "data",
     "text",
-    "model",
-    "judge",
-    "train",
-    "run",
-    "serve",
-    "scoring",
-    "rivals",
-    "recipe",
-    "series",
-    "comparison",
-    "diff",
-    "validation",
-    "tuning",
-    "planning",
-    "demo",
+    "evaluation",
+    "tasks",
+    "models",
+    "training",
+    "baselines",
+    "reporting",
+    "runs",
+    "pipeline",
+    "experiments",
+    "serving",
+    "studio",
+    "titles",
     "api",
     "cli",
     "__main__",
@@ -68,7 +66,7 @@ def test_imports_go_one_way(path):
 
 def test_peft_has_one_door():
     importers = [str(path.relative_to(ROOT)) for path in FILES if any(n.split(".")[0] == "peft" for n in imports(path))]
-    assert importers == ["model/adapters.py"]
+    assert importers == ["models/lora.py"]
 
 
 @pytest.mark.parametrize("module", ["loracle.cli", "loracle.hubs", "loracle.data.sources", "loracle.text.packing"])

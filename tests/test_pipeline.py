@@ -20,8 +20,8 @@ from small import QUICK, labelled, pairs, write
 from loracle import pipeline
 from loracle.baselines import fit
 from loracle.config import RunConfig
-from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
+from loracle.examples import RankGroup, Task
 from loracle.models.scorer import Scorer
 from loracle.runs import sharing
 from loracle.runs.folder import read_info

@@ -13,9 +13,9 @@ from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.click_logs.counts import Shown, check_counts
 from loracle.data.columns import Columns
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.reader import Examples
 from loracle.errors import UserError
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.runs.predictor import Predictor
 
 

@@ -16,19 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from loracle.baselines.budget import Plan, Work
+from loracle.baselines.fit import (
+    Rival,
+    ask_untuned,
+    label_words,
+    plan_baselines,
+    probe_depths,
+    score_baselines,
+    some_of,
+)
+from loracle.baselines.linear_probe import Depth, choose, verdict
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
 from loracle.data.checks import audit, refuse, without_leaks
-from loracle.examples import Example, LabeledText, RankGroup, Task, texts_of
 from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.evaluation import linear_models
-from loracle.baselines.budget import Plan, Work
 from loracle.evaluation.calibration import Calibration, fit_calibration
-from loracle.evaluation.drift import reference
-from loracle.reporting.report import curves, findings, training_suspects, without_texts
 from loracle.evaluation.classification import (
     UNCALIBRATED,
     given_labels,
@@ -36,12 +43,11 @@ from loracle.evaluation.classification import (
     probabilities,
     target_array,
 )
-from loracle.reporting.html import render
-from loracle.baselines.linear_probe import Depth, choose, verdict
-from loracle.reporting.terminal import summary
 from loracle.evaluation.click_model import Spread, fit_spread
+from loracle.evaluation.drift import reference
+from loracle.examples import Example, LabeledText, RankGroup, Task, texts_of
 from loracle.models import build
-from loracle.models.lora import save_adapter
+from loracle.models.hidden_state_cache import LowerLayers, keep_lower
 from loracle.models.loading import (
     BaseModel,
     load_config,
@@ -51,7 +57,7 @@ from loracle.models.loading import (
     positions,
     resolve_base,
 )
-from loracle.models.hidden_state_cache import LowerLayers, keep_lower
+from loracle.models.lora import save_adapter
 from loracle.models.memory import (
     free_memory,
     out_of_memory,
@@ -61,23 +67,16 @@ from loracle.models.memory import (
     weight_bytes,
 )
 from loracle.models.scorer import Scorer, is_encoder
-from loracle.baselines.fit import Rival, ask_untuned, label_words, plan_baselines, probe_depths, score_baselines, some_of
+from loracle.reporting.html import render
+from loracle.reporting.report import curves, findings, training_suspects, without_texts
+from loracle.reporting.terminal import summary
 from loracle.runs import folder as run_folder
 from loracle.runs.model_card import model_card
 from loracle.runs.predictor import Predictor
-from loracle.training.scoring import (
-    encode_examples,
-    encode_texts,
-    look,
-    measure,
-    score_examples,
-    write_scores,
-)
 from loracle.text import packing
-from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import bake, check_contexts
-from loracle.training import distributed
-from loracle.training import tracking
+from loracle.text.tokenize import Encoded, Encoder
+from loracle.training import distributed, tracking
 from loracle.training.loop import FEWEST_TOKENS, Fit, Schedule, fit
 from loracle.training.losses import (
     SATURATION,
@@ -90,6 +89,14 @@ from loracle.training.losses import (
     resolve_loss,
 )
 from loracle.training.optimizer import default_lr
+from loracle.training.scoring import (
+    encode_examples,
+    encode_texts,
+    look,
+    measure,
+    score_examples,
+    write_scores,
+)
 
 Say = Callable[[str], None]
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loracle.examples import Task
-from loracle.errors import UserError
 from loracle.baselines.linear_probe import Depth, by_depth, choose, lines, ridge, verdict
+from loracle.errors import UserError
+from loracle.examples import Task
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 

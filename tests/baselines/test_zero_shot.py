@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from loracle.baselines.zero_shot import log_likelihood, name_scores, names_template
 from loracle.examples import Task
 from loracle.models.build import new_scorer
 from loracle.models.loading import load_tokenizer
-from loracle.baselines.zero_shot import log_likelihood, name_scores, names_template
-from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
 
 TEXTS = ["a plain title", "x", "", "Ünïcode — 标题", "a plain title"]
 PROMPT = "Which of these titles will more of our readers click on today? {text}\nAnswer:"

@@ -12,10 +12,10 @@ import pytest
 
 from loracle.data.checks import Audit, Spread, audit, refuse, without_leaks
 from loracle.data.columns import Columns
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.reader import Examples
 from loracle.errors import UserError
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 
 TWO = Task(kind="single", label_names=("bad", "good"))
 CLICKS = Task(kind="rank", evidence="clicks")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from loracle.config import DataConfig
 from loracle.data.columns import Columns, infer_columns, infer_text_column
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.reader import iter_texts, read_examples, read_unlabelled_groups
 from loracle.data.sources import open_table
 from loracle.data.table import Table
 from loracle.errors import UserError
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 
 
 def table(rows, **label_names):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.data.splits import restricted, split, split_groups, split_texts
 from loracle.errors import UserError
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 
 THREE = Task(kind="single", label_names=("a", "b", "c"))
 MANY = Task(kind="multi", label_names=("a", "b", "c", "d"))

@@ -6,7 +6,6 @@ from scipy.special import expit, softmax
 from scipy.stats import norm
 from sklearn import metrics as reference
 
-from loracle.examples import Task
 from loracle.evaluation.calibration import Calibration, fit_calibration, fit_temperature, fit_threshold
 from loracle.evaluation.classification import (
     calibration_band,
@@ -16,6 +15,7 @@ from loracle.evaluation.classification import (
     lead,
     probabilities,
 )
+from loracle.examples import Task
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c", "d"))
 MULTI = Task(kind="multi", label_names=("a", "b", "c"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loracle.examples import Preference, RankGroup, Task
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.changes import class_changes, group_change, label_changes
 from loracle.evaluation.classification import classification_metrics, differences, lead
+from loracle.examples import Preference, RankGroup, Task
 
 NAMES = ("neg", "pos", "mid")
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.evaluation.classification import (
     Interval,
@@ -18,6 +17,7 @@ from loracle.evaluation.classification import (
     ratio,
     target_array,
 )
+from loracle.examples import LabeledText, Task
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))
 MULTI = Task(kind="multi", label_names=("a", "b", "c"))

@@ -7,8 +7,6 @@ import pytest
 from scipy.special import expit, logsumexp, xlog1py, xlogy
 from scipy.stats import kstest, norm
 
-from loracle.examples import RankGroup
-from loracle.evaluation.marginal_likelihood import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, blocks, grid, log_marginal
 from loracle.evaluation.click_model import (
     LARGEST,
     SMALLEST,
@@ -18,6 +16,8 @@ from loracle.evaluation.click_model import (
     posterior_log_odds,
     win_probability,
 )
+from loracle.evaluation.marginal_likelihood import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, blocks, grid, log_marginal
+from loracle.examples import RankGroup
 
 
 def clicked(clicks, impressions, name="g"):

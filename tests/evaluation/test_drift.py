@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from loracle.examples import Task
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.drift import BINS, Reference, histogram, limit, psi, reference
+from loracle.examples import Task
 
 
 def test_the_index_of_a_case_by_hand():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from loracle.evaluation.label_errors import margins, out_of_fold, pair_suspects, suspects
 from loracle.examples import LabeledText, Task
 from loracle.reporting.report import LISTED, training_suspects
-from loracle.evaluation.label_errors import margins, out_of_fold, pair_suspects, suspects
 
 TASK = Task(kind="single", label_names=("sea", "sky", "soil"))
 WORDS = (("boat", "wave", "salt", "fish", "reef"), ("cloud", "wing", "star", "wind", "moon"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from loracle.examples import Preference, RankGroup, Task
+from loracle.evaluation.classification import classification_metrics, probabilities
 from loracle.evaluation.linear_models import (
     frozen_classifier,
     frozen_ranker,
@@ -16,8 +16,8 @@ from loracle.evaluation.linear_models import (
     tfidf_classifier,
     tfidf_ranker,
 )
-from loracle.evaluation.classification import classification_metrics, probabilities
 from loracle.evaluation.ranking import rank_metrics
+from loracle.examples import Preference, RankGroup, Task
 from loracle.training.losses import make_loss, numpy_objective, resolve_loss
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))

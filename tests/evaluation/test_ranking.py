@@ -9,13 +9,13 @@ from scipy.special import expit
 from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score
 
-from loracle.examples import Preference, RankGroup
 from loracle.errors import UserError
 from loracle.evaluation.classification import Interval
+from loracle.evaluation.click_model import fit_spread, posterior_log_odds
 from loracle.evaluation.pairs import evidence_of, grade_gains, group_pairs, rate_gap, significant
 from loracle.evaluation.ranking import paired_difference, rank_metrics
-from loracle.evaluation.click_model import fit_spread, posterior_log_odds
 from loracle.evaluation.ranking_metrics import GAPS, true_rates
+from loracle.examples import Preference, RankGroup
 
 
 def group(name="g", n=3, **evidence):

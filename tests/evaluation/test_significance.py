@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.evaluation.significance import compare, compare_rankers, credit, holm, mcnemar
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 
 TASK = Task(kind="single", label_names=("a", "b"))
 

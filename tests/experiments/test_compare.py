@@ -11,13 +11,13 @@ import torch
 from click.testing import CliRunner
 from small import clicked, labelled, several, write
 
-from loracle.experiments import compare
 from loracle import pipeline
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
-from loracle.examples import LabeledText, Task
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.significance import mcnemar
+from loracle.examples import LabeledText, Task
+from loracle.experiments import compare
 from loracle.runs.folder import read_info
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]

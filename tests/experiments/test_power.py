@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from scipy.special import expit
 from small import write
 
-from loracle.experiments import power
 from loracle.cli import main
 from loracle.config import PlanConfig
-from loracle.examples import RankGroup
 from loracle.errors import UserError
 from loracle.evaluation.ranking import rank_metrics
+from loracle.examples import RankGroup
+from loracle.experiments import power
 
 
 def groups_of(config, seed=0):

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 from small import labelled, write
 
-from loracle.experiments import tune
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, UserError
+from loracle.experiments import tune
 from loracle.runs.recipes import read_recipe
+from loracle.training import scoring
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.003", "--validation-share", "0.3"]
 

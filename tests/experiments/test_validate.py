@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from small import clicked, labelled, several, write
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.cli import main
 from loracle.runs.folder import read_info
+from loracle.training import scoring
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01"]
 CLICKS = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, masking_utils
 
-from loracle.examples import Task
 from loracle.errors import UserError
+from loracle.examples import Task
 from loracle.models import build
 from loracle.models.attention import tree
 from loracle.models.loading import load_config, load_tokenizer
 from loracle.models.scorer import DECODERS, PACKABLE, Scorer
-from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import SHARE_FROM
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoded, Encoder
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")

@@ -12,14 +12,14 @@ from small import integers, labelled, pairs, write
 from transformers import AutoModel
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
-from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
+from loracle.examples import LabeledText, Task
 from loracle.models import build
 from loracle.runs.predictor import Predictor
+from loracle.training import scoring
 
 CUE = "Topic of this headline: {text}\nThe topic is"
 

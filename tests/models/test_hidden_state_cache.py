@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.models import build
+from loracle.examples import Task
+from loracle.models import build, hidden_state_cache
 from loracle.models.attention import tree
-from loracle.models import hidden_state_cache
 from loracle.models.hidden_state_cache import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
 from loracle.text.tokenize import Encoded
 
@@ -109,9 +108,7 @@ def test_only_the_top_layers_have_adapters(tiny_model):
 def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
     """With the states that the whole model has there, through the final norm."""
     shallow, whole = (made(tiny_model(kind), depth=d, lora=False) for d in (1, None))
-    original = build.new_scorer(
-        tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu")
-    )
+    original = build.new_scorer(tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"))
     for scorer in (shallow, whole):
         scorer.load_state_dict(original.state_dict(), strict=scorer is whole)
     batch, below = whole.pack(TEXTS), []

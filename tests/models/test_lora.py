@@ -10,14 +10,13 @@ from peft import AutoPeftModelForSequenceClassification
 from peft.tuners.lora.layer import Linear as PeftLinear
 from transformers import AutoTokenizer
 
-from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.models import lora
-from loracle.models import build
-from loracle.models.lora import LeanLinear, save_adapter
+from loracle.examples import Task
+from loracle.models import build, lora
 from loracle.models.loading import load_tokenizer
-from loracle.text.tokenize import Encoder
+from loracle.models.lora import LeanLinear, save_adapter
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
 
 CPU = torch.device("cpu")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.models import build
-from loracle.models import memory
+from loracle.examples import Task
+from loracle.models import build, memory
 from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))

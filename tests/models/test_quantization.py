@@ -9,10 +9,9 @@ from small import QUICK, labelled, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.models import build
-from loracle.models import memory
+from loracle.examples import Task
+from loracle.models import build, memory
 from loracle.models.build import new_scorer
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor

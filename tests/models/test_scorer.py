@@ -9,8 +9,8 @@ import torch
 from loracle.examples import Task
 from loracle.models import build
 from loracle.models.attention import tree
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
+from loracle.text.tokenize import Encoded
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
 BEFORE = tuple(range(20, 40))
@@ -101,9 +101,7 @@ def test_rows_of_scores_are_not_short():
     """Softmax of short ones takes a CPU ten times as long."""
     texts = [Encoded(chunks=(tuple(range(n)),), starts=(0,)) for n in (1, 3, 9, 15, 16, 40)]
     shared = [Encoded(chunks=((*BEFORE, 50 + n),), starts=(20,)) for n in range(3)]
-    sizes = [
-        b.size for some in (texts, shared) for b in tree.AttentionPlan.of(pack(some), torch.device("cpu")).blocks
-    ]
+    sizes = [b.size for some in (texts, shared) for b in tree.AttentionPlan.of(pack(some), torch.device("cpu")).blocks]
     assert [keys for _, _, keys in sizes] == [16, 40, 20, 1]  # the last three see the common twenty besides
 
 

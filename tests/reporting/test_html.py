@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.evaluation.calibration import Calibration, fit_calibration
-from loracle.reporting.report import findings, training_suspects
 from loracle.evaluation.classification import as_json, classification_metrics, target_array
-from loracle.reporting.html import render
 from loracle.evaluation.ranking import rank_metrics
+from loracle.examples import LabeledText, RankGroup, Task
+from loracle.reporting.html import render
+from loracle.reporting.report import findings, training_suspects
 
 HOSTILE = "<script>console.error('run')</script> & \"quoted\" <img src=x onerror=alert(1)> {{ 7 * 7 }}"
 RUN = {

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from loracle.examples import LabeledText, RankGroup, Task
-from loracle.reporting import report as of
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import (
     as_json,
@@ -20,6 +18,8 @@ from loracle.evaluation.classification import (
     probabilities,
     target_array,
 )
+from loracle.examples import LabeledText, RankGroup, Task
+from loracle.reporting import report as of
 from loracle.reporting.html import render
 
 NAMES = tuple(f"label {i}" for i in range(15))

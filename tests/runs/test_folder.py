@@ -12,8 +12,8 @@ from small import QUICK, labelled, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.examples import Task
 from loracle.errors import UserError
+from loracle.examples import Task
 from loracle.runs.folder import RunInfo, read_info, verify, write_info, write_manifest
 
 FILES = (

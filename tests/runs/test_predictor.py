@@ -14,8 +14,8 @@ from small import QUICK, labelled, pairs, several, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.examples import RankGroup
 from loracle.errors import UserError
+from loracle.examples import RankGroup
 from loracle.runs.folder import checksum
 from loracle.runs.predictor import Predictor
 

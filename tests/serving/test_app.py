@@ -316,7 +316,7 @@ def test_nothing_that_the_document_allows_or_forbids_breaks_anything(predictors,
     """Schemathesis, cut to a few seconds: no answer is a 5xx, and each is one that the document describes. ``make soak`` asks
     LORACLE_CASES of each kind, others every time.
     """
-    app = app.create_app({run: predictors[run]}, ServeConfig(max_texts=8, max_chars=500))
+    application = app.create_app({run: predictors[run]}, ServeConfig(max_texts=8, max_chars=500))
     statuses = Counter()
     cases = os.environ.get("LORACLE_CASES")
 
@@ -332,7 +332,7 @@ def test_nothing_that_the_document_allows_or_forbids_breaks_anything(predictors,
 
         tried()
 
-    with running(app) as address:
+    with running(application) as address:
         for found in schemathesis.openapi.from_url(f"{address}/openapi.json").get_all_operations():
             operation = found.ok()
             check(operation, GenerationMode.POSITIVE)
@@ -358,9 +358,11 @@ def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictor
     hostile = "<img src=x onerror=console.error(1)>"
     rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2")), "epochs": 6.0}
-    run = pipeline.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
-    app = app.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
-    with running(app) as address:
+    run = pipeline.train(
+        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True
+    )
+    application = app.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
+    with running(application) as address:
         page = browser.new_page()
         said, asked = [], []
         page.on("request", lambda request: asked.append(request.url))

@@ -14,11 +14,11 @@ from asking import client_of, post
 from small import CHINESE, ENGLISH, QUICK, write
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.evaluation.classification import probabilities
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
+from loracle.training import scoring
 
 LENGTH = 48  # tokens a text may have
 ASKED = {

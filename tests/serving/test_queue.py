@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from loracle.serving.queue import Batcher, Failed, Full
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import micro_batches, pack
+from loracle.text.tokenize import Encoded
 
 
 def text(*ids):

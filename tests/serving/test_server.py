@@ -154,10 +154,10 @@ def test_two_runs_of_one_name_are_refused(run):
 
 
 def test_what_is_not_installed_is_named(run, monkeypatch):
-    import loracle.serve
+    import loracle.serving
 
     monkeypatch.delitem(sys.modules, "loracle.serving.server")
-    monkeypatch.delattr(loracle.serve, "server")
+    monkeypatch.delattr(loracle.serving, "server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert refused(run).endswith("found no uvicorn. Run: pip install 'loracle[serve]'.")
 

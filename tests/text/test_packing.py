@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loracle.text import packing
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import ROOT, ancestors, micro_batches, pack
+from loracle.text.tokenize import Encoded
 
 
 def text(own: tuple[int, ...], *above: tuple[int, ...], types: tuple[int, ...] | None = None) -> Encoded:

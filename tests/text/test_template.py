@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loracle.errors import UserError
-from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
 
 DECODERS = ("qwen", "llama3", "gemma", "mistral")
 ENCODERS = ("bert", "roberta")

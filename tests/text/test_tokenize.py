@@ -6,8 +6,8 @@ from itertools import chain
 
 import pytest
 
-from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
 
 CUE = "Sort this. Title: {text} Topic:"
 LONG = "the quick brown fox jumps over 你好 🙂 and reads the news " * 12

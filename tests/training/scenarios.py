@@ -1,4 +1,4 @@
-"""Small trainings, by one process or by several: ``torchrun --nproc-per-node 2 tests/train/scenarios.py FOLDER MODEL``.
+"""Small trainings, by one process or by several: ``torchrun --nproc-per-node 2 tests/training/scenarios.py FOLDER MODEL``.
 
 Each leaves a folder: ``log.jsonl``, ``left.safetensors`` (the weights at its end), or what was raised in ``raised-<process>``.
 """
@@ -22,8 +22,7 @@ from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, sc
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import Interrupted, UserError
-from loracle.training import distributed
-from loracle.training import loop
+from loracle.training import distributed, loop
 from loracle.training.losses import make_loss
 
 PLAIN = {"lr": 0.01, "micro_tokens": 10}

@@ -20,8 +20,8 @@ from small import QUICK, labelled, write
 from loracle import pipeline
 from loracle.cli import main
 from loracle.config import RunConfig
-from loracle.examples import LabeledText
 from loracle.errors import UserError
+from loracle.examples import LabeledText
 from loracle.training import distributed
 from loracle.training.distributed import on_main, share_out, start
 

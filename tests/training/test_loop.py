@@ -16,8 +16,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import Interrupted, UserError
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
 from loracle.text.tokenize import Encoded

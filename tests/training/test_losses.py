@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.errors import UserError
 from loracle.evaluation.ranking import rank_metrics
+from loracle.examples import LabeledText, Preference, RankGroup, Task
 from loracle.training import losses
 
 SINGLE = Task(kind="single", label_names=("a", "b", "c"))

@@ -11,24 +11,24 @@ from typing import Any
 
 import numpy as np
 
+from loracle.baselines import budget
+from loracle.baselines.budget import Plan, Work
+from loracle.baselines.linear_probe import Depth, best_of, by_depth, ridge
+from loracle.baselines.zero_shot import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.config import RunConfig
-from loracle.examples import Example, Task, texts_of
 from loracle.data.splits import Data
 from loracle.errors import UserError
-from loracle.baselines import budget
 from loracle.evaluation import linear_models
-from loracle.baselines.budget import Plan, Work
 from loracle.evaluation.calibration import Calibration, fit_calibration
 from loracle.evaluation.classification import UNCALIBRATED, headline_metric, target_array
-from loracle.baselines.linear_probe import Depth, best_of, by_depth, ridge
+from loracle.examples import Example, Task, texts_of
 from loracle.models import build
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
-from loracle.baselines.zero_shot import NoLikelihoodError, log_likelihood, name_pairs, name_scores, names_template
 from loracle.models.scorer import Scorer
-from loracle.training.scoring import by_example, encode_texts, measure
-from loracle.text.tokenize import Encoder
 from loracle.text.template import bake
+from loracle.text.tokenize import Encoder
 from loracle.training.losses import Loss, numpy_objective
+from loracle.training.scoring import by_example, encode_texts, measure
 
 FROZEN_TEXTS = 2048  # training texts whose frozen features are computed for the baseline, at most
 LAYERS = 12  # among which the frozen features choose

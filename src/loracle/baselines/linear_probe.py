@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
-from loracle.examples import Task
 from loracle.errors import UserError
-from loracle.reporting import plots
-from loracle.evaluation.linear_models import one_thread, standardised
 from loracle.evaluation.classification import Array
+from loracle.evaluation.linear_models import one_thread, standardised
+from loracle.examples import Task
+from loracle.reporting import plots
 from loracle.reporting.terminal import plain_table
 
 RIDGE = tuple(10.0**k for k in range(-1, 6))  # penalties for standardised features, chosen by leave-one-out

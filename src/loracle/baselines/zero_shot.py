@@ -19,8 +19,8 @@ from loracle.examples import Task
 from loracle.models.build import in_rounds, new_scorer
 from loracle.models.loading import load_config
 from loracle.models.scorer import Scorer, by_text
-from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.packing import ROOT, PackedBatch
+from loracle.text.tokenize import Encoded, Encoder
 
 ASKED = 256  # texts whose names are encoded at once
 ROWS = 512  # of logits held at once: 100 MB with a vocabulary of 50,000

@@ -295,8 +295,8 @@ def rank(
 
 def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, columns: dict[str, Any]) -> list[Any]:
     """Groups from the command line, from standard input (-), or from a file."""
-    from loracle.examples import RankGroup
     from loracle.data.table import FORMATS
+    from loracle.examples import RankGroup
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
@@ -381,9 +381,9 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     for issue in examples.issues:
         click.echo(f"note: {issue}", err=True)
     _calm()
-    from loracle.training import scoring
     from loracle.reporting.terminal import summary
     from loracle.runs.predictor import Predictor
+    from loracle.training import scoring
 
     predictor = Predictor(run, base=base, device=device)
     scores = scoring.score_examples(predictor.scorer, predictor.encoder, examples.items)
@@ -723,7 +723,9 @@ def cache(clear: bool) -> None:
         return
     for e in hidden_state_cache.entries():
         click.echo(f"{e.size / 1e6:>9,.1f} MB  {e.about['base']}, lower {e.about['depth']} layers  {e.folder}")
-    click.echo(f"{sum(e.size for e in hidden_state_cache.entries()) / 1e6:>9,.1f} MB  in all, in {hidden_state_cache.cache_root()}")
+    click.echo(
+        f"{sum(e.size for e in hidden_state_cache.entries()) / 1e6:>9,.1f} MB  in all, in {hidden_state_cache.cache_root()}"
+    )
 
 
 @main.command()

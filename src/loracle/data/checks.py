@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from loracle.data.click_logs.allocation import Allocation, allocation
-from loracle.examples import Arms, Example, LabeledText, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.data.reader import Examples
 from loracle.data.splits import issue_of, without_titles
 from loracle.errors import UserError
+from loracle.examples import Arms, Example, LabeledText, RankGroup, Task
 
 VERY_LONG = 100_000  # characters: far above any window, mostly a column or an encoding gone wrong
 LARGEST, SMALLEST = 9, 3  # classes that ``Audit.lines`` shows; ``to_json`` has all

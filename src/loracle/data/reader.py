@@ -19,14 +19,14 @@ from loracle.data.cells import (
     parsed_rows,
     text_and_context,
 )
+from loracle.data.click_logs.aggregation import sum_events
 from loracle.data.click_logs.counts import CLICK_ISSUES
 from loracle.data.columns import Columns, cell_of, infer_columns, task_of
-from loracle.data.click_logs.aggregation import sum_events
-from loracle.examples import Arms, LabeledText, RankGroup, Task
 from loracle.data.groups import READERS, gather
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.table import Table
 from loracle.errors import UserError
+from loracle.examples import Arms, LabeledText, RankGroup, Task
 
 Slices = tuple[tuple[str, str], ...]
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from loracle import hubs
-from loracle.data.formats.delimited import open_delimited, open_lines
 from loracle.data.folders import find_splits
+from loracle.data.formats.delimited import open_delimited, open_lines
 from loracle.data.formats.json import open_json
 from loracle.data.formats.parquet import open_parquet
 from loracle.data.table import SUFFIXES, File, Row, Table

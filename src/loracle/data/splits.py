@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracle.data.dates import order_of
-from loracle.examples import Example, LabeledText, Preference, RankGroup, Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
+from loracle.examples import Example, LabeledText, Preference, RankGroup, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loracle.examples import RankGroup
 from loracle.evaluation.pairs import group_pairs
+from loracle.examples import RankGroup
 
 Mask = npt.NDArray[np.bool_]
 MENDED, BROKEN, OTHER = "mended", "broken", "changed"

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, log_expit, log_softmax, softmax
 
-from loracle.examples import LabeledText, Task
 from loracle.errors import UserError
 from loracle.evaluation.calibration import Calibration
+from loracle.examples import LabeledText, Task
 
 Array = npt.NDArray[np.float64]
 Statistics = Callable[[Array], Mapping[str, Array]]

@@ -24,9 +24,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp, ndtr, ndtri, softmax
 
-from loracle.examples import RankGroup
-from loracle.evaluation.marginal_likelihood import DRAW_LEVELS, DRAW_Z, FIT_LEVELS, FIT_Z, Arms, blocks, grid, log_marginal
 from loracle.evaluation.classification import LEVEL, Array
+from loracle.evaluation.marginal_likelihood import (
+    DRAW_LEVELS,
+    DRAW_Z,
+    FIT_LEVELS,
+    FIT_Z,
+    Arms,
+    blocks,
+    grid,
+    log_marginal,
+)
+from loracle.examples import RankGroup
 
 SMALLEST, LARGEST = 1e-3, 5.0  # bounds of τ: rates 0.1 % apart, which no log can tell from 0, and 150-fold
 STEEPEST = 20.0  # bound of |β| per root mean square score; met only where scores separate the clicks without error

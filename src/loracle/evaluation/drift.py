@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from scipy.special import chdtri  # the inverse survival function of chi2, without the second that scipy.stats takes
 
-from loracle.examples import Task
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import UNCALIBRATED, given_labels, probabilities
+from loracle.examples import Task
 
 BINS = 10  # equally filled by what was trained on
 IN_A_BIN = 10  # values that each is to hold at least

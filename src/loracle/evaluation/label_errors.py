@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from loracle.examples import LabeledText, Task
 from loracle.data.splits import fold_numbers
-from loracle.evaluation.linear_models import tfidf_classifier, words_of
 from loracle.evaluation.classification import Array, probabilities, target_array
+from loracle.evaluation.linear_models import tfidf_classifier, words_of
+from loracle.examples import LabeledText, Task
 
 FOLDS = 5
 

@@ -24,8 +24,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.evaluation.classification import Array
+from loracle.examples import LabeledText, RankGroup, Task
 
 Features: TypeAlias = "np.ndarray | csr_matrix"  # [N, H] or [T, H]
 RankLoss = Callable[[Array], tuple[float, Array]]  # scores [T] -> mean loss, its gradient [T]

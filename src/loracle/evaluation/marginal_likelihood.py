@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit, logsumexp, xlog1py, xlogy
 
-from loracle.examples import RankGroup
 from loracle.evaluation.classification import Array
+from loracle.examples import RankGroup
 
 NEWTON_STEPS = 8  # a mode need not be exact, as the nodes around it only have to cover the mass
 CELLS = 1 << 18  # values of an integrand held at once: 2 MB an array

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from loracle.examples import RankGroup
 from loracle.evaluation.classification import Array
+from loracle.examples import RankGroup
 
 Pairs = npt.NDArray[np.intp]  # [P, 2]: winner, loser
 Evidence = Literal["pairs", "grades", "clicks"]

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loracle.examples import RankGroup
 from loracle.evaluation.classification import Array, Interval, bootstrap, ratio
 from loracle.evaluation.ranking_metrics import SCORELESS, read_cases, tally_table
+from loracle.examples import RankGroup
 
 
 def rank_metrics(

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from loracle.examples import RankGroup
 from loracle.evaluation.classification import Array
+from loracle.evaluation.click_model import fit_spread, posterior_log_odds
 from loracle.evaluation.pairs import (
     Evidence,
     Pairs,
@@ -29,7 +29,7 @@ from loracle.evaluation.pairs import (
     rate_gap,
     significant,
 )
-from loracle.evaluation.click_model import fit_spread, posterior_log_odds
+from loracle.examples import RankGroup
 
 TRUTH_SEED = 0  # of the posterior draws, whatever the bootstrap's: the ceiling is a property of the log, not of a run
 CELLS = 1 << 20  # comparisons of draws held at once

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, norm
 
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import (
     UNCALIBRATED,
@@ -30,6 +29,7 @@ from loracle.evaluation.classification import (
     units_of,
 )
 from loracle.evaluation.ranking import paired_difference
+from loracle.examples import LabeledText, RankGroup, Task
 
 
 @dataclass(frozen=True, slots=True)

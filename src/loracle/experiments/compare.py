@@ -21,22 +21,22 @@ import torch
 
 from loracle import pipeline
 from loracle.baselines import fit
-from loracle.training import scoring
+from loracle.baselines.fit import Rival
 from loracle.config import CompareConfig, RunConfig
-from loracle.examples import Task
 from loracle.data.splits import Data
 from loracle.errors import UserError
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import headline_metric
 from loracle.evaluation.significance import Paired, holm
 from loracle.evaluation.significance import compare as in_pairs
-from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
+from loracle.examples import Task
+from loracle.experiments.runner import learn_once, place, root_of
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
 from loracle.pipeline import Say
-from loracle.baselines.fit import Rival
+from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
 from loracle.runs import folder as run_folder
-from loracle.experiments.runner import learn_once, place, root_of
+from loracle.training import scoring
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
 DEPTH = "@depth="

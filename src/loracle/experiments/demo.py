@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
-from loracle.examples import RankGroup
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
+from loracle.examples import RankGroup
 from loracle.reporting.terminal import plain_table, result_rows
 from loracle.runs.folder import METRICS, RUN
 from loracle.runs.predictor import Predictor
+from loracle.training import scoring
 
 # Chosen on validation examples (dev/LOG.md). The cue asks the model for what it knows about topics already.
 CUE = "BBC News headline: {text}\nTopic (business, entertainment, politics, sports or tech):"

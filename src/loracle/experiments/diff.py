@@ -12,22 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from loracle.training import scoring
 from loracle.config import DataConfig
 from loracle.data.columns import LABEL_NAMES, infer_columns, infer_text_column
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.data.reader import iter_texts, read_examples, read_unlabelled_groups
 from loracle.data.table import Table
 from loracle.errors import UserError
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.changes import BROKEN, MENDED, OTHER, GroupChange, class_changes, group_change, label_changes
-from loracle.evaluation.classification import as_json, differences, given_labels, headline_metric, probabilities, target_array
-from loracle.evaluation.significance import compare_rankers, credit, mcnemar
+from loracle.evaluation.classification import (
+    as_json,
+    differences,
+    given_labels,
+    headline_metric,
+    probabilities,
+    target_array,
+)
 from loracle.evaluation.ranking import paired_difference
+from loracle.evaluation.significance import compare_rankers, credit, mcnemar
+from loracle.examples import LabeledText, RankGroup, Task
 from loracle.reporting.terminal import difference as signed
 from loracle.reporting.terminal import figure, plain_table, shortened
 from loracle.runs.folder import RunInfo, read_info
 from loracle.runs.predictor import Predictor
+from loracle.training import scoring
 
 LISTED = 5  # rows of a kind that the terminal shows
 LETTERS = 100  # of a text there

@@ -21,12 +21,12 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 
 from loracle.config import PlanConfig
-from loracle.examples import RankGroup, Task
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
-from loracle.reporting import plots
 from loracle.evaluation.classification import Array, as_json
 from loracle.evaluation.pairs import SIGNIFICANT_Z
+from loracle.examples import RankGroup, Task
+from loracle.reporting import plots
 
 DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
 PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that

@@ -17,18 +17,18 @@ import numpy as np
 
 from loracle import pipeline
 from loracle.baselines import fit
-from loracle.training import scoring
+from loracle.baselines.linear_probe import choose, verdict
 from loracle.config import RunConfig, TuneConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.classification import headline_metric
-from loracle.baselines.linear_probe import choose, verdict
-from loracle.reporting.terminal import plain_table
+from loracle.experiments.runner import place, root_of
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
 from loracle.pipeline import Say
+from loracle.reporting.terminal import plain_table
 from loracle.runs.recipes import write_recipe
-from loracle.experiments.runner import place, root_of
+from loracle.training import scoring
 from loracle.training.loop import fit
 
 RECIPE = "pipeline.toml"

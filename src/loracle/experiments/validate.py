@@ -16,19 +16,19 @@ import numpy as np
 from scipy.special import logit
 
 from loracle import pipeline
-from loracle.training import scoring
 from loracle.config import RunConfig, ValidateConfig
 from loracle.data.checks import refuse
-from loracle.examples import Task
 from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
 from loracle.errors import UserError
 from loracle.evaluation.classification import headline_metric
-from loracle.reporting.terminal import SHOWN, figure, plain_table
-from loracle.pipeline import Say
-from loracle.runs import folder as run_folder
+from loracle.examples import Task
 from loracle.experiments.runner import learn_once, place, root_of
+from loracle.pipeline import Say
+from loracle.reporting.terminal import SHOWN, figure, plain_table
+from loracle.runs import folder as run_folder
+from loracle.training import scoring
 
 JSON = "validation.json"
 AT_THRESHOLDS = ("accuracy", "subset_accuracy", "micro_f1", "macro_f1")  # what thresholds decide of several labels

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loracle.examples import Task
 from loracle.errors import UserError
+from loracle.examples import Task
 from loracle.models import quantization
-from loracle.models.lora import add_lora, load_adapter, merge
 from loracle.models.loading import head_names, load_config, load_sequence_classifier
-from loracle.models.openvino import Int8Scorer
+from loracle.models.lora import add_lora, load_adapter, merge
 from loracle.models.memory import out_of_memory, release
+from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches, rectangles
+from loracle.text.tokenize import Encoded
 
 PROBLEM_TYPES: dict[str, Any] = {
     "single": "single_label_classification",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from loracle.errors import UserError
 from loracle.models.loading import load_config
 from loracle.models.scorer import by_text, is_encoder, rectangle
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
+from loracle.text.tokenize import Encoded
 
 MODEL = "openvino_model.xml"
 GROUP = 64  # numbers of a token that share a scale

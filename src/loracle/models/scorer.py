@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loracle.models.attention import tree
+from loracle.models.attention.cuda_graphs import Recordings, recordable
+from loracle.models.attention.kernels import fuse
 from loracle.models.attention.tree import Sequences
 from loracle.models.hidden_state_cache import LowerLayers
-from loracle.models.attention.kernels import fuse
 from loracle.models.memory import release
-from loracle.models.attention.cuda_graphs import Recordings, recordable
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
+from loracle.text.tokenize import Encoded
 
 logger = logging.getLogger(__name__)
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
 ENCODERS = ("bert", "roberta", "xlm-roberta")
-PACKABLE = DECODERS + ENCODERS  # each proven in tests/model/test_exact.py
+PACKABLE = DECODERS + ENCODERS  # each proven in tests/models/test_exact.py
 HIDDEN = (1024, 512)  # the MLP head of the original recipe
 
 

@@ -32,7 +32,7 @@ def render(report: Mapping[str, Any]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"figure": figure, "spoken": spoken}
-    template = environment.from_string((files("loracle.judge") / "page.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string((files("loracle.reporting") / "report.html.j2").read_text(encoding="utf-8"))
     drawn = {name: Markup(svg) for name, svg in charts(report).items()}  # made here, of numbers and our own words
     return template.render(**report, charts=drawn)
 

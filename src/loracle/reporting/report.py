@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.baselines.budget import SEARCHED
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import (
@@ -36,9 +35,10 @@ from loracle.evaluation.classification import (
     target_array,
     units_of,
 )
-from loracle.evaluation.ranking import paired_difference
-from loracle.reporting.terminal import ceiling_line, result_rows, shortened
 from loracle.evaluation.label_errors import out_of_fold, pair_suspects, suspects
+from loracle.evaluation.ranking import paired_difference
+from loracle.examples import LabeledText, RankGroup, Task
+from loracle.reporting.terminal import ceiling_line, result_rows, shortened
 
 LISTED = 20  # texts a list shows
 LETTERS = 400  # characters of a text that are shown

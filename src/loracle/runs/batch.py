@@ -32,8 +32,8 @@ from loracle.data.columns import Columns
 from loracle.data.reader import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
-from loracle.hubs import checksum
 from loracle.evaluation.classification import confidence_of, given_labels
+from loracle.hubs import checksum
 from loracle.runs.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
 from loracle.runs.output import Write, check_output, open_output
 from loracle.runs.predictor import Predictor, names_of, score_window

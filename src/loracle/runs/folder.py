@@ -29,13 +29,13 @@ import tomli_w
 
 import loracle
 from loracle.config import RunConfig
-from loracle.examples import Task
 from loracle.data.issues import Issue
 from loracle.errors import UserError
-from loracle.hubs import checksum
 from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.drift import Reference
 from loracle.evaluation.click_model import Spread
+from loracle.evaluation.drift import Reference
+from loracle.examples import Task
+from loracle.hubs import checksum
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
 CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from loracle.examples import RankGroup, Task
 from loracle.errors import UserError
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import UNCALIBRATED, given_labels, probabilities
 from loracle.evaluation.click_model import Spread, expected_lift, win_probability
+from loracle.examples import RankGroup, Task
 from loracle.models import openvino
 from loracle.models.build import load_scorer, score
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
 from loracle.runs.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
-from loracle.text.tokenize import Encoded, Encoder
 from loracle.text.template import check_contexts
+from loracle.text.tokenize import Encoded, Encoder
 
 WINDOW = 4096  # titles that are scored together, sorted by what stands before them and by length
 COMPARED = 100  # titles up to which each one's chance against each other is given

@@ -34,9 +34,9 @@ from loracle.evaluation.classification import probabilities
 from loracle.models.build import score
 from loracle.runs.predictor import Predictor
 from loracle.serving import schemas
-from loracle.serving.queue import Batcher, Failed, Full
 from loracle.serving.limits import RETRY, Guard, problem
 from loracle.serving.metrics import Metrics
+from loracle.serving.queue import Batcher, Failed, Full
 from loracle.text.tokenize import Encoded
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -325,7 +325,7 @@ def _add_vllm_routes(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_pages(app: FastAPI, desk: Desk) -> None:
-    page = resources.files("loracle.serve").joinpath("page.html").read_text(encoding="utf-8")
+    page = resources.files("loracle.serving").joinpath("page.html").read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (

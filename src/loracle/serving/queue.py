@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import micro_batches, rows
+from loracle.text.tokenize import Encoded
 
 SMOOTHED = 0.3  # weight of the newest round in the speed
 QUIET, GATHERED = 0.001, 0.01  # seconds without a new request after which a round begins, and with them

@@ -15,8 +15,8 @@ import uvicorn
 
 from loracle.config import ServeConfig
 from loracle.errors import UserError
-from loracle.models.build import share_weights
 from loracle.models.attention.cuda_graphs import ROWS
+from loracle.models.build import share_weights
 from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
 from loracle.serving.app import create_app

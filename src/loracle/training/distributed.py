@@ -25,8 +25,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from loracle.examples import Example, texts_of
 from loracle.errors import UserError
+from loracle.examples import Example, texts_of
 from loracle.models.memory import out_of_memory
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from loracle.examples import Example, RankGroup
 from loracle.errors import Interrupted, UserError
+from loracle.examples import Example, RankGroup
 from loracle.models.memory import out_of_memory, release
 from loracle.models.scorer import Scorer
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, micro_batches
+from loracle.text.tokenize import Encoded
 from loracle.training import distributed
 from loracle.training.checkpoint import (
     Checkpoint,

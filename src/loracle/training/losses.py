@@ -22,9 +22,9 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from loracle.config import SATURATING
-from loracle.examples import LabeledText, RankGroup, Task
 from loracle.errors import UserError
 from loracle.evaluation.pairs import grade_gains, group_pairs
+from loracle.examples import LabeledText, RankGroup, Task
 
 Bound = Callable[[Tensor], tuple[Tensor, float]]  # scores of the examples it was bound to -> (sum, count)
 Loss = Callable[[Sequence[Any]], Bound]  # all LabeledText, or all RankGroup

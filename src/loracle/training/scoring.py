@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from loracle.examples import Example, Task, texts_of
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.classification import as_json, classification_metrics, headline_metric, target_array
 from loracle.evaluation.ranking import rank_metrics
+from loracle.examples import Example, Task, texts_of
 from loracle.models import build
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer

@@ -19,10 +19,10 @@ from small import write
 
 from loracle.config import DataConfig
 from loracle.data.columns import Columns, infer_columns
-from loracle.examples import RankGroup
 from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
+from loracle.examples import RankGroup
 
 Rows = list[dict[str, Any]]
 

@@ -17,9 +17,9 @@ from scipy.stats import chi2
 from loracle.cli import main
 from loracle.config import DataConfig
 from loracle.data.click_logs.allocation import LEVEL, Allocation, Period, allocation
-from loracle.examples import Arms
 from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
+from loracle.examples import Arms
 
 SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[3] / "shared"))
 UPWORTHY = SHARED / "data" / "upworthy" / "packages.csv.gz"

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loracle.data.click_logs.counts import CLICK_ISSUES, Shown, check_counts, click_group
-from loracle.examples import RankGroup
 from loracle.data.issues import IssueLog
 from loracle.errors import UserError
+from loracle.examples import RankGroup
 
 
 def group_of(shown, min_impressions=100):

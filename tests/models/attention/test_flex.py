@@ -17,12 +17,11 @@ import transformers
 from test_exact import CPU, LORA, SHAPES, assert_same, scorer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from loracle.models.attention import tree
-from loracle.models.attention import cuda_graphs
+from loracle.models.attention import cuda_graphs, tree
 from loracle.models.attention.tree import AttentionPlan, FlexPlan, padded_length
 from loracle.models.scorer import by_text
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import pack
+from loracle.text.tokenize import Encoded
 
 KINDS = ("qwen2", "mistral", "gemma3_text", "bert")  # grouped queries, a window, both kinds of layers, both ways
 LONG = Encoded(chunks=((*range(10, 30), *range(40, 60)), (*range(10, 30), *range(70, 77))), starts=(20, 20))

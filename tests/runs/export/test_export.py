@@ -167,7 +167,9 @@ def test_a_tokenizer_that_transformers_takes_for_another_is_refused(tiny_model, 
     known["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     (base / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(base)}
-    run = pipeline.train(RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True)
+    run = pipeline.train(
+        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True
+    )
     with pytest.raises(UserError, match=r"tokenizer.json has it; found Qwen2Tokenizer, .*Serve the run itself"):
         export(run, tmp_path / "plain", "transformers", say=lambda line: None)
     assert not (tmp_path / "plain").exists()

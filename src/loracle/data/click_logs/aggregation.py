@@ -19,8 +19,8 @@ from loracle.data.cells import CellError, as_context, parsed_rows
 from loracle.data.columns import Columns, cell_of
 from loracle.data.dates import EXPECTED, NUMBER, as_date, form_of, mixed_forms
 from loracle.data.formats.delimited import delimiter_of
-from loracle.data.issues import Issue, IssueLog, all_rows_named, rows_named
 from loracle.data.formats.json import first_character
+from loracle.data.issues import Issue, IssueLog, all_rows_named, rows_named
 from loracle.data.table import Table, seekable
 from loracle.errors import UserError
 

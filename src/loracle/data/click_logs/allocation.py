@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loracle.data.dates import latest, order_of
-from loracle.examples import Arms
 from loracle.data.issues import Issue, rows_named
+from loracle.examples import Arms
 
 LEVEL = 0.001  # p below which a group fails; p times the number of groups below which it does so beyond chance
 USUAL, BROKEN = 0.01, 0.25  # share of failing groups in a sound period (chance alone: 0.001) and in a broken one

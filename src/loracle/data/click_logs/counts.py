@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loracle.examples import RankGroup
 from loracle.data.issues import Issue, IssueLog, rows_named
 from loracle.errors import UserError
+from loracle.examples import RankGroup
 
 CLICK_ISSUES = {
     "repeated-title": "rows that repeat a title of their group, merged with it",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from loracle.models.attention.tree import KEYS_A_TOKEN, Sequences, flash_takes, has_flash
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import PackedBatch, pack
+from loracle.text.tokenize import Encoded
 
 ROWS = (64, 128, 256, 512, 1024)
 ROWS_A_SEGMENT = 8

@@ -34,8 +34,8 @@ from transformers import AttentionInterface
 
 from loracle.errors import UserError
 from loracle.models.attention.kernels import applied, can_compile
-from loracle.text.tokenize import Encoded
 from loracle.text.packing import ROOT, PackedBatch, ancestors, pack
+from loracle.text.tokenize import Encoded
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ import re
 
 from click.testing import CliRunner
 
-from loracle.baselines import fit
+from loracle.baselines import budget, fit
 from loracle.cli import main
-from loracle.baselines import budget
 
 
 def test_the_demo_trains_measures_and_uses_both(tmp_path, monkeypatch):

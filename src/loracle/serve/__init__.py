@@ -1,1 +1,0 @@
-"""From requests to answers: a bounded queue in front of the models, and HTTP in front of the queue."""

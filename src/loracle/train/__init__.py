@@ -1,1 +1,0 @@
-"""Losses, the optimizer, checkpoints and the one visible loop."""
