@@ -218,7 +218,7 @@ class Hubs:
     def download(self, spec: str, kind: str = "model", revision: str | None = None, **env: str) -> tuple[Path, str]:
         """``hub.download`` and the revision it found, in a new process: the clients read their variables at import."""
         script = (
-            "import json, sys\nfrom loracle import hub\nfrom loracle.errors import UserError\n"
+            "import json, sys\nfrom loracle import hubs as hub\nfrom loracle.errors import UserError\n"
             "spec, kind, revision = json.loads(sys.argv[1])\n"
             "try:\n    folder = hub.download(spec, kind=kind, revision=revision)\n"
             "    print(json.dumps([str(folder), hub.revision_of(folder)]))\n"

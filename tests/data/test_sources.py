@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loracle.data.formats import delimited as delimited_format
-from loracle.data.formats import json
+from loracle.data.formats import json as json_format
 from loracle.data.formats import parquet as parquet_format
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.sources import fingerprint, open_splits, open_table
@@ -161,7 +161,7 @@ def test_any_json_array_comes_back_however_the_file_is_cut_into_chunks(tmp_path,
     content = json.dumps(rows, ensure_ascii=ascii, indent=indent).encode("utf-8", "surrogatepass")
     spec = write(tmp_path, "any.json", content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "CHUNK", chunk)
+        patch.setattr(json_format, "CHUNK", chunk)
         assert [row for _, row in open_table(spec).rows()] == json.loads(content)
 
 

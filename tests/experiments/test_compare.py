@@ -17,11 +17,11 @@ from loracle.config import CompareConfig, RunConfig
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.significance import mcnemar
 from loracle.examples import LabeledText, Task
-from loracle.experiments import compare
+from loracle.experiments import compare as comparing
 from loracle.runs.folder import read_info
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def compare(*args, code=0):
@@ -34,7 +34,7 @@ def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tm
     """Each at its own, baselines too: the difference is that of the two figures that are shown."""
     data, out = write(tmp_path / "data.jsonl", several(120)), tmp_path / "table"
     compare(data, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
-    first, *others = json.loads((out / "compare.json").read_text())["rows"]
+    first, *others = json.loads((out / "comparison.json").read_text())["rows"]
     for row in others:
         gap = row["test"]["subset_accuracy"]["value"] - first["test"]["subset_accuracy"]["value"]
         assert row["paired"]["value"] == pytest.approx(gap)
@@ -49,12 +49,12 @@ def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model,
     for name, kind in names.items():
         assert f'"{name}"' in recipe_text
         recipe_text = recipe_text.replace(f'"{name}"', f'"{tiny_model(kind)}"')
-    (tmp_path / "pipeline.toml").write_text(recipe_text, encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(recipe_text, encoding="utf-8")
     data, out = write(tmp_path / "abstracts.jsonl", labelled(60)), tmp_path / "table"
-    flags = [data, "--recipe", tmp_path / "pipeline.toml", *FAST, "-o", out, "--price-per-hour", "2"]
+    flags = [data, "--recipe", tmp_path / "recipe.toml", *FAST, "-o", out, "--price-per-hour", "2"]
     said = compare(*flags).stdout
 
-    found = json.loads((out / "compare.json").read_text())
+    found = json.loads((out / "comparison.json").read_text())
     assert [r["method"] for r in found["rows"]] == ["train", "train", "train", "tfidf", "frozen"]
     first, *others = found["rows"]
     qwen, bert, roberta = (read_info(out / r["folder"]) for r in found["rows"][:3])
@@ -80,7 +80,7 @@ def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model,
         0 < found["rows"][1]["parameters"] - bare < 3_000
     )  # pooler and head come on top, the mask's head is not there
 
-    table = (out / "compare.md").read_text()
+    table = (out / "comparison.md").read_text()
     assert table.splitlines()[0].split(" | ")[1:4] == ["accuracy", "Δ accuracy", "p"]
     assert "cost / M texts" in table
     cost = 2 * 1e6 / first["texts_per_s"] / 3600
@@ -89,7 +89,7 @@ def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model,
     # Once more: nothing is trained again, and the table is the same.
     again = compare(*flags).stdout
     assert again.count("finished before") == 3
-    assert (out / "compare.md").read_text() == table
+    assert (out / "comparison.md").read_text() == table
 
 
 def _weights(folder):
@@ -113,22 +113,22 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
 
     monkeypatch.setattr(pipeline, "learn", stopped_in_the_second)
     with pytest.raises(Interrupted, match=r"stopped after step 3 of 6 in .*the same command goes on"):
-        compare.run(config, settings, say=lambda line: None, quiet=True)
-    compare.run(config, settings, say=lambda line: None, quiet=True)
+        comparing.run(config, settings, say=lambda line: None, quiet=True)
+    comparing.run(config, settings, say=lambda line: None, quiet=True)
     assert [name.rstrip("0") for name in trained] == ["qwen2", "llama", "llama"]
-    assert len(json.loads((tmp_path / "table" / "compare.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "table" / "comparison.json").read_text())["rows"]) == 2
 
 
 def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
     data, out = write(tmp_path / "log.jsonl", clicked(30)), tmp_path / "table"
     columns = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
     compare(data, *columns, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
-    rows = json.loads((out / "compare.json").read_text())["rows"]
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [r["paired"]["metric"] for r in rows[1:]] == ["pair_accuracy"] * 2
     for row in rows[1:]:
         gap = row["test"]["pair_accuracy"]["value"] - rows[0]["test"]["pair_accuracy"]["value"]
         assert row["paired"]["value"] == pytest.approx(gap)
-    assert "hours / M texts" in (out / "compare.md").read_text()
+    assert "hours / M texts" in (out / "comparison.md").read_text()
 
 
 def test_names_that_cannot_be_had_are_said_before_anything_is_trained(tiny_model, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_pa
     flat = {"model": str(tiny_model("qwen2")), "depth": 2, "adapt_top": 1, "template": "chat", "head": "mlp"}
     said = []
     settings = CompareConfig(against=f"{tiny_model('bert')},frozen:{tiny_model('bert')}", encoder_lr=3e-5)
-    _, bert, frozen = compare.line_up(RunConfig.from_flat(flat), settings, said.append)
+    _, bert, frozen = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
     assert any("is an encoder, which takes no --template, --depth, --head" in line for line in said)
     assert (bert.config.model.depth, bert.config.model.head, bert.config.lora.full) == (None, "linear", True)
     assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
@@ -159,13 +159,13 @@ def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
     model, data, out = tiny_model("qwen2"), write(tmp_path / "data.jsonl", labelled(60)), tmp_path / "table"
     against = f"{model}@depth=1,@depth=auto"
     compare(data, "--model", model, "--against", against, *FAST, "-o", out)
-    rows = json.loads((out / "compare.json").read_text())["rows"]
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [r["name"].partition("@")[2] for r in rows] == ["", "depth=1", "depth=auto"]
     depths = [read_info(out / r["folder"]).config.model.depth for r in rows]
     assert depths[:2] == [None, 1]
     assert depths[2] in (1, 2, 3)
     assert rows[1]["parameters"] < rows[0]["parameters"]
-    assert f"@depth=auto ({depths[2]} layers)" in (out / "compare.md").read_text()
+    assert f"@depth=auto ({depths[2]} layers)" in (out / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -176,12 +176,12 @@ def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
 def test_depths_that_make_no_sense(tiny_model, name, words):
     config = RunConfig.from_flat({"model": str(tiny_model("qwen2"))})
     with pytest.raises(UserError, match=words):
-        compare.line_up(config, CompareConfig(against=name), lambda line: None)
+        comparing.line_up(config, CompareConfig(against=name), lambda line: None)
 
 
 def test_a_contender_is_whole_beside_a_cut_model(tiny_model):
     config = RunConfig.from_flat({"model": str(tiny_model("qwen2")), "depth": 2})
-    cut, whole = compare.line_up(config, CompareConfig(against="@depth=full"), lambda line: None)
+    cut, whole = comparing.line_up(config, CompareConfig(against="@depth=full"), lambda line: None)
     assert (cut.config.model.depth, whole.config.model.depth) == (2, None)
 
 
@@ -189,7 +189,7 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
     flat = {"model": str(tiny_model("qwen2")), "quantize": "nf4"}
     said = []
     settings = CompareConfig(against=f"{tiny_model('bert')},frozen")
-    four_bit, bert, frozen = compare.line_up(RunConfig.from_flat(flat), settings, said.append)
+    four_bit, bert, frozen = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
     assert any("takes no --quantize" in line for line in said)
     assert four_bit.config.model.quantize == "nf4"
     assert (bert.config.model.quantize, bert.config.lora.full) == (None, True)
@@ -198,16 +198,16 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
     ]
     task = Task(kind="single", label_names=("a", "b"))
     data = pipeline.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
-    rival, more = compare._frozen(frozen, data, said.append)
+    rival, more = comparing._frozen(frozen, data, said.append)
     assert np.concatenate(rival.scores).shape == (6, 2)
     assert more["parameters"] > 0
 
 
 def test_memory_is_the_most_that_was_in_use():
-    with compare.peak_memory() as peak:
+    with comparing.peak_memory() as peak:
         block = torch.ones(50_000_000)  # 200 MB
-        compare.time.sleep(0.3)
+        comparing.time.sleep(0.3)
         del block
-    with compare.peak_memory() as calm:
-        compare.time.sleep(0.1)
+    with comparing.peak_memory() as calm:
+        comparing.time.sleep(0.1)
     assert 150e6 < peak[0] - calm[0] < 400e6

@@ -55,11 +55,11 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     sides = pipeline.read_data(config, lambda line: None)
     assert set(seen) == {e.text for e in sides.validation}  # and no test text
 
-    flat, _ = read_recipe(out / "pipeline.toml")
+    flat, _ = read_recipe(out / "recipe.toml")
     best = max(float(line.rpartition(": ")[2]) for line in lines if "stopped" not in line)
-    assert f"accuracy {best:.4f}" in (out / "pipeline.toml").read_text().splitlines()[0]
+    assert f"accuracy {best:.4f}" in (out / "recipe.toml").read_text().splitlines()[0]
     assert flat["alpha"] == 2 * flat["r"]
-    loracle("train", "--recipe", out / "pipeline.toml", "-o", tmp_path / "run", "--no-baselines")
+    loracle("train", "--recipe", out / "recipe.toml", "-o", tmp_path / "run", "--no-baselines")
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert trained["validation"]["accuracy"] == pytest.approx(best, abs=1e-4)
 

@@ -95,9 +95,7 @@ def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, 
     plain = build.layer_features
     for quantize, kept in read.items():
         flat = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
-        monkeypatch.setattr(
-            assemble, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1]
-        )
+        monkeypatch.setattr(build, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1])
         pipeline.probe(RunConfig.from_flat(flat | {"quantize": quantize}), say=lambda line: None)
     assert read[None][0].shape == read["nf4"][0].shape
     assert not np.allclose(read[None][0], read["nf4"][0])

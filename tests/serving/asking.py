@@ -21,8 +21,8 @@ SHOWN = ["bad headline 1", "good headline 2", "so headline 3"]
 
 @contextmanager
 def client_of(predictors, token=None, headers=None, **settings):
-    app = app.create_app(predictors, ServeConfig(**settings), token=token)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False, headers=headers) as client:
+    application = app.create_app(predictors, ServeConfig(**settings), token=token)
+    with TestClient(application, base_url="http://localhost", raise_server_exceptions=False, headers=headers) as client:
         yield client
 
 

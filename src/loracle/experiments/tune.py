@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loracle import pipeline
-from loracle.baselines import fit
+from loracle.baselines.fit import probe_depths
 from loracle.baselines.linear_probe import choose, verdict
 from loracle.config import RunConfig, TuneConfig
 from loracle.data.splits import Data
@@ -31,7 +31,7 @@ from loracle.runs.recipes import write_recipe
 from loracle.training import scoring
 from loracle.training.loop import fit
 
-RECIPE = "pipeline.toml"
+RECIPE = "recipe.toml"
 AROUND = 10.0  # times lower and higher than the given rate
 RANKS = (4, 8, 16, 32, 64)
 LENGTHS = (0.5, 1.0, 2.0)  # times the given epochs
@@ -40,7 +40,7 @@ UNDISTURBED = 3  # trials before any may be stopped
 
 
 def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: bool = False) -> Path:
-    """Search, and write the best settings as ``pipeline.toml``; returns that file.
+    """Search, and write the best settings as ``recipe.toml``; returns that file.
 
     Raises:
         UserError: Optuna is not installed, data or model that cannot be used, no trial that ended.
@@ -98,7 +98,7 @@ class Trials:
         self.loss, _ = pipeline.choose_loss(config, data)
         self.base, base_config, self.tokenizer, _ = pipeline.open_base(config, data, say)
         if config.model.depth == "auto":  # once for all trials
-            depths = fit.probe_depths(config, data, self.loss, self.base, self.tokenizer)
+            depths = probe_depths(config, data, self.loss, self.base, self.tokenizer)
             say(verdict(depths))
             model = dataclasses.replace(config.model, depth=choose(depths).layers)
             config = dataclasses.replace(config, model=model)

@@ -165,10 +165,10 @@ class Scorer(nn.Module):
 
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        positions, tree = put(batch.position_ids), tree.plan(batch, device)
+        positions, plan = put(batch.position_ids), tree.plan(batch, device)
 
         def run(**inputs: Tensor) -> Any:
-            return self.inner.base_model(position_ids=positions, tree=tree, **inputs, **types, **caching)
+            return self.inner.base_model(position_ids=positions, tree=plan, **inputs, **types, **caching)
 
         ids = put(batch.input_ids)
         if self.lower is not None:
@@ -179,11 +179,11 @@ class Scorer(nn.Module):
             with self.lower.upper():
                 return run(inputs_embeds=below).last_hidden_state[0, :tokens]
 
-    def _laid_out(self, ids: Tensor, positions: Tensor, tree: Sequences, read: Tensor) -> Tensor:
+    def _laid_out(self, ids: Tensor, positions: Tensor, plan: Sequences, read: Tensor) -> Tensor:
         """Scores ``float32 [N, C]`` at the rows to ``read [N]`` of ids and positions ``[R]``, with no look at any number."""
         inputs = {"input_ids": ids[None], "position_ids": positions[None]}
         with self._reading(read):
-            states = self.inner.base_model(**inputs, tree=tree, use_cache=False).last_hidden_state[0]
+            states = self.inner.base_model(**inputs, tree=plan, use_cache=False).last_hidden_state[0]
         return _wide(self._head(states[read]))
 
     @contextlib.contextmanager

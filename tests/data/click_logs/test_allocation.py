@@ -21,7 +21,7 @@ from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.examples import Arms
 
-SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[3] / "shared"))
+SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[4] / "shared"))
 UPWORTHY = SHARED / "data" / "upworthy" / "packages.csv.gz"
 
 
