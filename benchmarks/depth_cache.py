@@ -76,7 +76,7 @@ def _learn(train: Path, test: Path, out: Path, base: str, **settings: Any) -> di
 
     fixed = {"batch": BATCH, "lr": LR, "baselines": False, "model": base, "patience": 0}
     config = RunConfig.from_flat({"data": str(train), "test": str(test), "out": str(out), **fixed, **settings})
-    run = pipeline.train(config, say=lambda line: None, quiet=True)
+    run = pipeline.train(config, log=lambda line: None, quiet=True)
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
         right = np.array([row["label"] == row["predicted"] for row in csv.DictReader(f)], dtype=float)

@@ -66,7 +66,7 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
     return [Encoded(chunks=(tuple(rng.integers(1, vocabulary, n).tolist()),), starts=(0,)) for n in lengths]
 
 
-def measure(size: str, scorer: Any, seed: int, batch: int, micro_tokens: int) -> float:
+def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batch: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
     from loracle.examples import LabeledText, Task
     from loracle.training.loop import Schedule, fit
@@ -79,7 +79,9 @@ def measure(size: str, scorer: Any, seed: int, batch: int, micro_tokens: int) ->
         return [[encoded[int(e.text)]] for e in some]
 
     task = Task(kind="single", label_names=tuple(map(str, range(LABELS))))
-    schedule = Schedule(epochs=1, batch=batch, lr=1e-4, save_steps=10**9, micro_tokens=micro_tokens, seed=seed)
+    schedule = Schedule(
+        epochs=1, batch=batch, lr=1e-4, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
+    )
     look = {"metric": 0.0, "loss": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         fit(scorer, examples, encode, make_loss(task), lambda: look, schedule=schedule, folder=Path(folder), quiet=True)
@@ -130,20 +132,20 @@ def measure_peer(size: str, model: Any, seed: int, batch: int) -> float:
     return sum(tokens[WARM : len(marks)]) / (marks[-1] - marks[WARM - 1])
 
 
-def profile(size: str, scorer: Any, batch: int, micro_tokens: int) -> None:
+def profile(size: str, scorer: Any, batch: int, tokens_per_micro_batch: int) -> None:
     """Print the kernels of a few steps, longest first."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
     with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        measure(size, scorer, 0, batch, micro_tokens)
+        measure(size, scorer, 0, batch, tokens_per_micro_batch)
     kernels = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
     print(f"{sum(e.self_device_time_total for e in kernels) / 1e6:.2f} s on the card, of {STEPS} steps:")
     for e in kernels[:40]:
         print(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:7,d}  {e.key[:110]}")
 
 
-def main(size: str, rounds: int, batch: int, micro_tokens: int, peers: bool, look_inside: bool) -> None:
+def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers: bool, look_inside: bool) -> None:
     """Several rounds in turn, then the table."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -153,14 +155,14 @@ def main(size: str, rounds: int, batch: int, micro_tokens: int, peers: bool, loo
 
     device = pick_device("auto")
     scorer = scorer_of(size, device)
-    measure(size, scorer, 99, batch, micro_tokens)  # what is compiled is compiled here
-    ways = {"loracle": lambda seed: measure(size, scorer, seed, batch, micro_tokens)}
+    measure(size, scorer, 99, batch, tokens_per_micro_batch)  # what is compiled is compiled here
+    ways = {"loracle": lambda seed: measure(size, scorer, seed, batch, tokens_per_micro_batch)}
     if peers:
         lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
         model = get_peft_model(model_of(size, device), lora)
         for n in PEER_BATCHES:
             ways[f"Trainer + PEFT, batch {n}"] = lambda seed, n=n: measure_peer(size, model, seed, n)
-    rate = matrix_rate(scorer, seconds=1.0, rows=micro_tokens)
+    rate = matrix_rate(scorer, seconds=1.0, rows=tokens_per_micro_batch)
     cuda = device.type == "cuda"
     found: dict[str, list[float]] = {name: [] for name in ways}
     peak: dict[str, float] = {}
@@ -185,14 +187,14 @@ def main(size: str, rounds: int, batch: int, micro_tokens: int, peers: bool, loo
     card = torch.cuda.get_device_name(device) if cuda else "the CPU"
     notes = [
         f"Qwen2.5 of {size}, random weights, on {card}; LoRA r 16 on every linear layer, bfloat16, ours in steps of {batch} "
-        f"texts and rounds of {micro_tokens:,} tokens. Operations are 4 N a token and those of the adapters. The model's "
+        f"texts, {tokens_per_micro_batch:,} tokens a micro-batch. Operations are 4 N a token and those of the adapters. The model's "
         f"largest product runs at {rate / 1e12:.0f} TFLOP/s here. Memory at most: "
         + ", ".join(f"{name} {gb:.0f} GB" for name, gb in peak.items())
         + " (both models are held at once).",
     ]
     write_table(f"gpu_train_{size}", rows, notes)
     if look_inside:
-        profile(size, scorer, batch, micro_tokens)
+        profile(size, scorer, batch, tokens_per_micro_batch)
 
 
 if __name__ == "__main__":
@@ -200,8 +202,8 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=8192)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
-    main(given.size, given.rounds, given.batch, given.micro_tokens, not given.no_peers, given.profile)
+    main(given.size, given.rounds, given.batch, given.tokens_per_micro_batch, not given.no_peers, given.profile)

@@ -29,7 +29,7 @@ from loracle.examples import Task
 from loracle.models import build
 from loracle.models.loading import load_tokenizer, pick_device
 from loracle.reporting.terminal import result_rows
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 from loracle.training import scoring
 
@@ -64,7 +64,7 @@ def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task
     folder = minilm_folder()
     seen = read_examples(open_table(str(train)), RunConfig().data)
     unseen = read_examples(open_table(str(test)), RunConfig().data, task=seen.task)
-    tokenizer = bake(load_tokenizer(folder), None, 256, encoder=True)
+    tokenizer = install_template(load_tokenizer(folder), None, 256, encoder=True)
     scorer = build.new_scorer(
         folder, seen.task, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=pick_device("auto")
     )

@@ -80,7 +80,7 @@ def encoder_look(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float
         train=dataclasses.replace(plain.train, lr=lr),
         baselines=False,
     )
-    folder = learn_once(config, data, place(SCRATCH, "minilm", config, data), say=print, quiet=False)
+    folder = learn_once(config, data, place(SCRATCH, "minilm", config, data), log=print, quiet=False)
     return json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]["accuracy"]
 
 

@@ -32,13 +32,13 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     from loracle.models.build import new_scorer, score
     from loracle.models.loading import demo_model_folder, load_sequence_classifier, load_tokenizer
     from loracle.models.scorer import Scorer
-    from loracle.text.template import bake
+    from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
 
     with DATA.open(encoding="utf-8") as f:
         texts = [json.loads(line)["messages"][0]["content"] for line, _ in zip(f, range(limit), strict=False)]
     base, names = demo_model_folder(), tuple(str(i) for i in range(24))
-    tokenizer = bake(load_tokenizer(base), None, 512, encoder=False)
+    tokenizer = install_template(load_tokenizer(base), None, 512, encoder=False)
     scorer: Scorer | openvino.Int8Scorer
     if eight:
         model = load_sequence_classifier(

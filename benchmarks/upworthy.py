@@ -45,7 +45,7 @@ DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
 DOUBTED = ("201325", "201401")  # weeks, as the file counts them, whose randomisation the archive's authors doubt
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-upworthy"))
 SETTINGS: dict[str, Any] = {
-    "depth": 24, "adapt_top": 9, "pooling": "mean", "epochs": 3.0, "batch": 8, "lr": 5e-4, "evaluations": 2, "patience": 0,
+    "depth": 24, "adapt_top": 9, "pooling": "mean", "epochs": 3.0, "batch": 8, "lr": 5e-4, "evals_per_epoch": 2, "patience": 0,
 }  # fmt: skip
 SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "top1", "regret")
 
@@ -130,11 +130,11 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     from loracle.examples import Task
     from loracle.models.build import features, new_scorer
     from loracle.models.loading import load_tokenizer
-    from loracle.text.template import bake
+    from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
 
     folder = minilm_folder()
-    tokenizer = bake(load_tokenizer(folder), None, 128, encoder=True)
+    tokenizer = install_template(load_tokenizer(folder), None, 128, encoder=True)
     scorer = new_scorer(
         folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
         device=torch.device("cpu"), lora=None,

@@ -106,7 +106,7 @@ def labelled_run(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     data = write(folder / "data.csv", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run"), "max_steps": 2}
-    return pipeline.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(flat), log=lambda line: None, quiet=True)
 
 
 @pytest.fixture(scope="session")

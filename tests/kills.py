@@ -46,7 +46,7 @@ def job_of(run: Path, data: Path | str, table=None):
 def label(run: Path, data: Path, out: Path) -> None:
     from loracle.runs.batch import predict
 
-    predict(job_of(run, data), out, 0.0, say=lambda line: None)
+    predict(job_of(run, data), out, 0.0, log=lambda line: None)
 
 
 def checkpoint_at(step: int):

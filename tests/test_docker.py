@@ -93,7 +93,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("image")
     config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
     return pipeline.train(
-        RunConfig.from_flat(config | {"out": str(folder / "model")}), say=lambda line: None, quiet=True
+        RunConfig.from_flat(config | {"out": str(folder / "model")}), log=lambda line: None, quiet=True
     )
 
 

@@ -58,7 +58,7 @@ def _answers_as_the_guide_asks(page):
     (served,) = re.findall(r"^loracle serve (.*)$", page, re.MULTILINE)
     asked = re.findall(r"^curl -H '([\w-]+): (\S+)' localhost:8000(\S+) -d '(.*)'$", page, re.MULTILINE)
     assert len(asked) == 2
-    app = create_app(load([Path(run) for run in served.split()], say=lambda line: None), ServeConfig())
+    app = create_app(load([Path(run) for run in served.split()], log=lambda line: None), ServeConfig())
     with TestClient(app, base_url="http://localhost:8000") as client:
         for name, value, path, body in asked:
             answer = client.post(path, content=body, headers={name: value})

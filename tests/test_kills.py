@@ -13,7 +13,7 @@ import torch
 from kills import KILLS
 from small import write
 
-from loracle.runs.batch import Kept
+from loracle.runs.batch import PartialResults
 from loracle.training.checkpoint import load_checkpoint
 
 ROWS = 3200
@@ -50,14 +50,14 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, t
         process.kill()
         process.join()
         assert process.exitcode in (-9, 0)
-        kept = {p.name: p.stat().st_mtime_ns for p in windows[: len(Kept(scores))]}
+        kept = {p.name: p.stat().st_mtime_ns for p in windows[: len(PartialResults(scores))]}
         if out.exists():
             assert out.read_bytes() == unbroken.read_bytes()
             met["after the output was whole"] += 1
             out.unlink()
             before = {}  # though what was kept may be half taken away
             continue
-        held = [len(p) for p in Kept(scores)]
+        held = [len(p) for p in PartialResults(scores)]
         assert held == [min(kills.WINDOW, ROWS - i * kills.WINDOW) for i in range(len(kept))]
         if any(scores.glob(".*.writing-*")) and len(kept) == len(windows):
             met["while the output was written"] += 1

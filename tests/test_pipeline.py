@@ -39,7 +39,7 @@ def config_of(folder, model, **more):
 
 
 def train(config):
-    return pipeline.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
 def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_model, tmp_path, monkeypatch):
@@ -53,11 +53,11 @@ def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_m
     monkeypatch.setattr(pipeline, "free_memory", free)
     monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40)
-    run = pipeline.train(config, say=said.append, quiet=True)
+    run = pipeline.train(config, log=said.append, quiet=True)
     assert any("note: rounds of 70 tokens instead; steps and results stay the same" in line for line in said)
     assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
     assert any(line.startswith("about ") and "for 2 steps, at the " in line for line in said)
-    assert read_info(run).config.train.micro_tokens == 70
+    assert read_info(run).config.train.tokens_per_micro_batch == 70
 
 
 def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_pa
         return whole(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", forward)
-    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), say=said.append, quiet=True)
+    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), log=said.append, quiet=True)
     assert seen[0] > 100
     assert any(line.startswith("how long 2 steps take is not known") for line in said)
 
@@ -82,7 +82,7 @@ def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkey
     needs = []
     monkeypatch.setattr(pipeline, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
     monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
-    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), say=said.append, quiet=True)
+    pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), log=said.append, quiet=True)
     assert any("there may be too little even for rounds of 64 tokens" in line for line in said)
     assert not any("results stay the same" in line for line in said)
 
@@ -91,7 +91,7 @@ def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkey
 def test_weights_that_do_not_fit_are_not_read(tiny_model, tmp_path, monkeypatch, begin):
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"GB for the weights of .* on cpu; found 0.0 GB free"):
-        begin(config_of(tmp_path, tiny_model("qwen2")), say=lambda line: None)
+        begin(config_of(tmp_path, tiny_model("qwen2")), log=lambda line: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, un
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"loracle train --resume {config.out}" in said
-    pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    pipeline.resume(tmp_path / "run", log=lambda line: None, quiet=True)
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
@@ -160,7 +160,7 @@ def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
     (run / "manifest.json").unlink()
     write(tmp_path / "data.jsonl", labelled(81))
     with pytest.raises(UserError, match="found other bytes"):
-        pipeline.resume(run, say=lambda line: None)
+        pipeline.resume(run, log=lambda line: None)
 
 
 def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_over_long_texts_are_counted_cut_or_chunked(tiny_model, tmp_path):
     for how in ("cut", "chunk"):
         said = []
         config = config_of(tmp_path, tiny_model("qwen2"), max_steps=1, max_length=40, long=how, out=str(tmp_path / how))
-        run = pipeline.train(config, say=said.append, quiet=True)
+        run = pipeline.train(config, log=said.append, quiet=True)
         assert json.loads((run / "metrics.json").read_text())["texts"]["over_length"] == 5
         assert any(f"5 texts over 40 ({how}" in line for line in said)
 
@@ -307,7 +307,7 @@ def test_a_model_of_few_positions_cuts_sooner_and_says_so(tiny_model, tmp_path):
     for kind, room in (("bert", 512), ("roberta", 510)):
         said = []
         config = config_of(tmp_path, tiny_model(kind), max_length=1024, max_steps=1, out=str(tmp_path / kind))
-        run = pipeline.train(config, say=said.append, quiet=True)
+        run = pipeline.train(config, log=said.append, quiet=True)
         assert any(f"--max-length 1024 becomes {room}" in line for line in said)
         assert json.loads((run / "metrics.json").read_text())["texts"]["max"] == room
 
@@ -326,7 +326,7 @@ def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
     process.wait()
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"step": 5, "lo')
-    pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    pipeline.resume(tmp_path / "run", log=lambda line: None, quiet=True)
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
@@ -337,7 +337,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeyp
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     monkeypatch.undo()
     assert list((tmp_path / "run" / "checkpoints").iterdir())
-    run = pipeline.resume(tmp_path / "run", say=lambda line: None, quiet=True)
+    run = pipeline.resume(tmp_path / "run", log=lambda line: None, quiet=True)
     assert not (run / "checkpoints").exists()
 
 
@@ -402,7 +402,7 @@ def test_what_baselines_do_without_is_in_the_report(tiny_model, tmp_path, monkey
         monkeypatch.setattr(fit.budget, name, 1.0 if name == "FREE" else 1e-9)
     said = []
     run = pipeline.train(
-        config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), say=said.append, quiet=True
+        config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), log=said.append, quiet=True
     )
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["baselines"]) == {"majority", "tf-idf"}

@@ -33,7 +33,7 @@ def served(args, environment):
     if "--token-file" in args:
         given = main.commands["serve"].make_context("serve", args[1:]).params
         app = create_app(
-            load(given["runs"], say=lambda line: None), ServeConfig(), token=read_token(given["token_file"])
+            load(given["runs"], log=lambda line: None), ServeConfig(), token=read_token(given["token_file"])
         )
         assert not is_loopback(given["host"])
         with running(app, given["port"]):

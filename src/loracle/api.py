@@ -30,9 +30,9 @@ class _Estimator:
 
     def _fit(self, examples: Examples) -> None:
         config = RunConfig.from_flat({**self.settings, "out": None if self.out is None else str(self.out)})
-        say: Callable[[str], None] = print if self.verbose else lambda line: None
+        log: Callable[[str], None] = print if self.verbose else lambda line: None
         data = pipeline.divide(config, examples)
-        self.run_ = pipeline.learn(config, data, pipeline.new_folder(config), say=say, quiet=not self.verbose)
+        self.run_ = pipeline.learn(config, data, pipeline.new_folder(config), log=log, quiet=not self.verbose)
         self.predictor_ = Predictor(self.run_)
 
     @classmethod

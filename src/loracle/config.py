@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from loracle.errors import UserError
 
 
-def dial(
+def setting(
     default: Any,
     help: str,
     choices: tuple[str, ...] = (),
@@ -33,7 +33,7 @@ def dial(
 
 
 def _check(config: Any) -> None:
-    """Refuse values outside of what the fields' dials say."""
+    """Refuse values outside of what the fields allow."""
     for f in dataclasses.fields(config):
         value, may, flag = getattr(config, f.name), f.metadata, "--" + f.name.replace("_", "-")
         if value is None or not may:
@@ -57,34 +57,38 @@ def _check(config: Any) -> None:
 class DataConfig:
     """Where the examples are and what their columns mean."""
 
-    data: str = dial("", "file, folder, hf:owner/name or modelscope:owner/name")
-    test: str | None = dial(None, "file with the test examples; without it a seeded part of the data is held out")
-    text: str | None = dial(None, "column with the text (a title, when ranking)")
-    label: str | None = dial(None, "column with the label, or the list of labels")
-    group: str | None = dial(None, "column, or several joined by commas, that say which titles compete")
-    compare: str | None = dial(
+    data: str = setting("", "file, folder, hf:owner/name or modelscope:owner/name")
+    test: str | None = setting(None, "file with the test examples; without it a seeded part of the data is held out")
+    text: str | None = setting(None, "column with the text (a title, when ranking)")
+    label: str | None = setting(None, "column with the label, or the list of labels")
+    group: str | None = setting(None, "column, or several joined by commas, that say which titles compete")
+    compare: str | None = setting(
         None, "column, or several joined by commas (image, position), in which titles must be equal to be compared"
     )
-    context: str | None = dial(None, "column with the context (brief, product, query, prompt) that a group shares")
-    clicks: str | None = dial(None, "column with the number of clicks")
-    impressions: str | None = dial(None, "column with the number of impressions")
-    clicked: str | None = dial(None, "column that says of one impression, a row each, whether it was clicked (0 or 1)")
-    grade: str | None = dial(None, "column with a graded relevance, for ranking")
-    weight: str | None = dial(None, "column with the weight of an example (one a group, when ranking)")
-    slice: str | None = dial(
+    context: str | None = setting(None, "column with the context (brief, product, query, prompt) that a group shares")
+    clicks: str | None = setting(None, "column with the number of clicks")
+    impressions: str | None = setting(None, "column with the number of impressions")
+    clicked: str | None = setting(
+        None, "column that says of one impression, a row each, whether it was clicked (0 or 1)"
+    )
+    grade: str | None = setting(None, "column with a graded relevance, for ranking")
+    weight: str | None = setting(None, "column with the weight of an example (one a group, when ranking)")
+    slice: str | None = setting(
         None,
         "column, or several joined by commas, by whose values the report of a classifier is sliced; "
         "by default one that is called source, where there is one",
     )
-    date: str | None = dial(
+    date: str | None = setting(
         None, "column with the date (2014-11-03, 201446) of a group; held out are then the latest, not random ones"
     )
-    label_delimiter: str | None = dial(None, "character between several labels of one cell; makes the task multi-label")
-    min_impressions: int = dial(100, "titles of a click log shown less often are left out, and counted", least=0)
-    test_share: float = dial(
+    label_delimiter: str | None = setting(
+        None, "character between several labels of one cell; makes the task multi-label"
+    )
+    min_impressions: int = setting(100, "titles of a click log shown less often are left out, and counted", least=0)
+    test_share: float = setting(
         0.1, "share of the examples (of the groups, when ranking) held out when there is no --test"
     )
-    validation_share: float = dial(0.1, "share of the training examples kept for early stopping, never trained on")
+    validation_share: float = setting(0.1, "share of the training examples kept for early stopping, never trained on")
 
     def __post_init__(self) -> None:
         for name in ("test_share", "validation_share"):
@@ -99,37 +103,39 @@ class DataConfig:
 class ModelConfig:
     """The base model, how a text is put to it, and what is read from it."""
 
-    model: str = dial("demo", "hub id, hf:owner/name, modelscope:owner/name, folder, .gguf file, or 'demo' (embedded)")
-    revision: str | None = dial(None, "branch, tag or commit of the base model")
-    template: str | None = dial(
+    model: str = setting(
+        "demo", "hub id, hf:owner/name, modelscope:owner/name, folder, .gguf file, or 'demo' (embedded)"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of the base model")
+    template: str | None = setting(
         None, "'chat', or a text with {text} and perhaps {context}: instruction before, cue after"
     )
-    max_length: int = dial(512, "tokens a text may take together with its template")
-    long: str = dial("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
-    depth: int | str | None = dial(
+    max_length: int = setting(512, "tokens a text may take together with its template")
+    long: str = setting("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
+    depth: int | str | None = setting(
         None,
         "lowest layers of a decoder that are kept, for good; auto: as many as a probe of each layer calls for",
         least=1,
     )
-    pooling: str = dial("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
-    head: str = dial("linear", "what stands on the pooled state", ("linear", "mlp"))
-    head_init: str = dial(
+    pooling: str = setting("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
+    head: str = setting("linear", "what stands on the pooled state", ("linear", "mlp"))
+    head_init: str = setting(
         "random",
         "how a linear head starts; names: towards the untuned model's states of the labels' names, for few examples",
         ("random", "names"),
     )
-    dtype: str = dial(
+    dtype: str = setting(
         "auto",
         "dtype of a frozen decoder; auto is bfloat16 where the device multiplies it; float32 else, with --full, for encoders",
         ("auto", "bfloat16", "float32"),
     )
-    quantize: str | None = dial(
+    quantize: str | None = setting(
         None, "nf4 keeps the frozen decoder in 4 bits (QLoRA): a third of the memory, slower steps", ("nf4",)
     )
-    shard: bool = dial(
+    shard: bool = setting(
         False, "each of several processes holds a part of every frozen layer (FSDP2): for a base larger than one GPU"
     )
-    device: str = dial("auto", "cpu, cuda, mps, or auto")
+    device: str = setting("auto", "cpu, cuda, mps, or auto")
 
     def __post_init__(self) -> None:
         if self.template and self.template != "chat" and self.template.count("{text}") != 1:
@@ -166,15 +172,17 @@ class ModelConfig:
 class LoraConfig:
     """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: int = dial(16, "rank of the adapters", least=1)
-    alpha: float = dial(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)", above=0)
-    dropout: float = dial(0.05, "dropout before the adapters", least=0, below=1)
-    targets: str = dial(
+    r: int = setting(16, "rank of the adapters", least=1)
+    alpha: float = setting(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)", above=0)
+    dropout: float = setting(0.05, "dropout before the adapters", least=0, below=1)
+    targets: str = setting(
         "all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)"
     )
-    adapt_top: int | None = dial(None, "adapters on the top K of the kept layers only; backward stops below", least=1)
-    rslora: bool = dial(False, "rank-stabilised scaling (arXiv:2312.03732)")
-    full: bool = dial(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
+    adapt_top: int | None = setting(
+        None, "adapters on the top K of the kept layers only; backward stops below", least=1
+    )
+    rslora: bool = setting(False, "rank-stabilised scaling (arXiv:2312.03732)")
+    full: bool = setting(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -189,18 +197,18 @@ SATURATING = ("list", "dirichlet", "binomial")  # losses in which the weight of 
 class TrainConfig:
     """How long, how fast and towards what."""
 
-    epochs: float = dial(3.0, "passes over the training examples", above=0)
-    max_steps: int | None = dial(None, "stop after this many optimizer steps, whatever the epochs", least=1)
-    batch: int = dial(16, "examples (groups, when ranking) a step, however many tokens they hold", above=0)
-    lr: float | None = dial(
+    epochs: float = setting(3.0, "passes over the training examples", above=0)
+    max_steps: int | None = setting(None, "stop after this many optimizer steps, whatever the epochs", least=1)
+    batch: int = setting(16, "examples (groups, when ranking) a step, however many tokens they hold", above=0)
+    lr: float | None = setting(
         None, "peak learning rate; by default derived from the model's width and said aloud", above=0
     )
-    warmup: float = dial(
+    warmup: float = setting(
         0.06, "share of the steps over which the learning rate rises; a cosine takes it to 0", least=0, below=1
     )
-    weight_decay: float = dial(0.0, "decoupled weight decay of AdamW on matrices", least=0)
-    clip: float = dial(1.0, "largest gradient norm", above=0)
-    loss: str = dial(
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW on matrices", least=0)
+    clip: float = setting(1.0, "largest gradient norm", above=0)
+    loss: str = setting(
         "auto",
         "auto picks by task; of a click log the list likelihood, or binomial above a click rate of 10 %",
         (
@@ -215,40 +223,40 @@ class TrainConfig:
             "soft-bradley-terry",
         ),
     )
-    margin: float = dial(
+    margin: float = setting(
         1.0, "distance that the margin loss wants between chosen and rejected, where the data name none", least=0
     )
-    class_weights: str = dial(
+    class_weights: str = setting(
         "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
     )
-    wanted_precision: float | None = dial(
+    target_precision: float | None = setting(
         None,
         "of several labels a text, each is given only where validation texts say it is right this often; "
         "by default where its F1 is highest",
         above=0,
         below=1,
     )
-    saturation: float | None = dial(
+    saturation: float | None = setting(
         None,
         "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates; by default fitted on validation groups",
         above=0,
     )
-    evaluations: int = dial(1, "looks at the validation examples an epoch; the best one is kept", above=0)
-    patience: int = dial(3, "looks without progress after which training stops; 0 never stops", least=0)
-    save_steps: int = dial(50, "steps between checkpoints", above=0)
-    cache_gb: float = dial(
+    evals_per_epoch: int = setting(1, "looks at the validation examples an epoch; the best one is kept", above=0)
+    patience: int = setting(3, "looks without progress after which training stops; 0 never stops", least=0)
+    save_steps: int = setting(50, "steps between checkpoints", above=0)
+    cache_gb: float = setting(
         10.0, "GB of disk for states of the layers below --adapt-top, all runs together; 0 keeps none", least=0
     )
-    micro_tokens: int = dial(
+    tokens_per_micro_batch: int = setting(
         4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
     )
-    texts: bool = dial(
+    texts: bool = setting(
         True, "keep texts of the data in the run folder (predictions, report); --no-texts: rows instead of texts"
     )
-    track: str | None = dial(
+    track: str | None = setting(
         None, "also log to this service, whose package is installed and logged in", ("wandb", "mlflow", "swanlab")
     )
-    seed: int = dial(0, "seed of splits, order, dropout and head", least=0)
+    seed: int = setting(0, "seed of splits, order, dropout and head", least=0)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -264,12 +272,12 @@ class TrainConfig:
 class PlanConfig:
     """A click log to come, as ``loracle simulate`` draws it."""
 
-    tests: int = dial(500, "tests (groups of titles)", least=2, below=1e12)
-    arms: int = dial(4, "titles a test", least=2, below=1001)
-    shown: int = dial(3000, "impressions a title", least=1, below=1e12)
-    rate: float = dial(0.015, "click rate", above=0, below=1)
-    spread: float = dial(0.3, "standard deviation of the true log-odds within a test", least=0, below=100)
-    seed: int = dial(0, "seed of the draws", least=0)
+    tests: int = setting(500, "tests (groups of titles)", least=2, below=1e12)
+    arms: int = setting(4, "titles a test", least=2, below=1001)
+    shown: int = setting(3000, "impressions a title", least=1, below=1e12)
+    rate: float = setting(0.015, "click rate", above=0, below=1)
+    spread: float = setting(0.3, "standard deviation of the true log-odds within a test", least=0, below=100)
+    seed: int = setting(0, "seed of the draws", least=0)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -279,16 +287,16 @@ class PlanConfig:
 class CompareConfig:
     """Who else is trained on the same split, as ``loracle compare`` does it."""
 
-    against: str = dial(
+    against: str = setting(
         "tfidf,frozen",
         "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models, each "
         "perhaps with a depth of its own: NAME@depth=12, NAME@depth=auto, NAME@depth=full",
     )
-    price_per_hour: float | None = dial(
+    price_per_hour: float | None = setting(
         None, "what an hour of this machine costs; without it the table has hours per million texts", above=0
     )
-    encoder_full: bool = dial(True, "train every weight of BERT-type encoders, whatever the decoders get")
-    encoder_lr: float | None = dial(
+    encoder_full: bool = setting(True, "train every weight of BERT-type encoders, whatever the decoders get")
+    encoder_lr: float | None = setting(
         None, "peak learning rate of encoders with --encoder-full; by default derived from the model's width", above=0
     )
 
@@ -300,8 +308,8 @@ class CompareConfig:
 class ValidateConfig:
     """How often a training is repeated, as ``loracle validate`` does it."""
 
-    folds: int | None = dial(None, "parts of the data, each held out once as the test side of a run", least=2)
-    seeds: int | None = dial(
+    folds: int | None = setting(None, "parts of the data, each held out once as the test side of a run", least=2)
+    seeds: int | None = setting(
         None, "runs on one split that differ by their seed alone: --seed and those after it", least=2
     )
 
@@ -316,7 +324,7 @@ class ValidateConfig:
 class TuneConfig:
     """How long ``loracle tune`` searches."""
 
-    trials: int = dial(
+    trials: int = setting(
         20, "trainings, those that were stopped early included; the first third sweeps --lr alone", least=1
     )
 
@@ -328,29 +336,31 @@ class TuneConfig:
 class ServeConfig:
     """Where ``loracle serve`` listens, and how much it takes on."""
 
-    host: str = dial("127.0.0.1", "address to listen at; one that others can reach wants a token")
-    port: int = dial(8000, "port to listen at; 0 takes a free one", least=0, below=65536)
-    token_file: str | None = dial(
+    host: str = setting("127.0.0.1", "address to listen at; one that others can reach wants a token")
+    port: int = setting(8000, "port to listen at; 0 takes a free one", least=0, below=65536)
+    token_file: str | None = setting(
         None, "file with the token that requests must bear; by default the variable LORACLE_TOKEN"
     )
-    max_body: int = dial(
+    max_body: int = setting(
         1_000_000, "bytes a request may have; also its characters, the context counted with each text", least=1
     )
-    max_texts: int = dial(256, "texts (titles) a request may have", least=1)
-    max_chars: int = dial(20_000, "characters a text, a title or a context may have", least=1)
-    queue: int = dial(128, "requests at work at once; further ones are answered 429", least=1)
-    queue_texts: int = dial(
+    max_texts: int = setting(256, "texts (titles) a request may have", least=1)
+    max_chars: int = setting(20_000, "characters a text, a title or a context may have", least=1)
+    queue: int = setting(128, "requests at work at once; further ones are answered 429", least=1)
+    queue_texts: int = setting(
         1024, "texts of all requests that wait or are at work; those that make more get 429", least=1
     )
-    queue_tokens: int = dial(262_144, "the same in tokens", least=1)
-    round_tokens: int = dial(512, "tokens that go through the model at once; more wait longer for each other", least=1)
-    max_wait: float = dial(
+    queue_tokens: int = setting(262_144, "the same in tokens", least=1)
+    round_tokens: int = setting(
+        512, "tokens that go through the model at once; more wait longer for each other", least=1
+    )
+    max_wait: float = setting(
         0.5,
         "seconds that a request may be expected to wait for its turn, or as long as a full round takes; else it gets 429",
         above=0,
     )
-    deadline: float = dial(30.0, "seconds within which a request is answered, or told 503", above=0)
-    merge: bool = dial(
+    deadline: float = setting(30.0, "seconds within which a request is answered, or told 503", above=0)
+    merge: bool = setting(
         False, "add each run's adapters to a base of its own: faster, but in 16 bits no longer exactly the run's scores"
     )
 
@@ -372,8 +382,8 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
-    out: str | None = dial(None, "folder of the run; by default runs/<name of the data>")
-    baselines: bool = dial(
+    out: str | None = setting(None, "folder of the run; by default runs/<name of the data>")
+    baselines: bool = setting(
         True, "fit majority, TF-IDF and frozen-feature baselines beside the model, and ask it untuned"
     )
 

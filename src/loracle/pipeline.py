@@ -18,17 +18,17 @@ import torch
 
 from loracle.baselines.budget import Plan, Work
 from loracle.baselines.fit import (
-    Rival,
+    Baseline,
     ask_untuned,
     label_words,
     plan_baselines,
     probe_depths,
     score_baselines,
-    some_of,
+    subsample,
 )
 from loracle.baselines.linear_probe import Depth, choose, verdict
 from loracle.config import SATURATING, DataConfig, RunConfig, TrainConfig
-from loracle.data.checks import audit, refuse, without_leaks
+from loracle.data.checks import audit, check_trainable, without_leaks
 from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits, open_table
 from loracle.data.splits import Data, split
@@ -68,13 +68,13 @@ from loracle.models.memory import (
 )
 from loracle.models.scorer import Scorer, is_encoder
 from loracle.reporting.html import render
-from loracle.reporting.report import curves, findings, training_suspects, without_texts
+from loracle.reporting.report import build_report, curves, training_suspects, without_texts
 from loracle.reporting.terminal import summary
 from loracle.runs import folder as run_folder
 from loracle.runs.model_card import model_card
 from loracle.runs.predictor import Predictor
 from loracle.text import packing
-from loracle.text.template import bake, check_contexts
+from loracle.text.template import check_contexts, install_template
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.training import distributed, tracking
 from loracle.training.loop import FEWEST_TOKENS, Fit, Schedule, fit
@@ -98,7 +98,7 @@ from loracle.training.scoring import (
     write_scores,
 )
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 HEAD_TEXTS = 512  # training texts by whose states a head from the labels' names is scaled
 REPRODUCED = 64  # test texts whose scores the reloaded run must give again
 TOLERANCE = 1e-6
@@ -108,18 +108,18 @@ TIMED_TOKENS = 512  # that a CPU is timed with
 USABLE = 0.9  # of the free memory
 
 
-def train(config: RunConfig, *, say: Say = print, quiet: bool = False) -> Path:
+def train(config: RunConfig, *, log: Log = print, quiet: bool = False) -> Path:
     """Train, measure and save what ``config`` describes; returns the run folder.
 
     Raises:
         UserError: data, model or settings that cannot be used. Interrupted: Ctrl-C; ``resume`` goes on.
     """
-    say = distributed.main_says(say, pick_device(config.model.device))
+    log = distributed.main_says(log, pick_device(config.model.device))
     config, folder = absolute(config), distributed.on_main(lambda: new_folder(config))
-    return learn(config, distributed.on_main(lambda: read_data(config, say)), folder, say=say, quiet=quiet)
+    return learn(config, distributed.on_main(lambda: read_data(config, log)), folder, log=log, quiet=quiet)
 
 
-def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
+def resume(folder: Path, *, log: Log = print, quiet: bool = False) -> Path:
     """Go on with an interrupted run; on one machine's CPU the result is bit for bit that of an unbroken one.
 
     Raises:
@@ -133,32 +133,32 @@ def resume(folder: Path, *, say: Say = print, quiet: bool = False) -> Path:
     config = info.config
     if pinned := info.base.get("revision"):  # a branch may have moved on since; the commit can still be had
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, revision=pinned))
-    say = distributed.main_says(say, pick_device(config.model.device))
-    data = distributed.on_main(lambda: read_data(config, say))
+    log = distributed.main_says(log, pick_device(config.model.device))
+    data = distributed.on_main(lambda: read_data(config, log))
     if data.checksums != info.provenance["data"]:
         raise UserError(f"the data that {folder} began with", "other bytes", "restore the file or start a new run")
     base = resolve_base(config.model.model, config.model.revision)
     if base.checksum() != info.base["sha256"]:
         raise UserError(f"the base model that {folder} began with", "other weights", "restore them or start a new run")
-    return learn(config, data, folder, say=say, quiet=quiet)
+    return learn(config, data, folder, log=log, quiet=quiet)
 
 
-def read_data(config: RunConfig, say: Say) -> Data:
+def read_data(config: RunConfig, log: Log) -> Data:
     """File or hub id to train, validation and test."""
     where = config.data
     tables = open_splits(where.data)
     found = read_examples(tables["train"], where)
     for line in found.columns.said:
-        say(line)
+        log(line)
     test: Examples | None
     if where.test:
         test = read_examples(open_table(where.test), where, task=found.task)
     else:
-        test = _labelled_split(tables.get("test"), where, found.task, say)
-    validation = _labelled_split(tables.get("validation"), where, found.task, say)
+        test = _labelled_split(tables.get("test"), where, found.task, log)
+    validation = _labelled_split(tables.get("validation"), where, found.task, log)
     data = divide(config, found, test, validation)
     for issue in data.issues:
-        say(f"note: {issue}")
+        log(f"note: {issue}")
     return dataclasses.replace(
         data,
         checksums={name: fingerprint(p) for name, p in (("train", where.data), ("test", where.test)) if p},
@@ -166,14 +166,14 @@ def read_data(config: RunConfig, say: Say) -> Data:
     )
 
 
-def _labelled_split(table: Table | None, where: DataConfig, task: Task, say: Say) -> Examples | None:
+def _labelled_split(table: Table | None, where: DataConfig, task: Task, log: Log) -> Examples | None:
     """A split that a data set brings along, unless it has no labels, as the test splits of some benchmarks."""
     if table is None:
         return None
     try:
         return read_examples(table, where, task=task)
     except UserError as e:
-        say(f"note: {table.name} is not used, a part of the training side is held out instead ({e.found})")
+        log(f"note: {table.name} is not used, a part of the training side is held out instead ({e.found})")
         return None
 
 
@@ -181,7 +181,7 @@ def divide(
     config: RunConfig, found: Examples, test: Examples | None = None, validation: Examples | None = None
 ) -> Data:
     """Three sides without a common text; only what the user gave no file for is split off, seeded."""
-    refuse(found)
+    check_trainable(found)
     seed, task = config.train.seed, found.task
     items: list[Any] = list(found.items)
     issues = [*audit(found).issues, *(test.issues if test else ()), *(validation.issues if validation else ())]
@@ -203,7 +203,7 @@ def divide(
     if not items or not watched:
         side = "validation" if items else "training"
         raise UserError(f"{side} examples", "none left once what the test side has too is out", "give more data")
-    refuse(dataclasses.replace(found, items=items))
+    check_trainable(dataclasses.replace(found, items=items))
     return Data(task=task, train=items, validation=watched, test=held, issues=tuple(issues))
 
 
@@ -223,7 +223,7 @@ def new_folder(config: RunConfig) -> Path:
 
 
 def learn(
-    config: RunConfig, data: Data, folder: Path, *, say: Say = print, quiet: bool = False, keep_scores: bool = False
+    config: RunConfig, data: Data, folder: Path, *, log: Log = print, quiet: bool = False, keep_scores: bool = False
 ) -> Path:
     """From examples to a finished run folder; with ``keep_scores`` it also holds the test scores (``read_scores``).
 
@@ -236,17 +236,17 @@ def learn(
     accelerator = tracking.tracked(track, cpu=device.type == "cpu") if track else None
     loss, chosen = choose_loss(config, data)
     if world.num_processes > 1:
-        say(f"{world.num_processes} processes share each batch of {config.train.batch}")
-    say(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {task.unit}")
-    say("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
+        log(f"{world.num_processes} processes share each batch of {config.train.batch}")
+    log(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test {task.unit}")
+    log("loss: " + ", ".join(f"{v}" if k == "name" else f"{k} {v:,.4g}" for k, v in chosen.items()))
 
     # Model, tokenizer with the template baked in, and the first look at lengths.
     with world.local_main_process_first():  # the others then find what it has downloaded
-        base, base_config, tokenizer, room = open_base(config, data, say)
+        base, base_config, tokenizer, room = open_base(config, data, log)
     if model.depth == "auto":
-        say("a linear probe on every layer …")
+        log("a linear probe on every layer …")
         depths = distributed.on_main(lambda: probe_depths(config, data, loss, base, tokenizer))
-        say(verdict(depths))
+        log(verdict(depths))
         config = dataclasses.replace(config, model=dataclasses.replace(model, depth=choose(depths).layers))
         model = config.model
     scorer, encoder = new_model(config, task, base, tokenizer)
@@ -256,26 +256,26 @@ def learn(
     kept = keep_lower_states(config, scorer, base)
     lr = learning_rate(config, base_config)
     lengths, tokens = _lengths(encoder, data)
-    say(
+    log(
         f"model: {base.note or base.source}; {_trained(scorer)}; {_dtypes(scorer)} on {scorer.device}; learning rate {lr:g}"
     )
-    say(
+    log(
         f"tokens a text: {lengths['mean']:.0f} on average, {lengths['max']} at most; "
         f"{lengths['over_length']:,} texts over {room} ({'cut' if model.long == 'cut' else 'chunked'})"
     )
     if kept:
         size, limit = lengths["tokens"] * kept.cache.width, kept.cache.limit
-        say(
+        log(
             f"states of the lower {kept.depth} layers, {size / 1e9:.2g} GB at most, are read from {kept.cache.folder}, or "
             "computed once"
         )
         if size > limit:
-            say(
+            log(
                 f"note: --cache-gb {limit / 1e9:g} may not hold them; a batch of which some are missing is computed each time"
             )
     if not scorer.packed:
-        say(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
-    schedule, work = preflight(config, scorer, encoder, data, say)
+        log(f"{base_config.model_type} is not proven packable here: batches are padded, sorted by length")
+    schedule, work = preflight(config, scorer, encoder, data, log)
     config = dataclasses.replace(config, train=schedule)
     if world.is_main_process:
         try:
@@ -286,20 +286,20 @@ def learn(
         save_tokenizer(tokenizer, folder)
 
     # Baselines see the model untuned, so they come first; the test side is only scored, never chosen by.
-    rivals: dict[str, Rival] = {}
+    rivals: dict[str, Baseline] = {}
     notes: list[str] = []
     planned: Plan | None = None
 
-    def ask_rivals() -> tuple[dict[str, Rival], list[str], Plan]:
+    def ask_rivals() -> tuple[dict[str, Baseline], list[str], Plan]:
         untuned = ask_untuned(config, data, scorer, encoder, base)
         planned = plan_baselines(data, scorer, work, untuned)
         return *score_baselines(data, scorer, encoder, loss, planned, untuned, seed=seed), planned
 
     if config.baselines:
-        say("baselines …")
+        log("baselines …")
         rivals, notes, planned = distributed.on_main(ask_rivals, along=scorer)
         for line in notes:
-            say(f"note: {line}")
+            log(f"note: {line}")
 
     # Training; the best look at the validation examples wins.
     if accelerator:
@@ -322,10 +322,10 @@ def learn(
     def finish() -> None:
         # What the scores mean is settled on the validation examples too.
         watched = score_examples(scorer, encoder, data.validation)
-        meaning = fit_meaning(watched, data, config.train.wanted_precision)
+        meaning = fit_meaning(watched, data, config.train.target_precision)
         calibration = meaning if isinstance(meaning, Calibration) else None
         if calibration:
-            say(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
+            log(f"calibration on {len(data.validation):,} validation texts: {_calibrated(calibration, task)}")
 
         # The test examples, once.
         asked = time.perf_counter()
@@ -355,11 +355,11 @@ def learn(
         of_rivals = {who: rival.scores for who, rival in rivals.items()}
         told = write_report(folder, data, scores, of_rivals, metrics, calibration, planned.searched if planned else 0)
         save(folder, config, scorer, base, data, scores, metrics, calibration)
-        reproduce(folder, base, data.test, scorer, encoder)
+        verify_reload(folder, base, data.test, scorer, encoder)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        say(f"\n{told}\n")
-        say(summary(metrics, task.kind, base.note))
-        say(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
+        log(f"\n{told}\n")
+        log(summary(metrics, task.kind, base.note))
+        log(f"\nrun folder: {folder}; a page to read: {folder / run_folder.PAGE}")
 
     distributed.on_main(finish, along=scorer)
     return folder
@@ -400,7 +400,7 @@ def start_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) 
         found = "numbers" if data.task.label_names else "a ranker, which has none"
         raise UserError("labels with names for --head-init names", found, "leave out --head-init")
     build.head_from_names(
-        scorer, encoder(words), encode_texts(encoder, some_of(data.train, config.train.seed)[:HEAD_TEXTS])
+        scorer, encoder(words), encode_texts(encoder, subsample(data.train, config.train.seed)[:HEAD_TEXTS])
     )
 
 
@@ -410,7 +410,7 @@ def learning_rate(config: RunConfig, base_config: Any) -> float:
     return default_lr(base_config.hidden_size, full=config.lora.full) if given is None else given
 
 
-def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, Any, int]:
+def open_base(config: RunConfig, data: Data, log: Log) -> tuple[BaseModel, Any, Any, int]:
     """The base model, its config, its tokenizer with the template baked in, and how many tokens a text may have."""
     model = config.model
     base = resolve_base(model.model, model.revision)
@@ -418,26 +418,26 @@ def open_base(config: RunConfig, data: Data, say: Say) -> tuple[BaseModel, Any, 
     _check_weights_fit(base, config)
     room = min(model.max_length, positions(base_config))
     if room < model.max_length:
-        say(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
+        log(f"note: the model reads {room} tokens at most, so --max-length {model.max_length} becomes {room}")
     check_contexts(model.template, (e.context for side in (data.train, data.validation, data.test) for e in side))
-    tokenizer = bake(load_tokenizer(base.folder), model.template, room, encoder=is_encoder(base_config))
+    tokenizer = install_template(load_tokenizer(base.folder), model.template, room, encoder=is_encoder(base_config))
     return base, base_config, tokenizer, room
 
 
-def probe(config: RunConfig, *, say: Say = print) -> tuple[list[Depth], str]:
+def probe(config: RunConfig, *, log: Log = print) -> tuple[list[Depth], str]:
     """What a linear probe reaches on the states of each layer of the untuned model, on validation examples; and in what.
 
     Raises:
         UserError: as ``train``.
     """
     config = absolute(config)
-    data = read_data(config, say)
+    data = read_data(config, log)
     loss, _ = choose_loss(config, data)
-    base, _, tokenizer, _ = open_base(config, data, say)
+    base, _, tokenizer, _ = open_base(config, data, log)
     return probe_depths(config, data, loss, base, tokenizer), headline_metric(data.task)
 
 
-def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, say: Say) -> tuple[TrainConfig, Work]:
+def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, log: Log) -> tuple[TrainConfig, Work]:
     """Say what the training will take before it begins, and return it; rounds that would not fit the memory are made smaller.
 
     Tokens come from a few seeded batches, memory and operations from the model's shapes, the speed from some of these tokens
@@ -458,31 +458,31 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         count += len(texts)
         largest = max(largest, *(packing.rows(unit, share_from=scorer.share_from) for unit in units))
         if not timed:
-            enough = schedule.micro_tokens if device.type == "cuda" else TIMED_TOKENS
+            enough = schedule.tokens_per_micro_batch if device.type == "cuda" else TIMED_TOKENS
             timed = [
                 e for i in next(packing.micro_batches(units, enough, share_from=scorer.share_from)) for e in units[i]
             ]
     scale = len(data.train) / len(order)
-    say(
+    log(
         f"an epoch: {useful * scale:,.0f} tokens of text, {sum(computed) * scale:,.0f} to compute; padding every text to the "
         f"longest of its batch would be {padded * scale:,.0f}"
     )
 
     need, free = training_need(scorer, config.lora.adapt_top), int(USABLE * free_memory(device))
-    rounds = max(largest, min(schedule.micro_tokens, max(computed)))
-    say(f"memory: {need.bytes(rounds) / 1e9:.1f} GB for rounds of {rounds:,} tokens, of {free / 1e9:.1f} GB to be had")
+    rounds = max(largest, min(schedule.tokens_per_micro_batch, max(computed)))
+    log(f"memory: {need.bytes(rounds) / 1e9:.1f} GB for rounds of {rounds:,} tokens, of {free / 1e9:.1f} GB to be had")
     if need.bytes(rounds) > free:
         four_bit = device.type == "cuda" and not (config.model.quantize or config.lora.full or scorer.encoder)
         less = "--quantize nf4 or a smaller --model takes" if four_bit else "A smaller --model takes"
         fits = max(FEWEST_TOKENS, need.tokens(free))
         if need.bytes(least := max(FEWEST_TOKENS, largest)) > free:
-            say(
+            log(
                 f"note: there may be too little even for rounds of {least:,} tokens, which one text or group makes up. "
                 f"{less} less, and so does a smaller --max-length."
             )
         else:
-            say(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. {less} less.")
-        schedule = dataclasses.replace(schedule, micro_tokens=fits)
+            log(f"note: rounds of {fits:,} tokens instead; steps and results stay the same. {less} less.")
+        schedule = dataclasses.replace(schedule, tokens_per_micro_batch=fits)
 
     passes = max(1.0, steps * schedule.batch / len(data.train))
     spared = need.lower_flops * (1 - 1 / passes) if scorer.lower is not None else 0.0  # read from the cache
@@ -493,10 +493,10 @@ def preflight(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data, s
         if not out_of_memory(e) or scorer.sharded:
             raise
         release(scorer)
-        say(f"how long {steps:,} steps take is not known: there is too little memory for {len(timed):,} texts at once")
+        log(f"how long {steps:,} steps take is not known: there is too little memory for {len(timed):,} texts at once")
     else:
         seconds = operations / (need.flops_per_token * rate * distributed.start(device).num_processes)
-        say(f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that it learns now")
+        log(f"about {_duration(seconds)} for {steps:,} steps, at the {rate:,.0f} tokens/s that it learns now")
     return schedule, Work(training=operations, forward=need.forward_flops, tokens=sum(computed) / count)
 
 
@@ -551,8 +551,8 @@ def choose_loss(config: RunConfig, data: Data) -> tuple[Loss, dict[str, Any]]:
     unexplained is not far from what a model will, and it costs a second.
     """
     task, schedule = data.task, config.train
-    if schedule.wanted_precision is not None and task.kind != "multi":
-        raise UserError("several labels a text for --wanted-precision", "another task", "leave it out")
+    if schedule.target_precision is not None and task.kind != "multi":
+        raise UserError("several labels a text for --target-precision", "another task", "leave it out")
     name = resolve_loss(task, schedule.loss, click_rate(data.train) if task.evidence == "clicks" else 0.0)
     if task.kind != "rank":
         weights = class_weights(data.train, task, schedule.class_weights)
@@ -600,7 +600,7 @@ def write_report(
 ) -> str:
     """``report.json`` and the page that shows it; returns its first line, the verdict."""
     task, info = data.task, run_folder.read_info(folder)
-    report = findings(scores, data.test, task, metrics, rivals, calibration)
+    report = build_report(scores, data.test, task, metrics, rivals, calibration)
     if "suspects" in report and searched:
         seed = info.config.train.seed
         report["suspects"]["train"] = training_suspects(data.train, task, seed=seed, searched=searched)
@@ -634,7 +634,7 @@ def save(
     run_folder.write_manifest(folder)
 
 
-def reproduce(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Scorer, encoder: Encoder) -> None:
+def verify_reload(folder: Path, base: BaseModel, test: Sequence[Example], scorer: Scorer, encoder: Encoder) -> None:
     """Load the folder afresh and compare: a run that does not give its own scores again must not pass for one.
 
     A base that was too large for a GPU is loaded into the CPU's memory, which rounds otherwise.

@@ -11,7 +11,7 @@ from loracle.baselines.zero_shot import log_likelihood, name_scores, names_templ
 from loracle.examples import Task
 from loracle.models.build import new_scorer
 from loracle.models.loading import load_tokenizer
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
 TEXTS = ["a plain title", "x", "", "Ünïcode — 标题", "a plain title"]
@@ -37,7 +37,7 @@ def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template, de
     if not causal.config.tie_word_embeddings:  # or both would be one tensor
         torch.nn.init.normal_(causal.lm_head.weight, std=0.5, generator=torch.Generator().manual_seed(3))
     causal.save_pretrained(folder)
-    tokenizer = bake(load_tokenizer(source), template, 128)
+    tokenizer = install_template(load_tokenizer(source), template, 128)
     scorer = new_scorer(
         folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
         device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0}, depth=depth,
@@ -51,7 +51,7 @@ def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template, de
 
 
 def test_an_encoder_has_none(tiny_model):
-    tokenizer = bake(load_tokenizer(tiny_model("bert")), None, 64, encoder=True)
+    tokenizer = install_template(load_tokenizer(tiny_model("bert")), None, 64, encoder=True)
     scorer = new_scorer(
         tiny_model("bert"), Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32, device=torch.device("cpu"), lora=None,
@@ -65,7 +65,7 @@ def test_names_are_scored_by_what_the_text_adds(tiny_model, kind):
     """Against the causal model itself, one name behind one text at a time, and behind none."""
     source, names = tiny_model(kind), ["sea", "open sky", "a {b} field"]
     causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = bake(load_tokenizer(source), names_template(names), 256)
+    tokenizer = install_template(load_tokenizer(source), names_template(names), 256)
     scorer = new_scorer(
         source, Task(kind="single", label_names=tuple(names)), pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32, device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0},

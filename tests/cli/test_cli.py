@@ -96,8 +96,8 @@ def test_calibration_asks_validation_texts_only(tiny_model, tmp_path):
 
 def test_a_wanted_precision_is_of_several_labels(tiny_model, tmp_path):
     data = write(tmp_path / "single.csv", labelled())
-    done = loracle("train", data, "--model", tiny_model("qwen2"), "--wanted-precision", "0.9", code=2)
-    assert "several labels a text for --wanted-precision" in done.stderr
+    done = loracle("train", data, "--model", tiny_model("qwen2"), "--target-precision", "0.9", code=2)
+    assert "several labels a text for --target-precision" in done.stderr
 
 
 def test_the_original_message_format_in_a_json_file(tiny_model, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loracle.data.checks import Audit, Spread, audit, refuse, without_leaks
+from loracle.data.checks import Audit, Spread, audit, check_trainable, without_leaks
 from loracle.data.columns import Columns
 from loracle.data.issues import Issue
 from loracle.data.reader import Examples
@@ -137,12 +137,12 @@ class TestRefuse:
     )
     def test_texts(self, items: list[LabeledText], message: str) -> None:
         with pytest.raises(UserError, match=message):
-            refuse(examples(TWO, items))
+            check_trainable(examples(TWO, items))
 
     def test_texts_without_any_label(self) -> None:
         items = [LabeledText(text=text, labels=(), row=2) for text in "ab"]
         with pytest.raises(UserError, match="expected at least 2 classes; found no label on each of 2 texts"):
-            refuse(examples(Task(kind="multi", label_names=("x",)), items))
+            check_trainable(examples(Task(kind="multi", label_names=("x",)), items))
 
     @pytest.mark.parametrize(
         "group",
@@ -157,11 +157,11 @@ class TestRefuse:
     )
     def test_groups_without_a_difference(self, group: RankGroup) -> None:
         with pytest.raises(UserError, match="expected a group in which one title did better than another; found none"):
-            refuse(examples(CLICKS, [group]))
+            check_trainable(examples(CLICKS, [group]))
 
     def test_no_groups(self) -> None:
         with pytest.raises(UserError, match=r"expected groups of at least 2 titles; found none\. .* with --group\."):
-            refuse(examples(CLICKS, []))
+            check_trainable(examples(CLICKS, []))
 
     @pytest.mark.parametrize(
         ("task", "items"),
@@ -178,7 +178,7 @@ class TestRefuse:
         ids=["single", "multi", "clicks", "pairs", "grades"],
     )
     def test_the_least_that_can_train_passes(self, task: Task, items: list[Any]) -> None:
-        refuse(examples(task, items))
+        check_trainable(examples(task, items))
 
 
 class TestLines:

@@ -113,8 +113,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
 
     monkeypatch.setattr(pipeline, "learn", stopped_in_the_second)
     with pytest.raises(Interrupted, match=r"stopped after step 3 of 6 in .*the same command goes on"):
-        comparing.run(config, settings, say=lambda line: None, quiet=True)
-    comparing.run(config, settings, say=lambda line: None, quiet=True)
+        comparing.run(config, settings, log=lambda line: None, quiet=True)
+    comparing.run(config, settings, log=lambda line: None, quiet=True)
     assert [name.rstrip("0") for name in trained] == ["qwen2", "llama", "llama"]
     assert len(json.loads((tmp_path / "table" / "comparison.json").read_text())["rows"]) == 2
 

@@ -54,7 +54,7 @@ def runs(tiny_model, tmp_path_factory):
             "out": str(root / f"{name}-b"),
         }
         settings |= columns.get(name, {})
-        found[f"{name}-b"] = train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
+        found[f"{name}-b"] = train(RunConfig.from_flat(settings), log=lambda line: None, quiet=True)
         worse = blurred if name == "single" else np.negative
         found[f"{name}-a"] = with_head(found[f"{name}-b"], root / f"{name}-a", worse)
     return found

@@ -170,10 +170,10 @@ def test_what_nothing_tells_is_left_open():
     assert re.search(r"^noise ceiling, all pairs( +–){5}$", said, re.MULTILINE)
     assert re.search(r"^detectable lift( +–){5}$", said, re.MULTILINE)
 
-    def refuse(constant):
+    def check_trainable(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    found = json.loads(simulate(*flags, "--json").stdout, parse_constant=refuse)
+    found = json.loads(simulate(*flags, "--json").stdout, parse_constant=check_trainable)
     for name in ("ceiling", "significant", "detectable_lift", "detectable_accuracy"):
         assert found["tests"][0][name] is None
 

@@ -84,9 +84,9 @@ def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monk
 
     monkeypatch.setattr(tune, "fit", stopped)
     with pytest.raises(Interrupted, match="stopped after step 1 of 6 of a trial; the same command goes on"):
-        tune.run(config, TuneConfig(trials=9), say=lambda line: None)
+        tune.run(config, TuneConfig(trials=9), log=lambda line: None)
     assert len(rates) == 2
-    tune.run(config, TuneConfig(trials=9), say=lambda line: None)
+    tune.run(config, TuneConfig(trials=9), log=lambda line: None)
     assert len(rates) == 10  # nine, and the one that was broken off
     assert rates[:4] == pytest.approx([0.0003, 0.003, 0.03, 0.003])  # those that wait go before it
 
@@ -101,10 +101,10 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
         return {"metric": -np.inf if np.isnan(looks[-1]) else looks[-1], "loss": looks[-1]}
 
     monkeypatch.setattr(scoring, "look", scripted)
-    config = config_of(tmp_path, tiny_model("qwen2"), evaluations=2)
+    config = config_of(tmp_path, tiny_model("qwen2"), evals_per_epoch=2)
     monkeypatch.setattr(tune, "LENGTHS", (1.0,))
     said = []
-    path = tune.run(config, TuneConfig(trials=6), say=said.append)
+    path = tune.run(config, TuneConfig(trials=6), log=said.append)
     lines = [line for line in said if line.startswith("trial ")]
     assert lines[3].endswith("stopped at look 1, below the median")
     assert "stopped, a validation loss of nan at step" in lines[4]
@@ -131,11 +131,11 @@ def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
 
 def test_the_lower_states_are_read_from_the_cache(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
-    tune.run(config_of(tmp_path, tiny_model("qwen2"), adapt_top=1), TuneConfig(trials=2), say=lambda line: None)
+    tune.run(config_of(tmp_path, tiny_model("qwen2"), adapt_top=1), TuneConfig(trials=2), log=lambda line: None)
     assert "lower 2 layers" in loracle("cache").stdout
 
 
 def test_without_optuna_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"expected optuna for loracle tune; found none installed. Run: pip install"):
-        tune.run(config_of(tmp_path, "unused"), TuneConfig(), say=lambda line: None)
+        tune.run(config_of(tmp_path, "unused"), TuneConfig(), log=lambda line: None)

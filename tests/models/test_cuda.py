@@ -145,8 +145,8 @@ def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule
 
 def test_a_training_has_the_losses_of_the_cpu(tmp_path):
     cpu, gpu = both(scorer("Qwen2"))
-    wanted = trained(cpu, tmp_path / "cpu", micro_tokens=300)
-    found = trained(gpu, tmp_path / "gpu", micro_tokens=300)
+    wanted = trained(cpu, tmp_path / "cpu", tokens_per_micro_batch=300)
+    found = trained(gpu, tmp_path / "gpu", tokens_per_micro_batch=300)
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert wanted[-1] != pytest.approx(wanted[0], rel=1e-2)
 
@@ -166,12 +166,12 @@ def test_dropout_in_bfloat16_learns_as_in_float32(tmp_path):
 
 def test_memory_that_runs_out_halves_the_rounds(tmp_path):
     made = scorer("Qwen2", hidden_size=512, intermediate_size=2048, head_dim=128)
-    wanted = trained(copied(made).to("cuda"), tmp_path / "small", steps=3, batch=512, micro_tokens=1024)
+    wanted = trained(copied(made).to("cuda"), tmp_path / "small", steps=3, batch=512, tokens_per_micro_batch=1024)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600e6) / total)
     try:
-        found = trained(made.to("cuda"), tmp_path / "large", steps=3, batch=512, micro_tokens=2**15)
+        found = trained(made.to("cuda"), tmp_path / "large", steps=3, batch=512, tokens_per_micro_batch=2**15)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.cuda.max_memory_allocated() < 1.2e9
@@ -182,7 +182,7 @@ def test_memory_that_runs_out_halves_the_rounds(tmp_path):
 def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "dtype": "float32", "epochs": 4.0, "baselines": True}
-    run = pipeline.train(RunConfig.from_flat(config | more), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config | more), log=lambda line: None, quiet=True)
     texts = ["good number 3", "bad number 4", "so number 5", ""]
     gpu, cpu = (Predictor(run, device=device) for device in ("cuda", "cpu"))
     assert gpu.scorer.device.type == "cuda"
@@ -193,7 +193,7 @@ def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
 def test_served_on_a_gpu_is_what_was_learnt(tiny_model, tmp_path):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "epochs": 4.0}
-    run = pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
     texts = [f"{word} number {n}" for word in ("good", "bad", "so") for n in range(9)]
     served, plain = load([run])["run"], Predictor(run)
     assert served.scorer.recordings is not None

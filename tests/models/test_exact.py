@@ -19,7 +19,7 @@ from loracle.models.attention import tree
 from loracle.models.loading import load_config, load_tokenizer
 from loracle.models.scorer import DECODERS, PACKABLE, Scorer
 from loracle.text.packing import SHARE_FROM
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoded, Encoder
 
 TASK = Task(kind="single", label_names=("a", "b", "c"))
@@ -246,7 +246,7 @@ def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", BIDIRECTIONAL)
 def test_encoders_packed_are_alone(tiny_model, kind):
-    encode = Encoder(bake(load_tokenizer(tiny_model(kind)), None, 64, encoder=True), encoder=True)
+    encode = Encoder(install_template(load_tokenizer(tiny_model(kind)), None, 64, encoder=True), encoder=True)
     texts = encode(
         ["banks fall", "", "the quick brown fox " * 30, "news", "banks fall"], [None, "a", "b", "of foxes", None]
     )
@@ -307,7 +307,7 @@ HEADLINES = ["Markets fall as banks report losses", "A fox, and a dog", "你好 
 def test_the_embedded_model(demo_folder, record_property):
     """Float32 to 1e-4; in bfloat16 labels agree wherever the margin exceeds the measured noise."""
     instruction = "Sort the headline below by the topic of the article that it stands above in the newspaper.\n{text}"
-    tokenizer = bake(load_tokenizer(demo_folder), instruction, 128)
+    tokenizer = install_template(load_tokenizer(demo_folder), instruction, 128)
     texts = Encoder(tokenizer)(HEADLINES)
     made = build.new_scorer(
         demo_folder, TASK, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU
@@ -338,7 +338,9 @@ def test_the_embedded_model(demo_folder, record_property):
 
 def test_gradients_of_the_embedded_model(demo_folder):
     """Adapters and head, two texts behind an instruction: packed and shared as alone through transformers' attention."""
-    tokenizer = bake(load_tokenizer(demo_folder), "Sort this headline by the topic of its article, please.\n{text}", 64)
+    tokenizer = install_template(
+        load_tokenizer(demo_folder), "Sort this headline by the topic of its article, please.\n{text}", 64
+    )
     texts = Encoder(tokenizer)(HEADLINES[:2])
     made = scorer(demo_folder, lora=LORA)
     made.share_from = 8

@@ -15,7 +15,7 @@ from loracle.examples import Task
 from loracle.models import build, lora
 from loracle.models.loading import load_tokenizer
 from loracle.models.lora import LeanLinear, save_adapter
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, si
     """Llama's and Mistral's tokenizers name no pad token here."""
     from loracle.pipeline import save_tokenizer
 
-    tokenizer = bake(load_tokenizer(tiny_model(kind)), None, 24)
+    tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24)
     made = trained(tiny_model(kind), tokenizer, labels)
     wanted = build.score(made, Encoder(tokenizer)(TEXTS))
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
@@ -67,7 +67,7 @@ def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, si
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert", "roberta"])
 def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     encoder = kind in ("bert", "roberta")
-    tokenizer = bake(load_tokenizer(tiny_model(kind)), None, 24, encoder=encoder)
+    tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24, encoder=encoder)
     made, texts = trained(tiny_model(kind), tokenizer), Encoder(tokenizer, encoder=encoder)(TEXTS)
     wanted = build.score(made, texts)
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
@@ -87,7 +87,7 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
 
 def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
     folder = tiny_model("qwen2")
-    tokenizer = bake(load_tokenizer(folder), None, 24)
+    tokenizer = install_template(load_tokenizer(folder), None, 24)
     options = {"pooling": "mean", "head": "mlp"}
     made, texts = trained(folder, tokenizer, **options), Encoder(tokenizer)(TEXTS)
     save_adapter(made.model, tmp_path, base=str(folder), revision=None)
@@ -192,7 +192,7 @@ def test_only_some_of_those_that_read_the_same_are_asked(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_scoring_keeps_of_adapters_follows_their_weights(tiny_model, dtype):
     """However they are written to: a cast that is kept too long would score with the weights of an earlier step."""
-    tokenizer = bake(load_tokenizer(tiny_model("qwen2")), None, 24)
+    tokenizer = install_template(load_tokenizer(tiny_model("qwen2")), None, 24)
     made = trained(tiny_model("qwen2"), tokenizer)
     made.inner.base_model.to(dtype)
     batch = made.pack(Encoder(tokenizer)(TEXTS))

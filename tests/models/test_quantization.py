@@ -31,7 +31,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nf4")
     config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(folder / "run"), "quantize": "nf4", "epochs": 6.0, "dtype": "float32"}
-    return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
 def test_it_learns_and_says_so_after_a_reload(run):
@@ -69,7 +69,7 @@ def test_an_export_holds_the_weights_that_it_was_trained_on(run, tmp_path):
     """``export`` compares with the 4-bit run to 1e-4 itself; the unquantised base would be far off."""
     from transformers import AutoModelForSequenceClassification
 
-    out = export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    out = export(run, tmp_path / "plain", "transformers", log=lambda line: None)
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert not [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert np.isfinite(model.score.weight.detach().numpy()).all()
@@ -96,6 +96,6 @@ def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, 
     for quantize, kept in read.items():
         flat = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
         monkeypatch.setattr(build, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1])
-        pipeline.probe(RunConfig.from_flat(flat | {"quantize": quantize}), say=lambda line: None)
+        pipeline.probe(RunConfig.from_flat(flat | {"quantize": quantize}), log=lambda line: None)
     assert read[None][0].shape == read["nf4"][0].shape
     assert not np.allclose(read[None][0], read["nf4"][0])

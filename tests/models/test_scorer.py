@@ -46,7 +46,7 @@ def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
 def test_rounds_change_nothing(scorer, kind):
     made = scorer(kind).train()
-    small, large = (build.score(made, TEXTS, micro_tokens=n) for n in (1, 8192))
+    small, large = (build.score(made, TEXTS, tokens_per_micro_batch=n) for n in (1, 8192))
     assert small.dtype == np.float32
     assert made.training
     np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from loracle.evaluation.classification import as_json, classification_metrics, t
 from loracle.evaluation.ranking import rank_metrics
 from loracle.examples import LabeledText, RankGroup, Task
 from loracle.reporting.html import render
-from loracle.reporting.report import findings, training_suspects
+from loracle.reporting.report import build_report, training_suspects
 
 HOSTILE = "<script>console.error('run')</script> & \"quoted\" <img src=x onerror=alert(1)> {{ 7 * 7 }}"
 RUN = {
@@ -64,7 +64,7 @@ def reported(scores, rivals, examples, task, calibration: Calibration | None):
         "baselines": {name: measured(rival, None) for name, rival in rivals.items()},
         "validation": {"best_step": 10},
     }
-    return findings(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": CURVES}
+    return build_report(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": CURVES}
 
 
 REPORTS = {

@@ -23,7 +23,7 @@ def runs(model, folder, kind):
     data = write(folder / "a.jsonl", rows)
     flat = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run"), "baselines": True}
     flat |= CLICKS if kind == "clicks" else {}
-    return pipeline.train(RunConfig.from_flat(flat), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(flat), log=lambda line: None, quiet=True)
 
 
 @pytest.mark.parametrize("kind", ["labels", "several", "clicks"])

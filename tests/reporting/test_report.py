@@ -51,7 +51,7 @@ def report(task, examples, scores, rivals, calibration=None):
     metrics = {"test": measured(scores), "baselines": {name: measured(some) for name, some in rivals.items()},
                "validation": {"best_step": 2}}  # fmt: skip
     looks = [{"step": k, "validation_metric": 0.5 + k / 10, "validation_loss": 1 / k} for k in (1, 2)]
-    found = of.findings(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": {
+    found = of.build_report(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": {
         "steps": [{"step": k, "loss": 1 / k} for k in range(1, 9)], "looks": looks}}  # fmt: skip
     return json.loads(json.dumps(found))
 

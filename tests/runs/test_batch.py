@@ -23,7 +23,7 @@ from small import write
 from loracle.cli import main
 from loracle.data.sources import open_table
 from loracle.errors import Interrupted, UserError
-from loracle.runs.batch import Kept, predict
+from loracle.runs.batch import PartialResults, predict
 
 ROWS = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(70)]
 WINDOWS = 5  # of kills.WINDOW rows
@@ -32,7 +32,7 @@ WINDOWS = 5  # of kills.WINDOW rows
 @pytest.fixture(scope="module")
 def unbroken(labelled_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    predict(kills.job_of(labelled_run, write(folder / "new.csv", ROWS)), folder / "out.csv", 0.0, say=lambda line: None)
+    predict(kills.job_of(labelled_run, write(folder / "new.csv", ROWS)), folder / "out.csv", 0.0, log=lambda line: None)
     return (folder / "out.csv").read_bytes()
 
 
@@ -54,7 +54,7 @@ def interrupted(labelled_run, data, out, row=40):
     """What Ctrl-C leaves, at that row of the scoring."""
     table = stopped_at(data, row, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match=r"stopped; the same command goes on after 32 of 70 rows"):
-        predict(kills.job_of(labelled_run, data, table), out, 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data, table), out, 0.0, log=lambda line: None)
     assert not out.exists()
 
 
@@ -100,14 +100,14 @@ def test_several_files_by_a_pattern_are_one_table_in_the_order_of_their_names(la
 def test_ctrl_c_keeps_what_is_done_and_another_suffix_may_go_on_with_it(labelled_run, tmp_path, unbroken):
     data, said = write(tmp_path / "new.csv", ROWS), []
     interrupted(labelled_run, data, tmp_path / "out.csv")
-    assert len(Kept(tmp_path / "out.scores")) == 2
+    assert len(PartialResults(tmp_path / "out.scores")) == 2
     read = stopped_at(
         data, 40, lambda: os.kill(os.getpid(), signal.SIGINT), reading=3
     )  # now while the output is written
     with pytest.raises(Interrupted, match="after 70 of 70 rows"):
-        predict(kills.job_of(labelled_run, data, read), tmp_path / "out.csv", 0.0, say=said.append)
-    assert len(Kept(tmp_path / "out.scores")) == WINDOWS
-    predict(kills.job_of(labelled_run, data), tmp_path / "out.jsonl", 0.0, say=said.append)
+        predict(kills.job_of(labelled_run, data, read), tmp_path / "out.csv", 0.0, log=said.append)
+    assert len(PartialResults(tmp_path / "out.scores")) == WINDOWS
+    predict(kills.job_of(labelled_run, data), tmp_path / "out.jsonl", 0.0, log=said.append)
     assert [line for line in said if "going on" in line] == [
         f"note: going on after {n} of 70 rows, kept in {tmp_path / 'out.scores'}" for n in (32, 70)
     ]
@@ -126,12 +126,12 @@ def test_a_full_disk_is_said_and_room_is_all_it_takes(labelled_run, tmp_path, un
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(UserError, match=r"expected room for .*out\.csv; found File too large\. Make room"):
-            predict(kills.job_of(labelled_run, data), out, 0.0, say=lambda line: None)
+            predict(kills.job_of(labelled_run, data), out, 0.0, log=lambda line: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(list(tmp_path.glob("out.scores/*.safetensors"))) == kept
     assert not out.exists()
-    predict(kills.job_of(labelled_run, data), out, 0.0, say=lambda line: None)
+    predict(kills.job_of(labelled_run, data), out, 0.0, log=lambda line: None)
     assert out.read_bytes() == unbroken
 
 
@@ -140,12 +140,12 @@ def test_other_data_do_not_go_on_with_it(labelled_run, tmp_path):
     interrupted(labelled_run, data, out)
     write(tmp_path / "new.csv", ROWS[1:])
     with pytest.raises(UserError, match=r"scores in .*out\.scores were begun with; found another data\. Give the same"):
-        predict(kills.job_of(labelled_run, data), out, 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data), out, 0.0, log=lambda line: None)
     other = dataclasses.replace(kills.job_of(labelled_run, data), device="cpu")
     with pytest.raises(UserError, match="another data and device"):
-        predict(other, out, 0.0, say=lambda line: None)
-    assert len(Kept(tmp_path / "out.scores")) == 2
-    predict(kills.job_of(labelled_run, data), tmp_path / "elsewhere.csv", 0.0, say=lambda line: None)
+        predict(other, out, 0.0, log=lambda line: None)
+    assert len(PartialResults(tmp_path / "out.scores")) == 2
+    predict(kills.job_of(labelled_run, data), tmp_path / "elsewhere.csv", 0.0, log=lambda line: None)
     assert (tmp_path / "elsewhere.csv").read_text().count("\n") == 70
 
 
@@ -153,7 +153,7 @@ def test_data_that_change_meanwhile_are_seen(labelled_run, tmp_path):
     data = write(tmp_path / "new.csv", ROWS)
     table = stopped_at(data, 40, lambda: os.utime(data, (1, 1)))
     with pytest.raises(UserError, match=r"data that stay as they are; found other bytes in .*new\.csv by now"):
-        predict(kills.job_of(labelled_run, data, table), tmp_path / "out.csv", 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data, table), tmp_path / "out.csv", 0.0, log=lambda line: None)
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -162,7 +162,7 @@ def test_what_is_broken_far_down_is_met_before_anything_is_scored(labelled_run, 
     with data.open("a") as stream:
         stream.write("one cell too many,x,y\n")
     with pytest.raises(UserError, match="3 in row 72"):
-        predict(kills.job_of(labelled_run, data), tmp_path / "out.csv", 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data), tmp_path / "out.csv", 0.0, log=lambda line: None)
     assert [p.name for p in tmp_path.iterdir()] == ["new.csv"]
 
 
@@ -173,9 +173,9 @@ def test_one_process_at_a_time_and_never_onto_what_is_read(labelled_run, tmp_pat
         FileLock(tmp_path / "out.scores" / "lock"),
         pytest.raises(UserError, match=r"one process for an output; found another at work in .*out\.scores\. Wait"),
     ):
-        predict(kills.job_of(labelled_run, data), tmp_path / "out.csv", 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data), tmp_path / "out.csv", 0.0, log=lambda line: None)
     with pytest.raises(UserError, match=r"expected an --out that is not itself read; found .*new\.csv"):
-        predict(kills.job_of(labelled_run, data), data, 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data), data, 0.0, log=lambda line: None)
 
 
 def test_what_another_start_was_killed_over_taking_away_is_not_taken_for_ones_own(labelled_run, tmp_path, unbroken):
@@ -186,10 +186,10 @@ def test_what_another_start_was_killed_over_taking_away_is_not_taken_for_ones_ow
     other = write(tmp_path / "other.csv", [{"id": i, "text": "another"} for i in range(40)])
     interrupt = stopped_at(other, 20, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="after 16 of 40 rows"):
-        predict(kills.job_of(labelled_run, other, interrupt), out, 0.0, say=lambda line: None)
-    assert len(Kept(scores)) == 1
+        predict(kills.job_of(labelled_run, other, interrupt), out, 0.0, log=lambda line: None)
+    assert len(PartialResults(scores)) == 1
     for name in ("out.csv", "alone.csv"):
-        predict(kills.job_of(labelled_run, other), tmp_path / name, 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, other), tmp_path / name, 0.0, log=lambda line: None)
     assert out.read_bytes() == (tmp_path / "alone.csv").read_bytes()
     assert not scores.exists()
 
@@ -202,7 +202,7 @@ def test_a_folder_of_the_users_own_is_left_alone(labelled_run, tmp_path):
     data = write(tmp_path / "new.csv", [{"text": "good"}])
     for name in ("out.csv", "file.csv"):
         with pytest.raises(UserError, match=r"scores free for the scores of this job; found other files there"):
-            predict(kills.job_of(labelled_run, data), tmp_path / name, 0.0, say=lambda line: None)
+            predict(kills.job_of(labelled_run, data), tmp_path / name, 0.0, log=lambda line: None)
     assert mine.read_text() == (tmp_path / "file.scores").read_text() == "x"
 
 
@@ -212,9 +212,9 @@ def test_damaged_scores_are_seen(labelled_run, tmp_path, unbroken):
     torn = tmp_path / "out.scores" / "0000001.safetensors"
     torn.write_bytes(torn.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"scores in .*0000001\.safetensors; found .*Remove it"):
-        predict(kills.job_of(labelled_run, data), out, 0.0, say=lambda line: None)
+        predict(kills.job_of(labelled_run, data), out, 0.0, log=lambda line: None)
     torn.unlink()
-    predict(kills.job_of(labelled_run, data), out, 0.0, say=lambda line: None)
+    predict(kills.job_of(labelled_run, data), out, 0.0, log=lambda line: None)
     assert out.read_bytes() == unbroken
 
 
@@ -227,7 +227,7 @@ def test_a_terminal_shows_how_far_it_is(labelled_run, tmp_path, monkeypatch):
             kills.job_of(labelled_run, write(tmp_path / "new.csv", ROWS)),
             tmp_path / "out.csv",
             0.0,
-            say=lambda line: None,
+            log=lambda line: None,
         )
         stderr.flush()
         shown = screen.read(4096).decode()

@@ -29,7 +29,7 @@ def trained(tiny_model, tmp_path_factory):
     config = RunConfig.from_flat(
         QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(folder / "run")}
     )
-    return pipeline.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
 @pytest.fixture

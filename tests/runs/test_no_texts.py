@@ -46,7 +46,7 @@ def train(tiny_model, tmp_path_factory):
         config = QUICK | {"data": str(write(folder / "data.jsonl", ROWS[kind]())), "model": str(tiny_model("qwen2"))}
         config |= {"out": str(folder / "run"), "baselines": True, "dtype": "float32", "max_length": 48}
         config |= COLUMNS.get(kind, {}) | {"texts": texts}
-        return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+        return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
     return make
 
@@ -67,7 +67,7 @@ def test_no_file_of_the_run_holds_a_word_of_the_data(train, tmp_path, kind):
     assert all(int(row["row"]) and "text" not in row for row in rows)
     page = (run / "report.html").read_text()
     assert '<td class="text" dir="auto">row ' in page  # the reader is told where to look
-    out = export(run, tmp_path / "plain", "transformers", say=(said := []).append)  # tried on texts that are made up
+    out = export(run, tmp_path / "plain", "transformers", log=(said := []).append)  # tried on texts that are made up
     assert "the same scores as the run" in said[0]
     assert spoken(out) == set()
 
@@ -75,7 +75,7 @@ def test_no_file_of_the_run_holds_a_word_of_the_data(train, tmp_path, kind):
 def test_eight_bits_of_such_a_run_promise_no_agreement(train, tmp_path):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     run = train("rank", False)
-    out = export(run, tmp_path / "eight", "openvino", say=(said := []).append)
+    out = export(run, tmp_path / "eight", "openvino", log=(said := []).append)
     assert "on made-up texts, as the run keeps none" in said[0]
     assert spoken(out) == set()
     a, b = (Predictor(folder).scores(["good quokka", "bad"], ["a brief", "another"]) for folder in (run, out))

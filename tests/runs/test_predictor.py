@@ -25,7 +25,7 @@ TEXTS = ["good day", "bad " * 30, "", "so — naïve 标"]
 def learn(folder, model, rows, **more):
     data = write(folder / "a.jsonl", rows)
     config = QUICK | {"data": str(data), "model": str(model), "out": str(folder / "run")} | more
-    return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
 @pytest.fixture(scope="module")

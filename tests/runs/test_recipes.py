@@ -92,7 +92,7 @@ def test_a_run_is_a_recipe_and_so_is_what_is_written(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(tmp_path / "run"), "max_steps": 1}
     config = RunConfig.from_flat(flat)
-    run = pipeline.train(config, say=lambda line: None, quiet=True)
+    run = pipeline.train(config, log=lambda line: None, quiet=True)
     again, _ = read_recipe(run / "run.toml")
     assert "out" not in again
     assert RunConfig.from_flat(again | {"out": config.out}) == dataclasses.replace(

@@ -31,7 +31,7 @@ def run(tiny_model, tmp_path_factory):
     data = write(root / "reviews.csv", labelled())
     settings = {"data": str(data), "model": str(base), "out": str(root / "topics"), "epochs": 1.0, "batch": 8}
     return train(RunConfig.from_flat({**settings, "test_share": 0.2, "validation_share": 0.2, "baselines": False}),
-                 say=lambda line: None, quiet=True)  # fmt: skip
+                 log=lambda line: None, quiet=True)  # fmt: skip
 
 
 def base_of(run):

@@ -20,7 +20,7 @@ def folder(tiny_model, tmp_path_factory):
         data = write(root / f"{name}.jsonl", rows)
         config = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "dtype": "float32", "max_length": 48}
         config |= {"out": str(root / name), **more}
-        pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+        pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
     learn("moods", labelled())
     learn("several", several(), template="Instruction: sort what follows by topic.\nTitle: {text}\nTopic:")
@@ -31,7 +31,7 @@ def folder(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictors(folder):
-    return load([folder / name for name in RUNS], say=lambda line: None)
+    return load([folder / name for name in RUNS], log=lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_sixteen_clients_at_once_get_what_each_would_get_alone(folder):
 
     In float64, so that what is left is no rounding of matrix products of another size.
     """
-    predictors = load([folder / name for name in RUNS], say=lambda line: None)
+    predictors = load([folder / name for name in RUNS], log=lambda line: None)
     for predictor in predictors.values():
         predictor.scorer.double()
     words = ["good", "bad", "so", "title", "headline", "number", "the", "news", "标题"]
@@ -138,7 +138,7 @@ def test_other_kinds_of_runs_are_served_alike(tiny_model, tmp_path, how):
     base, more = OTHERS[how]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model(base))}
     config |= {"out": str(tmp_path / "run"), "dtype": "float32", **more}
-    pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
     predictor = Predictor(tmp_path / "run")
     with client_of({"run": predictor}, round_tokens=64) as client:
         found = post(client, "/v1/score", texts=TEXTS)["scores"]
@@ -359,7 +359,7 @@ def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictor
     rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2")), "epochs": 6.0}
     run = pipeline.train(
-        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True
+        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), log=lambda line: None, quiet=True
     )
     application = app.create_app({"clicks": predictors["clicks"], "run": Predictor(run)}, ServeConfig(), token="token")
     with running(application) as address:

@@ -47,7 +47,7 @@ def test_a_template_with_a_context_wants_one(tiny_model, tmp_path):
     rows = [{"prompt": f"article {i // 2}", **row} for i, row in enumerate(pairs())]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "briefed"), "template": "Brief: {context} Title: {text}", "max_steps": 1}
-    pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
     with client_of({"briefed": Predictor(tmp_path / "briefed")}) as client:
         words = refused(client.post("/v1/rank", json={"titles": ["secret"]}), 422)
         assert "a context for every text" in words

@@ -60,7 +60,7 @@ def trained(tiny_model, tmp_path_factory):
         config |= {"test": str(write(folder / "test.jsonl", rows(kind, [t for some in ASKED.values() for t in some])))}
         config = RunConfig.from_flat(config)
         data = pipeline.read_data(config, lambda line: None)
-        run = pipeline.learn(config, data, folder / "run", say=lambda line: None, quiet=True, keep_scores=True)
+        run = pipeline.learn(config, data, folder / "run", log=lambda line: None, quiet=True, keep_scores=True)
         scores = np.concatenate(scoring.read_scores(run, data.test))
         texts = [t for e in data.test for t in (e.texts if kind == "ranker" else (e.text,))]
         return run, texts, answers(Predictor(run), scores)
@@ -74,11 +74,11 @@ def found(trained, tmp_path_factory):
 
     @cache
     def plain(kind):
-        return export(trained(kind)[0], tmp_path_factory.mktemp("plain") / kind, "transformers", say=lambda line: None)
+        return export(trained(kind)[0], tmp_path_factory.mktemp("plain") / kind, "transformers", log=lambda line: None)
 
     @cache
     def eight(kind):
-        return export(trained(kind)[0], tmp_path_factory.mktemp("eight") / kind, "openvino", say=lambda line: None)
+        return export(trained(kind)[0], tmp_path_factory.mktemp("eight") / kind, "openvino", log=lambda line: None)
 
     @cache
     def ask(kind, way):
@@ -162,6 +162,6 @@ def test_what_calibration_found_is_in_the_export(trained, tmp_path, kind):
     if kind == "softmax":
         assert calibration.temperature != 1  # folded in, or the probabilities above would differ
         return
-    out = export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    out = export(run, tmp_path / "plain", "transformers", log=lambda line: None)
     thresholds = json.loads((out / "config.json").read_text())["thresholds"]
     assert list(thresholds.values()) == list(calibration.thresholds)

@@ -31,7 +31,7 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     config = QUICK | {"data": str(write(folder / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(folder / "moods"), "dtype": "float32", "max_length": 48}
-    return pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
 def test_a_process_bears_broken_requests_and_answers_what_is_at_work_at_sigterm(run):

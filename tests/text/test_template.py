@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loracle.errors import UserError
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
 DECODERS = ("qwen", "llama3", "gemma", "mistral")
@@ -85,7 +85,7 @@ def assert_one_template(tokenizer, folder, *, encoder=False, model_type=None, ch
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
 def test_every_reader_sees_the_same_ids(tiny_tokenizer, tmp_path, family, template):
     encoder = family in ENCODERS
-    tokenizer = bake(tiny_tokenizer(family), template, MAX_LENGTH, encoder=encoder)
+    tokenizer = install_template(tiny_tokenizer(family), template, MAX_LENGTH, encoder=encoder)
     assert_one_template(tokenizer, tmp_path, encoder=encoder)
 
 
@@ -93,12 +93,12 @@ def test_every_reader_sees_the_same_ids(tiny_tokenizer, tmp_path, family, templa
 def test_beside_a_model_too(tiny_tokenizer, tmp_path, family):
     """Where config.json names an architecture, AutoTokenizer may pick its class, which builds its own template."""
     encoder = family in ENCODERS
-    tokenizer = bake(tiny_tokenizer(family), None, MAX_LENGTH, encoder=encoder)
+    tokenizer = install_template(tiny_tokenizer(family), None, MAX_LENGTH, encoder=encoder)
     assert_one_template(tokenizer, tmp_path, encoder=encoder, model_type=MODEL_TYPE[family])
 
 
 def test_chat_template(tiny_tokenizer, tmp_path):
-    tokenizer = bake(tiny_tokenizer("qwen"), "chat", MAX_LENGTH)
+    tokenizer = install_template(tiny_tokenizer("qwen"), "chat", MAX_LENGTH)
     assert_one_template(tokenizer, tmp_path, chat=True)
     assert tokenizer.decode(tokenizer("a title").input_ids) == (
         "<|im_start|>user\na title<|im_end|>\n<|im_start|>assistant\n"
@@ -108,11 +108,11 @@ def test_chat_template(tiny_tokenizer, tmp_path):
 def test_the_embedded_model(demo_folder, tmp_path):
     from loracle.models.loading import load_tokenizer
 
-    assert_one_template(bake(load_tokenizer(demo_folder), CUE, MAX_LENGTH), tmp_path)
+    assert_one_template(install_template(load_tokenizer(demo_folder), CUE, MAX_LENGTH), tmp_path)
 
 
 def test_qwens_own_vocabulary(tmp_path):
-    tokenizer = bake(qwen25(), None, MAX_LENGTH)
+    tokenizer = install_template(qwen25(), None, MAX_LENGTH)
     assert tokenizer.decode(tokenizer("你好 world").input_ids) == "你好 world\n"
     assert_one_template(tokenizer, tmp_path)
 
@@ -127,7 +127,7 @@ def test_qwens_own_vocabulary(tmp_path):
     ],
 )
 def test_the_default_ends_in_one_token_that_is_never_the_pad(tiny_tokenizer, family, read, pad):
-    plain, baked = tiny_tokenizer(family), bake(tiny_tokenizer(family), None, MAX_LENGTH)
+    plain, baked = tiny_tokenizer(family), install_template(tiny_tokenizer(family), None, MAX_LENGTH)
     assert baked("a title").input_ids == [*plain("a title").input_ids, plain.convert_tokens_to_ids(read)]
     assert baked.pad_token == pad
 
@@ -137,24 +137,24 @@ def test_a_model_whose_pad_is_its_end_of_text_gets_another_pad(tiny_tokenizer):
     same = PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
-    baked = bake(same, None, MAX_LENGTH)
+    baked = install_template(same, None, MAX_LENGTH)
     assert baked.pad_token == "<|endoftext|>"
     assert baked("x").input_ids[-1] != baked.pad_token_id
 
 
 def test_instruction_context_and_cue_stand_where_they_are_written(tiny_tokenizer):
-    baked = bake(tiny_tokenizer("llama3"), WITH_CONTEXT, MAX_LENGTH)
+    baked = install_template(tiny_tokenizer("llama3"), WITH_CONTEXT, MAX_LENGTH)
     whole = baked.decode(baked("of banks", "banks fall").input_ids)
     assert whole == "<|begin_of_text|>Article: of banks Title: banks fall Good?"
 
 
 def test_a_context_without_a_template_stands_on_its_own_line(tiny_tokenizer):
-    baked = bake(tiny_tokenizer("qwen"), None, MAX_LENGTH)
+    baked = install_template(tiny_tokenizer("qwen"), None, MAX_LENGTH)
     assert baked.decode(baked("of banks", "banks fall").input_ids) == "of banks\nbanks fall\n"
 
 
 def test_an_encoder_keeps_its_own_frame(tiny_tokenizer):
-    plain, baked = tiny_tokenizer("bert"), bake(tiny_tokenizer("bert"), None, MAX_LENGTH, encoder=True)
+    plain, baked = tiny_tokenizer("bert"), install_template(tiny_tokenizer("bert"), None, MAX_LENGTH, encoder=True)
     for inputs in (("banks fall",), ("of banks", "banks fall")):
         assert dict(baked(*inputs)) == dict(plain(*inputs))
 
@@ -169,12 +169,12 @@ def test_an_encoder_keeps_its_own_frame(tiny_tokenizer):
 )
 def test_what_cannot_be_baked(tiny_tokenizer, family, template, max_length, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        bake(tiny_tokenizer(family), template, max_length)
+        install_template(tiny_tokenizer(family), template, max_length)
 
 
 def test_an_encoder_has_no_chat_template(tiny_tokenizer):
     with pytest.raises(UserError, match="expected a decoder with a chat template"):
-        bake(tiny_tokenizer("bert"), "chat", MAX_LENGTH, encoder=True)
+        install_template(tiny_tokenizer("bert"), "chat", MAX_LENGTH, encoder=True)
 
 
 def test_a_cue_may_not_end_in_the_pad_token(tiny_tokenizer):
@@ -184,7 +184,7 @@ def test_a_cue_may_not_end_in_the_pad_token(tiny_tokenizer):
         tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat
     )
     with pytest.raises(UserError, match="expected a cue that does not end in the padding token"):
-        bake(ends_in_pad, "chat", MAX_LENGTH)
+        install_template(ends_in_pad, "chat", MAX_LENGTH)
 
 
 def test_a_tokenizer_without_any_special_token_is_refused(tiny_tokenizer):
@@ -192,7 +192,7 @@ def test_a_tokenizer_without_any_special_token_is_refused(tiny_tokenizer):
 
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"x": 0}, [])))
     with pytest.raises(UserError, match="expected a tokenizer with a pad token"):
-        bake(bare, None, MAX_LENGTH)
+        install_template(bare, None, MAX_LENGTH)
 
 
 def qwen25() -> PreTrainedTokenizerFast:

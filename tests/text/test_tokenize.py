@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
 CUE = "Sort this. Title: {text} Topic:"
@@ -17,7 +17,7 @@ DECODERS = ("qwen", "llama3", "gemma", "mistral")
 @pytest.fixture
 def encoder(tiny_tokenizer):
     def make(family="qwen", template=None, max_length=48, **options) -> Encoder:
-        baked = bake(tiny_tokenizer(family), template, max_length, encoder=options.get("encoder", False))
+        baked = install_template(tiny_tokenizer(family), template, max_length, encoder=options.get("encoder", False))
         return Encoder(baked, **options)
 
     return make

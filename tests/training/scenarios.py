@@ -25,7 +25,7 @@ from loracle.errors import Interrupted, UserError
 from loracle.training import distributed, loop
 from loracle.training.losses import make_loss
 
-PLAIN = {"lr": 0.01, "micro_tokens": 10}
+PLAIN = {"lr": 0.01, "tokens_per_micro_batch": 10}
 
 
 def train(folder, examples, task=SINGLE, *, loss=None, encode=encode, look=None, scorer=None, **changes):
@@ -96,7 +96,7 @@ def short_of_memory(folder):
         return out
 
     scorer.forward = forward
-    train(folder, texts(21), scorer=scorer, batch=12, micro_tokens=20)
+    train(folder, texts(21), scorer=scorer, batch=12, tokens_per_micro_batch=20)
     (folder / f"rounds-{PartialState().process_index}").write_text(" ".join(map(str, rounds)))
 
 
@@ -121,7 +121,7 @@ def interrupted(folder):
             os.kill(os.getpid(), signal.SIGINT)
         return plain(examples)
 
-    train(folder, texts(21), loss=loss, batch=4, micro_tokens=1000, save_steps=100)
+    train(folder, texts(21), loss=loss, batch=4, tokens_per_micro_batch=1000, save_steps=100)
 
 
 def disagreeing(folder):
@@ -142,7 +142,7 @@ def whole_run(folder, **more):
         "epochs": 2.0,
     }
     settings |= {"dropout": 0.0, "dtype": "float32", "out": str(folder / "run"), "baselines": True, **more}
-    pipeline.train(RunConfig.from_flat(settings), say=lambda line: None, quiet=True)
+    pipeline.train(RunConfig.from_flat(settings), log=lambda line: None, quiet=True)
 
 
 def sharded_run(folder):

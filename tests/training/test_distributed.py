@@ -23,7 +23,7 @@ from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.examples import LabeledText
 from loracle.training import distributed
-from loracle.training.distributed import on_main, share_out, start
+from loracle.training.distributed import on_main, partition, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -165,7 +165,7 @@ def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, messa
         "out": str(tmp_path / "run"),
     }
     with pytest.raises(UserError, match=message):
-        pipeline.train(RunConfig.from_flat(settings | flags), say=lambda line: None, quiet=True)
+        pipeline.train(RunConfig.from_flat(settings | flags), log=lambda line: None, quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -190,8 +190,8 @@ def test_what_the_others_hear_of_an_error_in_the_main_process(monkeypatch, shard
 def test_shares_are_disjoint_and_about_as_long():
     lengths = [50, 3, 40, 20, 30, 1, 2]
     examples = [LabeledText(text="x" * n, labels=(0,), row=i) for i, n in enumerate(lengths)]
-    parts = share_out(examples, 2)
+    parts = partition(examples, 2)
     assert sorted(i for part in parts for i in part) == list(range(7))
     assert sorted(sum(lengths[i] for i in part) for part in parts) == [73, 73]
-    assert share_out(examples[:1], 3) == [[0], [], []]
-    assert share_out(examples, 1) == [list(range(7))]
+    assert partition(examples[:1], 3) == [[0], [], []]
+    assert partition(examples, 1) == [list(range(7))]

@@ -107,8 +107,8 @@ def losses_of(folder) -> list[float]:
         ({"epochs": 0.01}, 1, {1}),
         ({"max_steps": 3}, 3, {3}),
         ({"max_steps": 100}, 8, {4, 8}),
-        ({"evaluations": 2}, 8, {2, 4, 6, 8}),
-        ({"evaluations": 100}, 8, set(range(1, 9))),
+        ({"evals_per_epoch": 2}, 8, {2, 4, 6, 8}),
+        ({"evals_per_epoch": 100}, 8, set(range(1, 9))),
         ({"batch": 100}, 2, {1, 2}),
         ({"epochs": 1.6}, 7, {4, 7}),
     ],
@@ -133,7 +133,7 @@ def test_another_seed_is_another_order():
 # --- accumulation -----------------------------------------------------------------------------------------------------
 
 
-def gradients(examples, loss, labels: int, micro_tokens: int) -> tuple[dict, float, int]:
+def gradients(examples, loss, labels: int, tokens_per_micro_batch: int) -> tuple[dict, float, int]:
     """Gradients of one step (plain descent with rate 1 leaves them as the difference), its loss, and its rounds."""
     scorer, calls = new_scorer(labels=labels), []
 
@@ -143,21 +143,21 @@ def gradients(examples, loss, labels: int, micro_tokens: int) -> tuple[dict, flo
 
     before = trainable_state(scorer)
     optimizer = torch.optim.SGD([p for p in scorer.parameters() if p.requires_grad], lr=1.0)
-    plan = schedule(batch=len(examples), lr=1.0, clip=1e9, micro_tokens=micro_tokens)
+    plan = schedule(batch=len(examples), lr=1.0, clip=1e9, tokens_per_micro_batch=tokens_per_micro_batch)
     accelerator = Accelerator(cpu=True)
-    with loop._Ahead(scorer, examples, encode, plan, 1, accelerator) as batches:
+    with loop.Prefetcher(scorer, examples, encode, plan, 1, accelerator) as batches:
         taken = loop._step(scorer, optimizer, batches.of(0), counted, plan, 0, 1, accelerator)
     return {n: before[n] - p for n, p in trainable_state(scorer).items()}, taken.loss, len(calls)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 10, 17])
+@pytest.mark.parametrize("tokens_per_micro_batch", [1, 10, 17])
 @pytest.mark.parametrize("kind", ["texts", "weighted", "pairs"])
-def test_ragged_rounds_are_one_batch(kind, micro_tokens):
+def test_ragged_rounds_are_one_batch(kind, tokens_per_micro_batch):
     weights = np.array([1.0, 5.0]) if kind == "weighted" else None
     loss = make_loss(PAIRS if kind == "pairs" else SINGLE, weights=weights)
     examples, labels = (groups(), 1) if kind == "pairs" else (texts(), 2)
     whole, value, rounds = gradients(examples, loss, labels, 10**6)
-    cut, cut_value, cut_rounds = gradients(examples, loss, labels, micro_tokens)
+    cut, cut_value, cut_rounds = gradients(examples, loss, labels, tokens_per_micro_batch)
     assert rounds == 1 < cut_rounds
     assert cut_value == pytest.approx(value, abs=1e-6)
     for name, gradient in whole.items():
@@ -181,7 +181,7 @@ def test_rows_with_weight_two_are_rows_given_twice():
 
 
 def test_a_whole_run_does_not_depend_on_the_rounds(tmp_path):
-    runs = [run(tmp_path / str(m), new_scorer(), micro_tokens=m, lr=0.01) for m in (1, 10**6)]
+    runs = [run(tmp_path / str(m), new_scorer(), tokens_per_micro_batch=m, lr=0.01) for m in (1, 10**6)]
     for name, weight in runs[0][1].items():
         torch.testing.assert_close(weight, runs[1][1][name], rtol=1e-4, atol=1e-4)
 
@@ -201,7 +201,7 @@ def test_out_of_memory_in_the_middle_of_a_step_only_makes_the_rounds_smaller(tmp
         return out
 
     monkeypatch.setattr(scorer, "forward", short)
-    run(tmp_path / "short", scorer, micro_tokens=20, lr=0.005)
+    run(tmp_path / "short", scorer, tokens_per_micro_batch=20, lr=0.005)
     assert max(rounds) > 8 >= max(rounds[-12:])
     for name, value in trainable_state(wanted).items():
         torch.testing.assert_close(trainable_state(scorer)[name], value, rtol=1e-4, atol=1e-5)
@@ -242,7 +242,7 @@ def test_what_cannot_be_cut_is_not_tried_in_smaller_rounds(tmp_path, monkeypatch
 
     monkeypatch.setattr(scorer, "forward", forward)
     with pytest.raises(UserError, match=r"memory for a round of (\d+) tokens; found too little, at step 1") as e:
-        run(tmp_path, scorer, micro_tokens=1)
+        run(tmp_path, scorer, tokens_per_micro_batch=1)
     assert f"round of {seen[-1]} tokens" in str(e.value)
     assert sum(n > 6 for n in seen) == 1
 

@@ -60,7 +60,7 @@ def config_of(folder, model, **more):
 
 
 def train(config):
-    return pipeline.train(config, say=lambda line: None, quiet=True)
+    return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
 def test_the_service_gets_what_the_log_has(tiny_model, tmp_path, wandb):

@@ -25,7 +25,7 @@ from loracle.examples import Example, Task, texts_of
 from loracle.models import build
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, positions
 from loracle.models.scorer import Scorer
-from loracle.text.template import bake
+from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 from loracle.training.losses import Loss, numpy_objective
 from loracle.training.scoring import by_example, encode_texts, measure
@@ -48,7 +48,7 @@ def probe_depths(config: RunConfig, data: Data, loss: Loss, base: BaseModel, tok
         quantize=config.model.quantize,
     )
     encoder = Encoder(tokenizer, long=config.model.long, encoder=scorer.encoder)
-    some, held = some_of(data.train, seed), some_of(data.validation, seed)
+    some, held = subsample(data.train, seed), subsample(data.validation, seed)
     seen, unseen = (build.layer_features(scorer, encode_texts(encoder, side)) for side in (some, held))
     return probe_layers(seen, some, unseen, held, data.task, loss, seed)
 
@@ -74,7 +74,7 @@ def probe_layers(
 
 
 @dataclass(frozen=True, slots=True)
-class Rival:
+class Baseline:
     """Test scores of a baseline, ``[n, C]`` of each example, and what they mean, as validation texts say."""
 
     scores: list[np.ndarray]
@@ -82,7 +82,7 @@ class Rival:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Untuned:
+class ZeroShot:
     """How the untuned model is asked, and what it takes."""
 
     name: str  # of the baseline
@@ -92,7 +92,7 @@ class Untuned:
 
 def ask_untuned(
     config: RunConfig, data: Data, scorer: Scorer, encoder: Encoder, base: BaseModel
-) -> Untuned | str | None:
+) -> ZeroShot | str | None:
     """Of titles, how likely it finds each; of labels with names, which of them it would name. Where it cannot be asked, why;
     None where there is nothing to ask for.
     """
@@ -113,7 +113,7 @@ def ask_untuned(
         tokenizer, template, room = load_tokenizer(base.folder), names_template(names), positions(scorer.inner.config)
         longest = min(room, config.model.max_length + len(tokenizer(template).input_ids) + NAME_TOKENS)
         try:
-            plain = Encoder(bake(tokenizer, template, longest))
+            plain = Encoder(install_template(tokenizer, template, longest))
         except UserError:
             return f"its question would name {len(names)} labels, which leaves no room for a text"
 
@@ -122,10 +122,10 @@ def ask_untuned(
 
         sample = name_pairs(plain, texts[:: -(-len(texts) // SAMPLED)], names)
         tokens = scorer.pack(sample).tokens * len(texts) * len(names) / len(sample)
-    return Untuned(name=name, tokens=tokens, ask=ask)
+    return ZeroShot(name=name, tokens=tokens, ask=ask)
 
 
-def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | str | None) -> Plan:
+def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: ZeroShot | str | None) -> Plan:
     """What the baselines learn from within their share of the training."""
     train, validation, test = (sum(len(texts_of(e)) for e in side) for side in (data.train, data.validation, data.test))
     return budget.plan(
@@ -137,25 +137,32 @@ def plan_baselines(data: Data, scorer: Scorer, work: Work, untuned: Untuned | st
         labels=len(data.task.label_names) or 1,
         most=FROZEN_TEXTS,
         layers=scorer.packed and not scorer.encoder,
-        asked=untuned.tokens if isinstance(untuned, Untuned) else None,
+        asked=untuned.tokens if isinstance(untuned, ZeroShot) else None,
     )
 
 
 def score_baselines(
-    data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, planned: Plan, untuned: Untuned | str | None, *, seed: int
-) -> tuple[dict[str, Rival], list[str]]:
+    data: Data,
+    scorer: Scorer,
+    encoder: Encoder,
+    loss: Loss,
+    planned: Plan,
+    untuned: ZeroShot | str | None,
+    *,
+    seed: int,
+) -> tuple[dict[str, Baseline], list[str]]:
     """Simpler methods that learnt from the same split, by the same loss when ranking; and what to say of it."""
     task, notes = data.task, list(planned.said)
     if task.kind == "rank":
         lengths = linear_models.length_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        found = {"length": Rival([s[:, None] for s in lengths])}
+        found = {"length": Baseline([s[:, None] for s in lengths])}
     else:
         shares = linear_models.majority(target_array(data.train, task), len(data.test), task)
-        found = {"majority": Rival(list(shares[:, None]))}
+        found = {"majority": Baseline(list(shares[:, None]))}
     found["tf-idf"] = tfidf(data, loss, seed)
     if planned.frozen:
-        some = some_of(data.train, seed, planned.frozen)
-        held = some_of(data.validation, seed, planned.watched) if planned.watched else []
+        some = subsample(data.train, seed, planned.frozen)
+        held = subsample(data.validation, seed, planned.watched) if planned.watched else []
         layer, seen, watched = best_layer(data, some, held, scorer, encoder, loss, seed)
         unseen = mean_features(scorer, encoder, data.test, layer)
         found["frozen"] = frozen(data, some, seen, held, watched, unseen, loss, seed)
@@ -165,27 +172,27 @@ def score_baselines(
         notes.append(f"the untuned model is not asked: {untuned}")
     elif untuned and planned.asked:
         try:
-            found[untuned.name] = Rival(untuned.ask())
+            found[untuned.name] = Baseline(untuned.ask())
         except NoLikelihoodError as e:
             notes.append(f"the untuned model is not asked: {e}")
     return found, notes
 
 
-def tfidf(data: Data, loss: Loss, seed: int) -> Rival:
+def tfidf(data: Data, loss: Loss, seed: int) -> Baseline:
     """A linear model on words, by the same loss when ranking."""
     task = data.task
     if task.kind == "rank":
         ranked = linear_models.tfidf_ranker(data.train, data.test, numpy_objective(loss), seed=seed)
-        return Rival([s[:, None] for s in ranked])
+        return Baseline([s[:, None] for s in ranked])
     seen, unseen = map(linear_models.words_of, (data.train, [*data.validation, *data.test]))
     logits = linear_models.tfidf_classifier(seen, target_array(data.train, task), unseen, task)
     return _calibrated(logits, data.validation, task)
 
 
-def _calibrated(logits: np.ndarray, held: Sequence[Any], task: Task) -> Rival:
+def _calibrated(logits: np.ndarray, held: Sequence[Any], task: Task) -> Baseline:
     """Of logits ``[H + N, C]`` those of the N test texts, at the calibration that the H held-out ones call for."""
     calibration = fit_calibration(logits[: len(held)], target_array(held, task), task) if held else UNCALIBRATED
-    return Rival(list(logits[len(held) :, None]), calibration)
+    return Baseline(list(logits[len(held) :, None]), calibration)
 
 
 def best_layer(
@@ -212,8 +219,8 @@ def best_layer(
 
 def layer_of(data: Data, scorer: Scorer, encoder: Encoder, loss: Loss, seed: int) -> int | None:
     """``best_layer`` by as many examples as a run looks at."""
-    held = some_of(data.validation, seed, budget.WATCHED)
-    return best_layer(data, some_of(data.train, seed), held, scorer, encoder, loss, seed)[0]
+    held = subsample(data.validation, seed, budget.WATCHED)
+    return best_layer(data, subsample(data.train, seed), held, scorer, encoder, loss, seed)[0]
 
 
 def mean_features(
@@ -234,14 +241,14 @@ def frozen(
     unseen: list[np.ndarray],
     loss: Loss,
     seed: int,
-) -> Rival:
+) -> Baseline:
     """A linear model on features: ``seen`` of some training examples, ``watched`` of held-out ones, ``unseen`` of the test
     side.
     """
     task = data.task
     if task.kind == "rank":
         ranked = linear_models.frozen_ranker(seen, some, unseen, numpy_objective(loss), seed=seed)
-        return Rival([s[:, None] for s in ranked])
+        return Baseline([s[:, None] for s in ranked])
     features, targets = np.concatenate([*watched, *unseen]), target_array(some, task)
     logits = linear_models.frozen_classifier(np.concatenate(seen), targets, features, task, seed=seed)
     return _calibrated(logits, held, task)
@@ -255,7 +262,7 @@ def label_words(task: Task) -> list[str]:
     return [name.replace("_", " ").replace("-", " ") for name in names]
 
 
-def some_of(examples: list[Any], seed: int, most: int | None = None) -> list[Any]:
+def subsample(examples: list[Any], seed: int, most: int | None = None) -> list[Any]:
     """A seeded part of the examples that holds about ``most`` texts, by default ``FROZEN_TEXTS``."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum([len(texts_of(examples[i])) for i in order])

@@ -142,9 +142,9 @@ def train(data: str | None, recipe_file: Path | None, resume: Path | None, **giv
     from loracle import pipeline
 
     if resume is not None:
-        pipeline.resume(resume, say=click.echo)
+        pipeline.resume(resume, log=click.echo)
     else:
-        pipeline.train(config, say=click.echo)
+        pipeline.train(config, log=click.echo)
 
 
 def _taken(kind: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def predict(
         device=device,
         workers=None if on is None else workers or 0,
     )
-    batch.predict(job, out, abstain_below, say=lambda line: click.echo(line, err=True))
+    batch.predict(job, out, abstain_below, log=lambda line: click.echo(line, err=True))
 
 
 @main.command()
@@ -492,7 +492,7 @@ def check(data: str, as_json: bool, **given: Any) -> None:
     """Say what is in DATA and what is wrong with it; exits with 2 if it cannot be trained on."""
     import json
 
-    from loracle.data.checks import audit, refuse
+    from loracle.data.checks import audit, check_trainable
     from loracle.data.reader import read_examples
     from loracle.data.sources import open_splits, open_table
 
@@ -505,7 +505,7 @@ def check(data: str, as_json: bool, **given: Any) -> None:
         click.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     else:
         click.echo("\n".join([*found.columns.said, *report.lines()]))
-    refuse(found)
+    check_trainable(found)
 
 
 @main.command()
@@ -527,7 +527,7 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
     from loracle.baselines import linear_probe as probing
 
     config = RunConfig.from_flat({"data": data, **{k: v for k, v in given.items() if v is not None}})
-    depths, metric = pipeline.probe(config, say=lambda line: click.echo(line, err=as_json))
+    depths, metric = pipeline.probe(config, log=lambda line: click.echo(line, err=as_json))
     if picture is not None:
         probing.plot(depths, metric, picture)
     if as_json:
@@ -554,7 +554,7 @@ def compare(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     _calm()
     from loracle.experiments import compare
 
-    compare.run(config, settings, say=click.echo)
+    compare.run(config, settings, log=click.echo)
 
 
 @main.command()
@@ -572,7 +572,7 @@ def validate(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     _calm()
     from loracle.experiments import validate
 
-    validate.run(config, settings, say=click.echo)
+    validate.run(config, settings, log=click.echo)
 
 
 @main.command()
@@ -591,7 +591,7 @@ def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     _calm()
     from loracle.experiments import tune
 
-    tune.run(config, settings, say=click.echo)
+    tune.run(config, settings, log=click.echo)
 
 
 @main.command()
@@ -660,7 +660,7 @@ def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     from loracle.runs import export as exporting
 
     named = run.resolve() if run.name in ("", "..") else run
-    folder = exporting.export(run, out or named.with_name(f"{named.name}-{to}"), to, base=base, say=click.echo)
+    folder = exporting.export(run, out or named.with_name(f"{named.name}-{to}"), to, base=base, log=click.echo)
     click.echo(f"export: {folder}")
 
 
@@ -676,7 +676,7 @@ def push(run: Path, to: str, private: bool, revision: str | None) -> None:
     """
     from loracle.runs import sharing
 
-    click.echo(f"page: {sharing.push(run, to, private=private, revision=revision, say=click.echo)}")
+    click.echo(f"page: {sharing.push(run, to, private=private, revision=revision, log=click.echo)}")
 
 
 @main.command()
@@ -689,7 +689,7 @@ def pull(source: str, out: Path | None) -> None:
     """
     from loracle.runs import sharing
 
-    click.echo(f"run folder: {sharing.pull(source, out, say=click.echo)}")
+    click.echo(f"run folder: {sharing.pull(source, out, log=click.echo)}")
 
 
 @main.command()
@@ -708,7 +708,7 @@ def serve(runs: tuple[Path, ...], base: str | None, device: str, **given: Any) -
         from loracle.serving import server
     except ModuleNotFoundError as e:
         raise UserError("what loracle serve needs", f"no {e.name}", "run: pip install 'loracle[serve]'") from None
-    server.serve(runs, settings, base=base, device=device, say=click.echo)
+    server.serve(runs, settings, base=base, device=device, log=click.echo)
 
 
 @main.command()
@@ -736,7 +736,7 @@ def demo(out: Path, max_steps: int | None) -> None:
     _calm()
     from loracle.experiments import demo as showcase
 
-    showcase.run(out, max_steps=max_steps, say=click.echo)
+    showcase.run(out, max_steps=max_steps, log=click.echo)
 
 
 def _data_config(**given: Any) -> DataConfig:

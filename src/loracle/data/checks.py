@@ -129,7 +129,7 @@ def audit(examples: Examples, test: Examples | None = None) -> Audit:
     )  # fmt: skip
 
 
-def refuse(examples: Examples) -> None:
+def check_trainable(examples: Examples) -> None:
     """Say no to data from which nothing can be learnt.
 
     Raises:

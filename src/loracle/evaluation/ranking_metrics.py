@@ -47,7 +47,7 @@ class Truth:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class GroupEvidence:
     """A group and what its evidence says, worked out once for all metrics."""
 
     kind: Evidence | None
@@ -60,7 +60,7 @@ class Case:
     truth: Truth | None  # None where no click tells
 
 
-def read_cases(groups: Sequence[RankGroup]) -> list[Case]:
+def read_cases(groups: Sequence[RankGroup]) -> list[GroupEvidence]:
     """All that metrics need to know of the groups."""
     return [_case(group, truth) for group, truth in zip(groups, true_rates(tuple(groups)), strict=True)]
 
@@ -92,21 +92,21 @@ def _truth(group: RankGroup, rates: Array) -> Truth:
     return Truth(above, mean[same.ravel()], float(rates.max(axis=1).mean()))
 
 
-def _case(group: RankGroup, truth: Truth | None) -> Case:
+def _case(group: RankGroup, truth: Truth | None) -> GroupEvidence:
     kind, pairs, none = evidence_of(group), group_pairs(group), np.empty(0)
     if kind != "clicks":
         gains = grade_gains(group.grades) if group.grades is not None else none
         no, unknown = np.zeros(len(pairs), dtype=bool), np.full(len(pairs), np.nan)
-        return Case(kind, pairs, no, unknown, none, none.astype(bool), gains, None)
+        return GroupEvidence(kind, pairs, no, unknown, none, none.astype(bool), gains, None)
     clicks, impressions = counts(group)
     rates, higher = clicks / impressions, higher_rate(group)
     best = np.logical_and(higher.any(axis=1), np.logical_not(higher.any(axis=0)))
-    return Case(kind, pairs, significant(group, pairs), rate_gap(group, pairs), rates, best, rates, truth)
+    return GroupEvidence(kind, pairs, significant(group, pairs), rate_gap(group, pairs), rates, best, rates, truth)
 
 
 # --- tallies ----------------------------------------------------------------------------------------------------------
 
-Tally = Callable[[Array, Case], tuple[float, float]]
+Tally = Callable[[Array, GroupEvidence], tuple[float, float]]
 
 
 def _pick(scores: Array) -> Array:
@@ -120,11 +120,11 @@ def _wins(scores: Array, pairs: Pairs) -> tuple[float, float]:
     return float((winner > loser).sum() + 0.5 * (winner == loser).sum()), float(len(pairs))
 
 
-def _pair_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _pair_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     return _wins(scores, case.pairs)
 
 
-def _significant_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _significant_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     return _wins(scores, case.pairs[case.significant])
 
 
@@ -132,27 +132,27 @@ def _gap_tally(which: int) -> Tally:
     return lambda scores, case: _wins(scores, case.pairs[np.digitize(case.gap, GAP_EDGES) == which])
 
 
-def _kendall_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _kendall_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     right, pairs = _wins(scores, case.pairs)
     return (2 * right / pairs - 1, 1.0) if pairs else (0.0, 0.0)
 
 
-def _top1_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _top1_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     return (float(_pick(scores) @ case.best), 1.0) if case.best.any() else (0.0, 0.0)
 
 
-def _lift_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _lift_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     mean = case.rates.mean()
     return float(_pick(scores) @ (case.rates - mean)), float(mean)
 
 
-def _regret_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _regret_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     if case.truth is None:
         return 0.0, 0.0
     return case.truth.best - float(_pick(scores) @ case.truth.rate), case.truth.best
 
 
-def _ndcg_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _ndcg_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     gains = case.gains
     if not len(case.pairs):
         return 0.0, 0.0
@@ -167,15 +167,15 @@ def _ceiling_of(pairs: Pairs, truth: Truth | None) -> tuple[float, float]:
     return (float(truth.above[tuple(pairs.T)].sum()), float(len(pairs))) if truth else (0.0, 0.0)
 
 
-def _ceiling_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _ceiling_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     return _ceiling_of(case.pairs, case.truth)
 
 
-def _significant_ceiling_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _significant_ceiling_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     return _ceiling_of(case.pairs[case.significant], case.truth)
 
 
-def _way_tally(scores: Array, case: Case) -> tuple[float, float]:
+def _way_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
     known, pairs = _ceiling_of(case.pairs, case.truth)
     return (_wins(scores, case.pairs)[0] - pairs / 2, known - pairs / 2) if pairs else (0.0, 0.0)
 
@@ -200,7 +200,7 @@ TALLIES: dict[str, tuple[Tally, frozenset[Evidence]]] = {
 SCORELESS = frozenset({"ceiling", "significant_ceiling"})  # say nothing of a scorer
 
 
-def tally_table(scores: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, Array]:
+def tally_table(scores: Sequence[np.ndarray], cases: Sequence[GroupEvidence]) -> dict[str, Array]:
     """``[G, 2]`` for each metric that some group speaks for, and for the pair accuracy."""
     kinds = {case.kind for case in cases}
     return {

@@ -21,7 +21,7 @@ import torch
 
 from loracle import pipeline
 from loracle.baselines import fit
-from loracle.baselines.fit import Rival
+from loracle.baselines.fit import Baseline
 from loracle.config import CompareConfig, RunConfig
 from loracle.data.splits import Data
 from loracle.errors import UserError
@@ -33,7 +33,7 @@ from loracle.examples import Task
 from loracle.experiments.runner import learn_once, place, root_of
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
-from loracle.pipeline import Say
+from loracle.pipeline import Log
 from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
 from loracle.runs import folder as run_folder
 from loracle.training import scoring
@@ -44,7 +44,7 @@ SAMPLED_EVERY = 0.05  # seconds between looks at the memory in use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
+class Candidate:
     """One row: a base model that is trained, or a simpler method (``tfidf``, ``frozen``) on the same split."""
 
     name: str
@@ -52,7 +52,7 @@ class Contender:
     config: RunConfig
 
 
-def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: bool = False) -> Path:
+def run(config: RunConfig, settings: CompareConfig, *, log: Log = print, quiet: bool = False) -> Path:
     """Train what is missing, test in pairs, write the table; returns the folder.
 
     Raises:
@@ -60,13 +60,13 @@ def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: 
         Interrupted: Ctrl-C; the same call goes on.
     """
     config = pipeline.absolute(dataclasses.replace(config, baselines=False))
-    data, root = pipeline.read_data(config, say), root_of(config, "compare")
-    contenders = line_up(config, settings, say)
+    data, root = pipeline.read_data(config, log), root_of(config, "compare")
+    contenders = line_up(config, settings, log)
     rows = []
     for number, one in enumerate(contenders, 1):
-        say(f"\n{number} of {len(contenders)}: {one.name}")
+        log(f"\n{number} of {len(contenders)}: {one.name}")
         folder = place(root, _file_name(one), one.config, data)
-        result = _train(one, data, folder, say, quiet) if one.method == "train" else _baseline(one, data, folder, say)
+        result = _train(one, data, folder, log, quiet) if one.method == "train" else _baseline(one, data, folder, log)
         rows.append({"name": one.name, "method": one.method, "folder": folder.name, **result})
         gc.collect()  # the next one's memory is its own
     pair_up(rows, root, data)
@@ -76,11 +76,11 @@ def run(config: RunConfig, settings: CompareConfig, *, say: Say = print, quiet: 
     lead += "".join(f"\n(figures of {note})" for note in notes)
     run_folder.write_text(root / JSON, json.dumps({"task": data.task.kind, "rows": rows}, indent=1))
     run_folder.write_text(root / TABLE, f"{markdown_table(table)}\n\n{lead}\n")
-    say(f"\n{plain_table(table)}\n{lead}\n\nfolder: {root}")
+    log(f"\n{plain_table(table)}\n{lead}\n\nfolder: {root}")
     return root
 
 
-def line_up(config: RunConfig, settings: CompareConfig, say: Say) -> list[Contender]:
+def line_up(config: RunConfig, settings: CompareConfig, log: Log) -> list[Candidate]:
     """``--model`` first, then those it is compared with; every name is looked up before anything is trained.
 
     Raises:
@@ -102,9 +102,9 @@ def line_up(config: RunConfig, settings: CompareConfig, say: Say) -> list[Conten
             kept = None if depth == "full" else int(depth) if depth.isdecimal() else depth
             own = dataclasses.replace(own, model=dataclasses.replace(own.model, depth=kept))
         if method != "tfidf":
-            own = _fitted(own, settings, say) if method == "train" else own
+            own = _fitted(own, settings, log) if method == "train" else own
             resolve_base(own.model.model, own.model.revision)
-        found.append(Contender(name=_short(name), method=method, config=own))
+        found.append(Candidate(name=_short(name), method=method, config=own))
     return found
 
 
@@ -121,7 +121,7 @@ def _with_model(config: RunConfig, name: str) -> RunConfig:
     )
 
 
-def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
+def _fitted(config: RunConfig, settings: CompareConfig, log: Log) -> RunConfig:
     """Encoders train every weight, at a rate of their own, and take no dial that only decoders know."""
     base = resolve_base(config.model.model, config.model.revision)
     if not is_encoder(load_config(base.folder)):
@@ -138,7 +138,7 @@ def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
     left = [f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(plain, f.name)]
     if left:
         flags = ", ".join("--" + name.replace("_", "-") for name in left)
-        say(f"note: {_short(model.model)} is an encoder, which takes no {flags}")
+        log(f"note: {_short(model.model)} is an encoder, which takes no {flags}")
     config = dataclasses.replace(config, model=plain)
     if settings.encoder_full:
         config = dataclasses.replace(
@@ -152,12 +152,12 @@ def _fitted(config: RunConfig, settings: CompareConfig, say: Say) -> RunConfig:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def _train(one: Contender, data: Data, folder: Path, say: Say, quiet: bool) -> dict[str, Any]:
+def _train(one: Candidate, data: Data, folder: Path, log: Log, quiet: bool) -> dict[str, Any]:
     """Train a model, or read what an earlier call trained."""
     costs = folder.with_name(f"{folder.name}.json")  # beside the run folder, whose manifest is closed
     finished = (folder / run_folder.MANIFEST).exists()
     with peak_memory() as peak:
-        learn_once(one.config, data, folder, say=say, quiet=quiet)
+        learn_once(one.config, data, folder, log=log, quiet=quiet)
     if not finished:
         run_folder.write_text(costs, json.dumps({"memory": peak[0]}))
     metrics = json.loads((folder / run_folder.METRICS).read_text(encoding="utf-8"))
@@ -180,13 +180,13 @@ def _examples_taken(steps: int, config: RunConfig, examples: int) -> int:
     return epochs * examples + rest * config.train.batch
 
 
-def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, Any]:
+def _baseline(one: Candidate, data: Data, folder: Path, log: Log) -> dict[str, Any]:
     """TF-IDF, or a linear model on frozen features of all training texts, or what an earlier call measured of it."""
     if not (folder / COSTS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with peak_memory() as peak:
-            rival, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, say)
+            rival, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, log)
         seconds = time.perf_counter() - started - more.pop("asked", 0.0)
         scoring.write_scores(folder, rival.scores)
         found = {
@@ -200,16 +200,16 @@ def _baseline(one: Contender, data: Data, folder: Path, say: Say) -> dict[str, A
     return json.loads((folder / COSTS).read_text(encoding="utf-8"))
 
 
-def _tfidf(one: Contender, data: Data) -> tuple[Rival, dict[str, Any]]:
+def _tfidf(one: Candidate, data: Data) -> tuple[Baseline, dict[str, Any]]:
     return fit.tfidf(data, pipeline.choose_loss(one.config, data)[0], one.config.train.seed), {}
 
 
-def _frozen(one: Contender, data: Data, say: Say) -> tuple[Rival, dict[str, Any]]:
+def _frozen(one: Candidate, data: Data, log: Log) -> tuple[Baseline, dict[str, Any]]:
     """As the baseline of a run, but from every training text."""
     plain = dataclasses.replace(one.config.model, head="linear", depth=None, quantize=None)
     whole = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
     config = dataclasses.replace(one.config, model=plain, lora=whole)
-    base, _, tokenizer, _ = pipeline.open_base(config, data, say)
+    base, _, tokenizer, _ = pipeline.open_base(config, data, log)
     scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
     loss, _ = pipeline.choose_loss(config, data)
     layer = fit.layer_of(data, scorer, encoder, loss, config.train.seed)
@@ -305,5 +305,5 @@ def _short(name: str) -> str:
     return short if depth is None else f"{short}{DEPTH}{depth}"
 
 
-def _file_name(one: Contender) -> str:
+def _file_name(one: Candidate) -> str:
     return "".join(c if c.isalnum() or c in "-._" else "-" for c in one.name)

@@ -33,7 +33,7 @@ NEW_TEXTS = ("Striker signs for rivals after record bid", "Chip maker unveils fa
 NEW_TITLES = ("Bank profits rise on 'strong' demand", "Star wins film award", "Minister quits over tax plan")
 
 
-def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None] = print) -> tuple[Path, Path]:
+def run(folder: Path, *, max_steps: int | None = None, log: Callable[[str], None] = print) -> tuple[Path, Path]:
     """Train a topic classifier and a title ranker under ``folder``, show what they are worth, and use both.
 
     Raises:
@@ -47,13 +47,13 @@ def run(folder: Path, *, max_steps: int | None = None, say: Callable[[str], None
 
     def train(name: str, data: Path, test: Path, settings: dict[str, Any]) -> Path:
         where = {"data": str(data), "test": str(test), "out": str(_fresh(folder / name)), "max_steps": max_steps}
-        return pipeline.train(RunConfig.from_flat(where | settings), say=say)
+        return pipeline.train(RunConfig.from_flat(where | settings), log=log)
 
-    say("== 1 of 2: topics of BBC News headlines (2004-05, research use) ==")
+    log("== 1 of 2: topics of BBC News headlines (2004-05, research use) ==")
     topics = train("topics", files.topics_train, files.topics_test, TOPICS)
-    say("\n== 2 of 2: which headline is clicked, from a simulated click log over real headlines ==")
+    log("\n== 2 of 2: which headline is clicked, from a simulated click log over real headlines ==")
     clicks = train("clicks", files.clicks_train, files.clicks_test, CLICKS)
-    _show(files, topics, clicks, say)
+    _show(files, topics, clicks, log)
     return topics, clicks
 
 
@@ -66,25 +66,25 @@ def perfect_knower(files: DemoFiles) -> dict[str, Any]:
     return scoring.measure([np.array([[truth[t]] for t in g.texts]) for g in groups], groups, examples.task)
 
 
-def _show(files: DemoFiles, topics: Path, clicks: Path, say: Callable[[str], None]) -> None:
+def _show(files: DemoFiles, topics: Path, clicks: Path, log: Callable[[str], None]) -> None:
     topic_metrics, click_metrics = (json.loads((r / METRICS).read_text(encoding="utf-8")) for r in (topics, clicks))
-    say(f"\nTopics, 500 test headlines ({topic_metrics['base']})")
-    say(plain_table(result_rows(topic_metrics, "single")))
-    say(f"\nClicks, 120 simulated test groups ({click_metrics['base']})")
+    log(f"\nTopics, 500 test headlines ({topic_metrics['base']})")
+    log(plain_table(result_rows(topic_metrics, "single")))
+    log(f"\nClicks, 120 simulated test groups ({click_metrics['base']})")
     knower = result_rows({"test": perfect_knower(files)}, "rank")[1][1:]
-    say(plain_table([*result_rows(click_metrics, "rank"), ["perfect knower", *knower]]))
+    log(plain_table([*result_rows(click_metrics, "rank"), ["perfect knower", *knower]]))
 
-    say("\nNew texts:")
+    log("\nNew texts:")
     classifier = Predictor(topics)
     for text, p in zip(NEW_TEXTS, classifier.predict_proba(NEW_TEXTS), strict=True):
-        say(f"  {classifier.task.label_names[p.argmax()]:<14} {p.max():.0%}  {text}")
-    say("New titles, best first:")
+        log(f"  {classifier.task.label_names[p.argmax()]:<14} {p.max():.0%}  {text}")
+    log("New titles, best first:")
     for ranked in Predictor(clicks).rank(NEW_TITLES):
-        say(f"  {ranked.score:+.2f}  {ranked.text}")
-    say(f"\nrun folders: {topics}, {clicks}")
+        log(f"  {ranked.score:+.2f}  {ranked.text}")
+    log(f"\nrun folders: {topics}, {clicks}")
     program = _program()
-    say(f"next:  {program} predict {topics} {files.topics_test} -o scored.csv")
-    say(f'       {program} rank {clicks} "Title A" "Title B"')
+    log(f"next:  {program} predict {topics} {files.topics_test} -o scored.csv")
+    log(f'       {program} rank {clicks} "Title A" "Title B"')
 
 
 def _program() -> str:

@@ -11,7 +11,7 @@ from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.splits import Data
 from loracle.errors import Interrupted
-from loracle.pipeline import Say
+from loracle.pipeline import Log
 from loracle.runs import folder as run_folder
 
 
@@ -26,17 +26,17 @@ def place(root: Path, name: str, config: RunConfig, data: Data) -> Path:
     return root / f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def learn_once(config: RunConfig, data: Data, folder: Path, *, say: Say, quiet: bool) -> Path:
+def learn_once(config: RunConfig, data: Data, folder: Path, *, log: Log, quiet: bool) -> Path:
     """``pipeline.learn``, unless the folder holds the finished run; one that was interrupted is gone on with.
 
     Raises:
         Interrupted: Ctrl-C; what is finished stays.
     """
     if (folder / run_folder.MANIFEST).exists():
-        say(f"finished before: {folder}")
+        log(f"finished before: {folder}")
         return folder
     config = dataclasses.replace(config, out=str(folder))
     try:
-        return pipeline.learn(config, data, folder, say=say, quiet=quiet, keep_scores=True)
+        return pipeline.learn(config, data, folder, log=log, quiet=quiet, keep_scores=True)
     except Interrupted as e:
         raise Interrupted(f"{str(e).partition(';')[0]} in {folder}; the same command goes on from there") from None

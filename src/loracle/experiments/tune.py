@@ -25,7 +25,7 @@ from loracle.evaluation.classification import headline_metric
 from loracle.experiments.runner import place, root_of
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
-from loracle.pipeline import Say
+from loracle.pipeline import Log
 from loracle.reporting.terminal import plain_table
 from loracle.runs.recipes import write_recipe
 from loracle.training import scoring
@@ -39,7 +39,7 @@ SWEEP = 1 / 3  # share of the trials that vary the learning rate alone
 UNDISTURBED = 3  # trials before any may be stopped
 
 
-def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: bool = False) -> Path:
+def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: bool = False) -> Path:
     """Search, and write the best settings as ``recipe.toml``; returns that file.
 
     Raises:
@@ -52,9 +52,9 @@ def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: boo
             "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
         )
     config = pipeline.absolute(config)
-    data, root = pipeline.read_data(config, say), root_of(config, "tune")
+    data, root = pipeline.read_data(config, log), root_of(config, "tune")
     journal = place(root, "study", config, data).with_suffix(".jsonl")
-    trial_of = Trials(config, data, root / "trial", say, quiet)
+    trial_of = Trials(config, data, root / "trial", log, quiet)
     root.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
     study = optuna.create_study(
@@ -86,25 +86,25 @@ def run(config: RunConfig, settings: TuneConfig, *, say: Say = print, quiet: boo
     count, sample = len(_ended(study, optuna)), len(data.validation)
     about = f"best of {count} trials: validation {metric} {best.value:.4f}, {sample:,} examples"
     write_recipe(root / RECIPE, found, (f"Found by loracle tune, {about}.", "The test side was not scored."))
-    say(f"\n{_table(study, optuna, metric)}\n{about}\n\nloracle train --recipe {root / RECIPE}")
+    log(f"\n{_table(study, optuna, metric)}\n{about}\n\nloracle train --recipe {root / RECIPE}")
     return root / RECIPE
 
 
 class Trials:
     """What Optuna calls: a trial in, the best validation metric of its training out."""
 
-    def __init__(self, config: RunConfig, data: Data, folder: Path, say: Say, quiet: bool):
-        self.data, self.folder, self.say, self.quiet = data, folder, say, quiet
+    def __init__(self, config: RunConfig, data: Data, folder: Path, log: Log, quiet: bool):
+        self.data, self.folder, self.log, self.quiet = data, folder, log, quiet
         self.loss, _ = pipeline.choose_loss(config, data)
-        self.base, base_config, self.tokenizer, _ = pipeline.open_base(config, data, say)
+        self.base, base_config, self.tokenizer, _ = pipeline.open_base(config, data, log)
         if config.model.depth == "auto":  # once for all trials
             depths = probe_depths(config, data, self.loss, self.base, self.tokenizer)
-            say(verdict(depths))
+            log(verdict(depths))
             model = dataclasses.replace(config.model, depth=choose(depths).layers)
             config = dataclasses.replace(config, model=model)
         scorer, encoder = pipeline.new_model(config, data.task, self.base, self.tokenizer)
-        say("of the given settings:")
-        train, _ = pipeline.preflight(config, scorer, encoder, data, say)
+        log("of the given settings:")
+        train, _ = pipeline.preflight(config, scorer, encoder, data, log)
         self.rate = pipeline.learning_rate(config, base_config)
         self.low, self.high = (float(f"{r:.3g}") for r in (self.rate / AROUND, self.rate * AROUND))
         self.config = dataclasses.replace(config, train=train)
@@ -177,13 +177,13 @@ class Trials:
         except (
             UserError
         ) as e:  # a loss that is no number, or too little memory: this trial's settings, not the user's data
-            self.say(f"trial {trial.number + 1}: {shown}: stopped, {e.found}")
+            self.log(f"trial {trial.number + 1}: {shown}: stopped, {e.found}")
             raise optuna.TrialPruned from None
         except optuna.TrialPruned:
-            self.say(f"trial {trial.number + 1}: {shown}: stopped at look {looks}, below the median")
+            self.log(f"trial {trial.number + 1}: {shown}: stopped at look {looks}, below the median")
             raise
         best = outcome.progress.best_metric
-        self.say(f"trial {trial.number + 1}: {shown}: {best:.4f}")
+        self.log(f"trial {trial.number + 1}: {shown}: {best:.4f}")
         return best
 
 

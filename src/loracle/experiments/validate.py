@@ -17,7 +17,7 @@ from scipy.special import logit
 
 from loracle import pipeline
 from loracle.config import RunConfig, ValidateConfig
-from loracle.data.checks import refuse
+from loracle.data.checks import check_trainable
 from loracle.data.reader import Examples, read_examples
 from loracle.data.sources import fingerprint, open_splits
 from loracle.data.splits import Data, group_folds, split, text_folds
@@ -25,7 +25,7 @@ from loracle.errors import UserError
 from loracle.evaluation.classification import headline_metric
 from loracle.examples import Task
 from loracle.experiments.runner import learn_once, place, root_of
-from loracle.pipeline import Say
+from loracle.pipeline import Log
 from loracle.reporting.terminal import SHOWN, figure, plain_table
 from loracle.runs import folder as run_folder
 from loracle.training import scoring
@@ -35,7 +35,7 @@ AT_THRESHOLDS = ("accuracy", "subset_accuracy", "micro_f1", "macro_f1")  # what 
 MOST = 1e3  # of the logit of a threshold: one of 0 or 1 has none that could be reckoned with
 
 
-def run(config: RunConfig, settings: ValidateConfig, *, say: Say = print, quiet: bool = False) -> Path:
+def run(config: RunConfig, settings: ValidateConfig, *, log: Log = print, quiet: bool = False) -> Path:
     """Train each repeat that is not there yet, write and show what they gave; returns the folder.
 
     Raises:
@@ -45,24 +45,24 @@ def run(config: RunConfig, settings: ValidateConfig, *, say: Say = print, quiet:
     config = pipeline.absolute(dataclasses.replace(config, baselines=False))
     root = root_of(config, "folds" if settings.folds else "seeds")
     if settings.folds:
-        repeats = [(f"fold-{k}", config, side) for k, side in enumerate(fold_sides(config, settings.folds, say), 1)]
+        repeats = [(f"fold-{k}", config, side) for k, side in enumerate(fold_sides(config, settings.folds, log), 1)]
     else:
-        data, first = pipeline.read_data(config, say), config.train.seed
+        data, first = pipeline.read_data(config, log), config.train.seed
         # The first seed draws the split, of which a run's own settings tell nothing.
         data = dataclasses.replace(data, checksums=data.checksums | {"split": f"seed {first}"})
         seeds = range(first, first + (settings.seeds or 0))
         repeats = [(f"seed-{s}", _with_seed(config, s), data) for s in seeds]
     runs: list[tuple[str, Path, Data]] = []
     for name, own, side in repeats:
-        say(f"\n{name}, {len(runs) + 1} of {len(repeats)}")
-        runs.append((name, learn_once(own, side, place(root, name, own, side), say=say, quiet=quiet), side))
+        log(f"\n{name}, {len(runs) + 1} of {len(repeats)}")
+        runs.append((name, learn_once(own, side, place(root, name, own, side), log=log, quiet=quiet), side))
     found = summary(runs)
     run_folder.write_text(root / JSON, json.dumps(found, indent=1))
-    say("\n" + "\n".join(lines(found)) + f"\n\nfolder: {root}")
+    log("\n" + "\n".join(lines(found)) + f"\n\nfolder: {root}")
     return root
 
 
-def fold_sides(config: RunConfig, folds: int, say: Say) -> list[Data]:
+def fold_sides(config: RunConfig, folds: int, log: Log) -> list[Data]:
     """The rotations, each with validation examples of its own; no text stands on two sides of one.
 
     Only the training split of a data set is rotated, a test file is not: it is for the end.
@@ -72,13 +72,13 @@ def fold_sides(config: RunConfig, folds: int, say: Say) -> list[Data]:
         raise UserError("folds of one data set, in no order", named, f"leave out {named}, or pass --seeds instead")
     found: Examples = read_examples(open_splits(config.data.data)["train"], config.data)
     for line in (*found.columns.said, *(f"note: {issue}" for issue in found.issues)):
-        say(line)
-    refuse(found)
+        log(line)
+    check_trainable(found)
     items: list[Any] = list(found.items)
     task, seed = found.task, config.train.seed
     sides = group_folds(items, folds, seed) if task.kind == "rank" else text_folds(items, folds, seed, task)
     for note in sides[0].notes if task.kind != "rank" else [n for side in sides for n in side.notes]:
-        say(f"note: {note}")
+        log(f"note: {note}")
     checksums = {"train": fingerprint(config.data.data)}
     columns = {role: ",".join(names) for role, names in found.columns.named().items()}
     rotations = []

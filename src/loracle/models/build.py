@@ -149,17 +149,17 @@ def _saved(
     return load_adapter(model, run)
 
 
-def score(scorer: Scorer | Int8Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
+def score(scorer: Scorer | Int8Scorer, texts: Sequence[Encoded], *, tokens_per_micro_batch: int = 4096) -> np.ndarray:
     """Scores of encoded texts, ``float32 [E, C]``: the one way to evaluate, predict and rank.
 
     Texts of similar length go together, which the attention likes; results come back in the order given.
     """
-    return in_rounds(scorer, scorer.forward, texts, micro_tokens)
+    return in_rounds(scorer, scorer.forward, texts, tokens_per_micro_batch)
 
 
-def features(scorer: Scorer, texts: Sequence[Encoded], *, micro_tokens: int = 4096) -> np.ndarray:
+def features(scorer: Scorer, texts: Sequence[Encoded], *, tokens_per_micro_batch: int = 4096) -> np.ndarray:
     """Mean last hidden states of encoded texts, ``float32 [E, H]``."""
-    return in_rounds(scorer, scorer.features, texts, micro_tokens)
+    return in_rounds(scorer, scorer.features, texts, tokens_per_micro_batch)
 
 
 def layer_features(scorer: Scorer, texts: Sequence[Encoded], layers: Sequence[int] | None = None) -> np.ndarray:
@@ -209,7 +209,7 @@ def in_rounds(
     scorer: Scorer | Int8Scorer,
     function: Callable[[PackedBatch], Tensor],
     texts: Sequence[Encoded],
-    micro_tokens: int = 4096,
+    tokens_per_micro_batch: int = 4096,
 ) -> np.ndarray:
     """What ``function`` gives for encoded texts, ``float32 [E, X]``, packed ``micro_tokens`` at a time (or as few as the
     scorer likes better), without gradients.
@@ -220,14 +220,14 @@ def in_rounds(
         UserError: memory runs out over one text alone.
     """
     with scorer.one_at_a_time:
-        return _in_rounds(scorer, function, texts, micro_tokens)
+        return _in_rounds(scorer, function, texts, tokens_per_micro_batch)
 
 
 def _in_rounds(
     scorer: Scorer | Int8Scorer,
     function: Callable[[PackedBatch], Tensor],
     texts: Sequence[Encoded],
-    micro_tokens: int,
+    tokens_per_micro_batch: int,
 ) -> np.ndarray:
     was_training = scorer.training
     if was_training:
@@ -259,7 +259,7 @@ def _in_rounds(
 
     # Gathered weights are used again by training, which may not touch what inference mode has made.
     with torch.no_grad() if scorer.sharded else torch.inference_mode():
-        rounds = min(micro_tokens, scorer.round_tokens)
+        rounds = min(tokens_per_micro_batch, scorer.round_tokens)
         if scorer.packed:
             parts = micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from)
         else:

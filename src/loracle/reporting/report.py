@@ -86,7 +86,7 @@ def _lead(a: Sequence[np.ndarray], b: Sequence[np.ndarray], examples: Sequence[A
     return lead(np.concatenate(a), np.concatenate(b), target_array(examples, task), task, groups=same)
 
 
-def findings(
+def build_report(
     scores: Sequence[np.ndarray],
     examples: Sequence[Any],
     task: Task,

@@ -94,7 +94,7 @@ class Job:
         }
 
 
-def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
+def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
     """Every row of a table with its label and probabilities, into a file or, without ``out``, to the terminal.
 
     A file appears when it is whole. A job that is stopped in whatever way, and started again, goes on where it was and ends in
@@ -111,12 +111,12 @@ def predict(job: Job, out: Path | None, abstain_below: float, say: Any) -> None:
     else:
         check_output(out)
         with _room_for(out):
-            counts = _predict_to_file(job, out, abstain_below, say)
+            counts = _predict_to_file(job, out, abstain_below, log)
     unread, unsure = counts
     if unread:
-        say(f"note: {unread:,} rows without a text have no label")
+        log(f"note: {unread:,} rows without a text have no label")
     if abstain_below:
-        say(f"note: {unsure:,} rows of which the model is less sure than {abstain_below:g} have no label")
+        log(f"note: {unsure:,} rows of which the model is less sure than {abstain_below:g} have no label")
 
 
 @contextmanager
@@ -130,14 +130,14 @@ def _room_for(out: Path) -> Iterator[None]:
         raise UserError(f"room for {out}", str(error.strerror), fix) from error
 
 
-def _predict_to_file(job: Job, out: Path, abstain_below: float, say: Any) -> tuple[int, int]:
+def _predict_to_file(job: Job, out: Path, abstain_below: float, log: Any) -> tuple[int, int]:
     if any(out.resolve() == file.path.resolve() for file in job.table.files):
         raise UserError("an --out that is not itself read", str(out), "pick another name")
     pins = job.pins()
     with _kept(out.with_suffix(".scores"), pins) as kept:
         rows = _look_through(job)  # what is broken in a file shows now and not after hours
         try:
-            _score(job, kept, rows, say)
+            _score(job, kept, rows, log)
             if job.pins() != pins:
                 fix = f"remove {kept.folder} and give the command again"
                 raise UserError("data that stay as they are", f"other bytes in {job.table.name} by now", fix)
@@ -158,10 +158,10 @@ def _look_through(job: Job) -> int:
     return rows
 
 
-def _score(job: Job, kept: Kept, rows: int, say: Any) -> None:
+def _score(job: Job, kept: PartialResults, rows: int, log: Any) -> None:
     done = min(len(kept) * job.window, rows)
     if done:
-        say(f"note: going on after {done:,} of {rows:,} rows, kept in {kept.folder}")
+        log(f"note: going on after {done:,} of {rows:,} rows, kept in {kept.folder}")
     if done == rows:
         return
     with tqdm(total=rows, initial=done, unit=" rows", disable=None) as bar:  # to stderr, and only if that is a terminal
@@ -202,7 +202,7 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 # What is kept until the output is whole
 
 
-class Kept:
+class PartialResults:
     """Probabilities of the first windows of a job, a file each."""
 
     def __init__(self, folder: Path):
@@ -234,7 +234,7 @@ class Kept:
 
 
 @contextmanager
-def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
+def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[PartialResults]:
     """What an earlier start of the job left, for one process at a time; gone once the job is done.
 
     Raises:
@@ -247,7 +247,7 @@ def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[Kept]:
     done = False
     try:
         with FileLock(lock, timeout=0):
-            kept, about = Kept(folder), folder / "job.json"
+            kept, about = PartialResults(folder), folder / "job.json"
             try:
                 if len(kept):
                     _check_same(folder, json.loads(about.read_text(encoding="utf-8")), pins)

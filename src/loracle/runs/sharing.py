@@ -17,11 +17,11 @@ from loracle.errors import UserError
 from loracle.runs import folder as run_folder
 from loracle.runs.model_card import model_card
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 DEMO_LICENCE = "apache-2.0"  # of SmolLM2, the embedded model
 
 
-def push(run: Path, to: str, *, private: bool = False, revision: str | None = None, say: Say = print) -> str:
+def push(run: Path, to: str, *, private: bool = False, revision: str | None = None, log: Log = print) -> str:
     """Upload what a run needs to predict, with a model card; returns the address of its page.
 
     Left out, and named: report and predictions, which hold texts, logs, scores and checkpoints.
@@ -36,9 +36,9 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
         staged = Path(scratch) / run.resolve().name
         left = stage(run, staged, info, place)
         if info.base["source"] not in ("demo",) and _is_local(info.base["source"]):
-            say("note: the base model is a folder of this machine; whoever pulls needs its weights, and --base")
-        say(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
-        say(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
+            log("note: the base model is a folder of this machine; whoever pulls needs its weights, and --base")
+        log(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
+        log(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
         licence = _licence(info)
         return hubs.upload(staged, place, private=private, revision=revision, licence=licence)
 
@@ -80,7 +80,7 @@ def without_paths(info: run_folder.RunInfo) -> run_folder.RunInfo:
     return dataclasses.replace(info, config=config, base=base)
 
 
-def pull(spec: str, out: Path | None = None, *, say: Say = print) -> Path:
+def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
     """Fetch a run that was pushed, whole or not at all; returns its folder.
 
     What the hub's client has in its cache is not fetched again, and serves without a network.
@@ -121,7 +121,7 @@ def pull(spec: str, out: Path | None = None, *, say: Say = print) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if info.base["source"].startswith(run_folder.LOCAL):
-        say(
+        log(
             f"note: its base model was a folder of another machine; pass --base, weights of SHA-256 {info.base['sha256']}"
         )
     return out

@@ -56,13 +56,13 @@ ENCODED_HERE = 16, 4096  # texts and characters that the event loop encodes by i
 T = TypeVar("T")
 
 
-class Desk:
+class InferenceService:
     """The runs behind an app and the threads that work for it."""
 
     def __init__(self, predictors: dict[str, Predictor], settings: ServeConfig):
         self.predictors, self.settings = predictors, settings
         self.batcher = Batcher(
-            lambda run, texts: score(predictors[run].scorer, texts, micro_tokens=settings.round_tokens),
+            lambda run, texts: score(predictors[run].scorer, texts, tokens_per_micro_batch=settings.round_tokens),
             round_tokens=settings.round_tokens,
             queue_texts=settings.queue_texts,
             queue_tokens=settings.queue_tokens,
@@ -201,7 +201,7 @@ def create_app(predictors: dict[str, Predictor], settings: ServeConfig, *, token
     Args:
         predictors: by the names that requests call them. token: what every request must bear, if any.
     """
-    desk = Desk(predictors, settings)
+    desk = InferenceService(predictors, settings)
     app = FastAPI(
         title="loracle",
         version=loracle.__version__,
@@ -229,7 +229,7 @@ def create_app(predictors: dict[str, Predictor], settings: ServeConfig, *, token
     return app
 
 
-def _add_routes(app: FastAPI, desk: Desk) -> None:
+def _add_routes(app: FastAPI, desk: InferenceService) -> None:
     @app.post("/v1/classify")
     async def classify(asked: schemas.Texts) -> schemas.Classified:
         """Label and probabilities of each text, as `loracle predict`."""
@@ -282,7 +282,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
         )
 
 
-def _add_vllm_routes(app: FastAPI, desk: Desk) -> None:
+def _add_vllm_routes(app: FastAPI, desk: InferenceService) -> None:
     @app.post("/classify")
     async def classify(asked: schemas.VllmClassify) -> schemas.VllmClassified:
         """As vLLM's, for texts."""
@@ -324,7 +324,7 @@ def _add_vllm_routes(app: FastAPI, desk: Desk) -> None:
         )
 
 
-def _add_pages(app: FastAPI, desk: Desk) -> None:
+def _add_pages(app: FastAPI, desk: InferenceService) -> None:
     page = resources.files("loracle.serving").joinpath("page.html").read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

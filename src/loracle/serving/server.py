@@ -33,7 +33,7 @@ def serve(
     *,
     base: str | None = None,
     device: str = "auto",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Serve runs, each under the name of its folder, until SIGTERM or Ctrl-C; requests at work are then finished.
 
@@ -50,7 +50,7 @@ def serve(
     if THREADS not in os.environ:
         # Two threads of a product wait for each other; where one has to share its core with HTTP, both do nothing.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    predictors = load(runs, base=base, device=device, merge=settings.merge, say=say)
+    predictors = load(runs, base=base, device=device, merge=settings.merge, log=log)
     listening = _listen(settings.host, settings.port)
     app = create_app(predictors, settings, token=token)
     server = uvicorn.Server(
@@ -70,10 +70,10 @@ def serve(
     # uvicorn drains at SIGTERM and then raises it again for who was there before: that is itself, and nothing is left to do.
     signal.signal(signal.SIGTERM, server.handle_exit)
     host, port = listening.getsockname()[:2]
-    say(f"serving {', '.join(predictors)} at http://{f'[{host}]' if ':' in host else host}:{port}")
+    log(f"serving {', '.join(predictors)} at http://{f'[{host}]' if ':' in host else host}:{port}")
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    say("stopped")
+    log("stopped")
 
 
 def load(
@@ -82,7 +82,7 @@ def load(
     base: str | None = None,
     device: str = "auto",
     merge: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Predictor]:
     """Runs by the names of their folders; weights that they have in common are held once."""
     names = [run.resolve().name for run in runs]
@@ -92,10 +92,10 @@ def load(
         name: Predictor(run, base=base, device=device, merged=merge) for name, run in zip(names, runs, strict=True)
     }
     if freed := share_weights(p.scorer for p in predictors.values()):
-        say(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
+        log(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
     for name, predictor in predictors.items():
         if isinstance(predictor.scorer, Scorer) and predictor.scorer.record():
-            say(f"{name}: forwards of up to {max(ROWS):,} tokens are recorded")
+            log(f"{name}: forwards of up to {max(ROWS):,} tokens are recorded")
     return predictors
 
 

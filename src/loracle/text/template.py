@@ -56,7 +56,9 @@ def check_contexts(template: str | None, contexts: Iterable[str | None]) -> None
         )
 
 
-def bake(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int, *, encoder: bool = False):
+def install_template(
+    tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int, *, encoder: bool = False
+):
     """Return a tokenizer that composes the prompt by itself: ``tokenizer(text, truncation=True)`` is all there is to call.
 
     ``template`` is None (the text and a read token), ``"chat"`` (the model's own chat template) or a string with ``{text}``

@@ -61,9 +61,9 @@ def start(device: torch.device) -> PartialState:
     return state
 
 
-def main_says(say: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
+def main_says(log: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
     """``say`` in the main process, silence in the others; the first thing that a run on ``device`` does."""
-    return say if start(device).is_main_process else lambda line: None
+    return log if start(device).is_main_process else lambda line: None
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
@@ -115,7 +115,9 @@ def on_main(function: Callable[[], T], along: Scorer | None = None) -> T:
             ):  # the others wait in the midst of a layer, where nothing can be told to them
                 held = []
                 raise UserError(
-                    "memory to score with a sharded base", "too little", "pass a smaller --micro-tokens or --max-length"
+                    "memory to score with a sharded base",
+                    "too little",
+                    "pass a smaller --max-length",
                 ) from e
             raise
         finally:
@@ -145,7 +147,7 @@ def gathered(values: list[T]) -> list[T]:
     return gather_object(values)
 
 
-def share_out(examples: Sequence[Example], processes: int) -> list[list[int]]:
+def partition(examples: Sequence[Example], processes: int) -> list[list[int]]:
     """Which of the examples each process takes, about as many letters each: the longest first, to whoever has least."""
     parts: list[list[int]] = [[] for _ in range(processes)]
     loads, sizes = [0] * processes, [_letters(e) for e in examples]
@@ -179,7 +181,7 @@ def sum_gradients(parameters: Sequence[Tensor], known: Sequence[bool]) -> None:
             g.copy_(total.view_as(g))
 
 
-def equalise(parameters: Sequence[Tensor]) -> None:
+def broadcast_parameters(parameters: Sequence[Tensor]) -> None:
     """Give every process the main one's weights: what is drawn or computed alike need not be alike to the last bit."""
     if PartialState().num_processes > 1:
         for p in parameters:

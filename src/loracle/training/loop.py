@@ -61,10 +61,10 @@ class Schedule:
     warmup: float = 0.06
     weight_decay: float = 0.0
     clip: float = 1.0
-    evaluations: int = 1
+    evals_per_epoch: int = 1
     patience: int = 3
     save_steps: int = 50
-    micro_tokens: int = 4096
+    tokens_per_micro_batch: int = 4096
     seed: int = 0
 
     def steps_per_epoch(self, examples: int) -> int:
@@ -79,7 +79,7 @@ class Schedule:
     def looks(self, examples: int) -> set[int]:
         """Numbers of steps taken after which the validation examples are looked at; the end is always one."""
         total, epoch = self.total_steps(examples), self.steps_per_epoch(examples)
-        every = epoch / self.evaluations
+        every = epoch / self.evals_per_epoch
         return {total, *(s for i in range(1, 1 + int(total / every)) if 0 < (s := round(i * every)) <= total)}
 
 
@@ -130,7 +130,7 @@ def fit(
     distributed.start(scorer.device)
     accelerator = accelerator or Accelerator(cpu=scorer.device.type == "cpu")
     optimizer = make_optimizer(scorer, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    distributed.equalise([p for p in scorer.parameters() if p.requires_grad])
+    distributed.broadcast_parameters([p for p in scorer.parameters() if p.requires_grad])
     progress, best = Progress(), trainable_state(scorer)
     if (saved := distributed.on_main(lambda: load_checkpoint(folder / "checkpoints"))) is not None:
         progress, best = Progress(**saved.progress), saved.best
@@ -150,7 +150,7 @@ def fit(
     with (
         _Log(folder, total, progress.step, accelerator, quiet) as log,
         _deferred_interrupt() as interrupted,
-        _Ahead(scorer, examples, encode, schedule, total, accelerator) as batches,
+        Prefetcher(scorer, examples, encode, schedule, total, accelerator) as batches,
     ):
         while progress.step < total and not progress.done:
             started = time.perf_counter()
@@ -159,7 +159,7 @@ def fit(
             if taken is None:  # outside of the handler, whose traceback held the tensors of the step that failed
                 schedule = batches.schedule = _smaller_rounds(schedule, progress.step)
                 log.note(
-                    f"out of memory at step {progress.step + 1}: rounds of {schedule.micro_tokens:,} tokens from here"
+                    f"out of memory at step {progress.step + 1}: rounds of {schedule.tokens_per_micro_batch:,} tokens from here"
                 )
                 optimizer.zero_grad()
                 release(scorer)
@@ -205,10 +205,10 @@ class _Batch:
     examples: list[Example]
     rounds: list[tuple[list[Example], PackedBatch]]
     whole: int  # examples of all processes
-    micro_tokens: int  # of a round
+    tokens_per_micro_batch: int  # of a round
 
 
-class _Ahead:
+class Prefetcher:
     """Batches of this process; while one is computed, the next one is encoded and packed in a thread."""
 
     def __init__(
@@ -226,7 +226,7 @@ class _Ahead:
         self.pool = ThreadPoolExecutor(1, "loracle-encode")
         self.next: tuple[int, Future[_Batch]] | None = None
 
-    def __enter__(self) -> _Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_) -> None:
@@ -236,7 +236,7 @@ class _Ahead:
         """The batch of a step, in rounds as the schedule now wants them."""
         known, batch = self.next or (None, None)
         found = batch.result() if batch is not None and known == step else None
-        if found is None or found.micro_tokens != self.schedule.micro_tokens:
+        if found is None or found.tokens_per_micro_batch != self.schedule.tokens_per_micro_batch:
             found = self.pool.submit(self._take, step).result()
         self.next = (step + 1, self.pool.submit(self._take, step + 1)) if step + 1 < self.total else None
         return found
@@ -244,14 +244,15 @@ class _Ahead:
     def _take(self, step: int) -> _Batch:
         schedule = self.schedule
         whole = [self.examples[i] for i in _batch_indices(len(self.examples), schedule, step)]
-        own = distributed.share_out(whole, self.world)[self.rank]
+        own = distributed.partition(whole, self.world)[self.rank]
         examples = [whole[i] for i in own]
         rounds = _rounds(self.scorer, examples, self.encode(examples), schedule) if examples else []
-        return _Batch(examples=examples, rounds=rounds, whole=len(whole), micro_tokens=schedule.micro_tokens)
+        limit = schedule.tokens_per_micro_batch
+        return _Batch(examples=examples, rounds=rounds, whole=len(whole), tokens_per_micro_batch=limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Taken:
+class StepResult:
     """A step that was taken: the mean loss; examples, useful tokens and computed rows of all processes."""
 
     loss: float
@@ -269,7 +270,7 @@ def _step(
     step: int,
     total: int,
     accelerator: Accelerator,
-) -> _Taken | None:
+) -> StepResult | None:
     """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
     if not scorer.training:  # since the last look; going through thousands of modules costs a step of a GPU 3 %
         scorer.train()
@@ -290,7 +291,9 @@ def _step(
         if not out_of_memory(e):
             raise
         if scorer.sharded:
-            raise _too_little_memory(schedule.micro_tokens, step) from e  # the others wait in the midst of a layer
+            raise _too_little_memory(
+                schedule.tokens_per_micro_batch, step
+            ) from e  # the others wait in the midst of a layer
         short = 1.0
         alone = packed.tokens if len(examples) == 1 else 0  # smaller rounds would have it in one piece again
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -323,7 +326,7 @@ def _step(
         group["lr"] = schedule.lr * lr_factor(step, total, schedule.warmup)
     optimizer.step()
     optimizer.zero_grad()
-    return _Taken(loss=value / max(count, 1e-12), examples=batch.whole, tokens=int(tokens), computed=int(computed))
+    return StepResult(loss=value / max(count, 1e-12), examples=batch.whole, tokens=int(tokens), computed=int(computed))
 
 
 def _rounds(
@@ -333,16 +336,16 @@ def _rounds(
     sizes = [sum(e.tokens for e in unit) for unit in encoded]
     # Padding costs least among equals; a packed batch has none, and keeps its order.
     order = list(range(len(sizes))) if scorer.packed else sorted(range(len(sizes)), key=sizes.__getitem__)
-    parts = micro_batches([encoded[i] for i in order], schedule.micro_tokens, share_from=scorer.share_from)
+    parts = micro_batches([encoded[i] for i in order], schedule.tokens_per_micro_batch, share_from=scorer.share_from)
     of_round = [[order[i] for i in part] for part in parts]
     return [([examples[i] for i in part], scorer.pack([e for i in part for e in encoded[i]])) for part in of_round]
 
 
 def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
     """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
-    if schedule.micro_tokens < 2 * FEWEST_TOKENS:
-        raise _too_little_memory(schedule.micro_tokens, step)
-    return dataclasses.replace(schedule, micro_tokens=schedule.micro_tokens // 2)
+    if schedule.tokens_per_micro_batch < 2 * FEWEST_TOKENS:
+        raise _too_little_memory(schedule.tokens_per_micro_batch, step)
+    return dataclasses.replace(schedule, tokens_per_micro_batch=schedule.tokens_per_micro_batch // 2)
 
 
 def _too_little_memory(tokens: int, step: int) -> UserError:

@@ -55,7 +55,7 @@ def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example
     if scorer.sharded:
         return distributed.on_main(lambda: score_examples(scorer, encoder, examples), along=scorer)
     world = distributed.start(scorer.device)
-    own = distributed.share_out(examples, world.num_processes)[world.process_index]
+    own = distributed.partition(examples, world.num_processes)[world.process_index]
     scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []
     by_place = dict(distributed.gathered(list(zip(own, scores, strict=True))))
     return [by_place[i] for i in range(len(examples))]

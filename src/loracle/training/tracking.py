@@ -30,7 +30,7 @@ def begin(accelerator: Accelerator, service: str, name: str, settings: dict[str,
     Raises:
         UserError: the service refuses.
     """
-    flat = {f"{section}.{dial}": value for section, dials in settings.items() for dial, value in dials.items()}
+    flat = {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
     try:
         accelerator.init_trackers(PROJECT, config=flat, init_kwargs={service: {RUN_NAME[service]: name}})
     except Exception as e:  # each has errors of its own, and none of them is loracle's

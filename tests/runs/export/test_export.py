@@ -36,7 +36,7 @@ def trained(tiny_model, tmp_path_factory):
             config = QUICK | {"data": str(write(folder / "a.jsonl", KINDS[kind]())), "model": str(tiny_model(base))}
             known[key] = pipeline.train(
                 RunConfig.from_flat(config | {"out": str(folder / "run"), "max_length": 64} | more),
-                say=lambda line: None,
+                log=lambda line: None,
                 quiet=True,
             )
         return known[key]
@@ -47,7 +47,7 @@ def trained(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("base", ["llama", "gemma3_text", "bert", "roberta"])
 def test_every_family_goes_through_plain_transformers(trained, tmp_path, base):
     more = {"full": True} if base in ("bert", "roberta") else {}
-    out = export(trained("single", base, **more), tmp_path / "plain", "transformers", say=lambda line: None)
+    out = export(trained("single", base, **more), tmp_path / "plain", "transformers", log=lambda line: None)
     assert (out / "model.safetensors").exists()  # and it was compared: see the next test
 
 
@@ -63,7 +63,7 @@ def test_what_was_learnt_behind_a_context_is_tried_behind_one(tiny_model, tmp_pa
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", behind(kind))), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "max_length": 48, "template": template, "context": "context"}
-    run = pipeline.train(RunConfig.from_flat(config), say=lambda line: None, quiet=True)
+    run = pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
     with (run / "predictions.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert {row["context"] for row in rows} <= {row["context"] for row in behind(kind)}
@@ -71,12 +71,12 @@ def test_what_was_learnt_behind_a_context_is_tried_behind_one(tiny_model, tmp_pa
     asked = []
     scores = Predictor.scores
     monkeypatch.setattr(Predictor, "scores", lambda self, *given: asked.append(given) or scores(self, *given))
-    export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+    export(run, tmp_path / "plain", "transformers", log=lambda line: None)
     texts, contexts = asked[0]
     assert contexts[:-1] == [row["context"] for row in rows[:64]]
     assert len(texts[-1]) > 48
     said = []
-    export(run, tmp_path / "eight", "openvino", say=said.append)
+    export(run, tmp_path / "eight", "openvino", log=said.append)
     if kind == "single":
         monkeypatch.undo()
         known = Predictor(run).predict([row["text"] for row in rows], [row["context"] for row in rows])
@@ -102,7 +102,7 @@ def test_an_export_that_differs_is_no_export(trained, tmp_path, monkeypatch):
 
 def test_a_run_that_reads_long_texts_in_chunks_leaves_as_one_that_cuts_them(trained, tmp_path):
     said = []
-    export(trained("single", long="chunk"), tmp_path / "plain", "transformers", say=said.append)
+    export(trained("single", long="chunk"), tmp_path / "plain", "transformers", log=said.append)
     assert any("chunk" in line for line in said)
 
 
@@ -112,7 +112,7 @@ def test_rounding_is_measured_by_the_run_itself(trained, tmp_path, monkeypatch, 
     monkeypatch.setattr(exporting, "ROUNDINGS", roundings)
     allowed, said = pytest.raises(RuntimeError, match="does not score as") if roundings == 0 else nullcontext(), []
     with allowed:
-        export(trained("single"), tmp_path / "plain", "transformers", say=said.append)
+        export(trained("single"), tmp_path / "plain", "transformers", log=said.append)
     assert [line.startswith("the run's scores to ") for line in said[:1]] == [True] * (roundings > 0)
 
 
@@ -143,7 +143,7 @@ def test_int8_scores_nearly_as_the_run_and_the_same_in_any_company(trained, tmp_
     kind, base, more = EIGHT[how]
     run = trained(kind, base, **more)
     said = []
-    out = export(run, tmp_path / "eight", "openvino", say=said.append)
+    out = export(run, tmp_path / "eight", "openvino", log=said.append)
     exact, rounded = Predictor(run).scores(TEXTS), Predictor(out).scores(TEXTS)
     spread = np.abs(exact).max()
     assert 0 < np.abs(exact - rounded).max() < 0.1 * spread
@@ -168,10 +168,10 @@ def test_a_tokenizer_that_transformers_takes_for_another_is_refused(tiny_model, 
     (base / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(base)}
     run = pipeline.train(
-        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), say=lambda line: None, quiet=True
+        RunConfig.from_flat(config | {"out": str(tmp_path / "run")}), log=lambda line: None, quiet=True
     )
     with pytest.raises(UserError, match=r"tokenizer.json has it; found Qwen2Tokenizer, .*Serve the run itself"):
-        export(run, tmp_path / "plain", "transformers", say=lambda line: None)
+        export(run, tmp_path / "plain", "transformers", log=lambda line: None)
     assert not (tmp_path / "plain").exists()
 
 

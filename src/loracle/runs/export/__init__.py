@@ -33,10 +33,10 @@ ROUNDINGS, AT_MOST = (
     1e-3,
 )  # times what a text's own scores move in float32 when it is scored alone, but no more than that
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*")
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say = print) -> Path:
+def export(run: Path, out: Path, to: str, *, base: str | None = None, log: Log = print) -> Path:
     """Write the run as ``to`` into ``out``, try it, and say what the format cannot carry.
 
     Raises:
@@ -89,9 +89,9 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, say: Say =
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-    say(said)
+    log(said)
     for line in _lost(info, to):
-        say(f"note: {line}")
+        log(f"note: {line}")
     return out
 
 
