@@ -187,8 +187,8 @@ def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers:
     card = torch.cuda.get_device_name(device) if cuda else "the CPU"
     notes = [
         f"Qwen2.5 of {size}, random weights, on {card}; LoRA r 16 on every linear layer, bfloat16, ours in steps of {batch} "
-        f"texts, {tokens_per_micro_batch:,} tokens a micro-batch. Operations are 4 N a token and those of the adapters. The model's "
-        f"largest product runs at {rate / 1e12:.0f} TFLOP/s here. Memory at most: "
+        f"texts, {tokens_per_micro_batch:,} tokens a micro-batch. Operations are 4 N a token and those of the adapters. "
+        f"The model's largest product runs at {rate / 1e12:.0f} TFLOP/s here. Memory at most: "
         + ", ".join(f"{name} {gb:.0f} GB" for name, gb in peak.items())
         + " (both models are held at once).",
     ]

@@ -62,7 +62,7 @@ class DataConfig:
     text: str | None = setting(None, "column with the text (a title, when ranking)")
     label: str | None = setting(None, "column with the label, or the list of labels")
     group: str | None = setting(None, "column, or several joined by commas, that say which titles compete")
-    compare: str | None = setting(
+    compare_within: str | None = setting(
         None, "column, or several joined by commas (image, position), in which titles must be equal to be compared"
     )
     context: str | None = setting(None, "column with the context (brief, product, query, prompt) that a group shares")

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used, or the world it needs is not there.
+    """Something the user gave cannot be used, or something it needs is missing.
 
-    Every message answers three questions, in this order: what was expected, what was found, how to fix it. The library
-    raises it, ``cli.py`` renders it as one line and exits with code 2; any other exception is a bug and keeps its traceback.
+    The library raises it. The command line prints it and exits with code 2. Any other exception is a bug and keeps its
+    traceback.
 
     Args:
-        expected: what the code needed, as a noun phrase ("a column with the texts").
-        found: what was there instead, with the file and row number where there is one ("columns 'a', 'b' in x.csv").
-        fix: what the user can do about it, as an imperative ("name it with --text").
+        message: what is wrong and where: file, row, column, value.
+        hint: what to do about it. Leave it out where the message already says so.
     """
 
-    def __init__(self, expected: str, found: str, fix: str):
-        self.expected, self.found, self.fix = expected, found, fix
-        super().__init__(f"expected {expected}; found {found}. {fix[:1].upper()}{fix[1:].rstrip('.')}.")
+    def __init__(self, message: str, hint: str | None = None, fix: str | None = None):
+        if fix is not None:  # the old form (expected, found, fix), until every caller has moved
+            self.expected, self.found = message, hint
+            message, hint = f"expected {message}; found {hint}.", f"{fix[:1].upper()}{fix[1:].rstrip('.')}."
+        self.message, self.hint = message, hint
+        super().__init__(" ".join(filter(None, (message, hint))))
 
 
 class Interrupted(Exception):
-    """Work was stopped from outside (Ctrl-C); what was done is kept whole and the message says how to go on."""
+    """Work was stopped from outside (Ctrl-C). What was done is kept, and the message says how to continue."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """' (did you mean 'label'?)' where one of ``names`` is close, else nothing."""
+    """Return " (did you mean 'label'?)" when one of ``names`` is close to ``name``, else an empty string."""
     known = {n.lower(): n for n in names}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return f" (did you mean '{known[close[0]]}'?)" if close else ""

@@ -508,7 +508,7 @@ def test_rows_of_a_click_log_that_tell_nothing_are_counted(tmp_path):
 def test_only_what_is_equal_in_the_compared_columns_competes(tmp_path):
     lines = ["t1,i2,E,500,2", "t1,i2,B,500,2", "t2,i1,A,500,1", "t2,i1,B,500,2", "t1,,A,9,1"]
     (tmp_path / "clicks.csv").write_text(CLICKS + "\n".join(lines) + "\n")
-    examples = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare="image")
+    examples = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare_within="image")
     assert [(g.group, g.stratum, g.texts, g.rows) for g in examples.items] == [
         ("t1", "i1", ("A", "B"), (2, 3)), ("t1", "i2", ("A", "E", "B"), (4, 9, 10)), ("t2", "i1", ("A", "B"), (11, 12)),
     ]  # fmt: skip
@@ -516,17 +516,17 @@ def test_only_what_is_equal_in_the_compared_columns_competes(tmp_path):
     assert [(arms.group, arms.impressions) for arms in examples.arms] == [
         ("t1", (60, 200, 60)), ("t1", (500, 500, 500)), ("t2", (99, 500, 500)),
     ]  # fmt: skip
-    several = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare="image,impressions")
+    several = read(open_table(str(tmp_path / "clicks.csv")), group="test", compare_within="image,impressions")
     assert [(g.stratum, g.texts) for g in several.items] == [("i2|500", ("A", "E", "B")), ("i1|500", ("A", "B"))]
 
 
 def test_grades_are_compared_within_columns_too():
     rows = [{"group": 1, "at": at, "title": t, "grade": n} for at in (1, 2) for n, t in enumerate("ab")]
-    assert [(g.group, g.stratum) for g in read(rows, compare="at").items] == [("1", "1"), ("1", "2")]
-    words = "expected clicks or grades beside --compare; found chosen and rejected. Leave --compare out."
-    assert error_of([{"at": 1, "chosen": "a", "rejected": "b"}], compare="at") == words
-    assert "found labels. Leave --compare out" in error_of(texts(1, 2), compare="label")
-    assert "expected a column 'of', as --compare says" in error_of(rows, compare="at,of")
+    assert [(g.group, g.stratum) for g in read(rows, compare_within="at").items] == [("1", "1"), ("1", "2")]
+    words = "expected clicks or grades beside --compare-within; found chosen and rejected. Leave --compare-within out."
+    assert error_of([{"at": 1, "chosen": "a", "rejected": "b"}], compare_within="at") == words
+    assert "found labels. Leave --compare-within out" in error_of(texts(1, 2), compare_within="label")
+    assert "expected a column 'of', as --compare-within says" in error_of(rows, compare_within="at,of")
 
 
 def weighed(*weights, pair=False):

@@ -338,9 +338,8 @@ def test_the_embedded_model(demo_folder, record_property):
 
 def test_gradients_of_the_embedded_model(demo_folder):
     """Adapters and head, two texts behind an instruction: packed and shared as alone through transformers' attention."""
-    tokenizer = install_template(
-        load_tokenizer(demo_folder), "Sort this headline by the topic of its article, please.\n{text}", 64
-    )
+    template = "Sort this headline by the topic of its article, please.\n{text}"
+    tokenizer = install_template(load_tokenizer(demo_folder), template, 64)
     texts = Encoder(tokenizer)(HEADLINES[:2])
     made = scorer(demo_folder, lora=LORA)
     made.share_from = 8

@@ -449,7 +449,7 @@ def diff(
 
 
 REMEMBERED = (
-    "text", "label", "group", "compare", "context", "clicks", "impressions", "clicked", "grade", "label_delimiter",
+    "text", "label", "group", "compare_within", "context", "clicks", "impressions", "clicked", "grade", "label_delimiter",
     "min_impressions",
 )  # fmt: skip
 
@@ -600,7 +600,8 @@ def tune(data: str | None, recipe_file: Path | None, **given: Any) -> None:
     "--data", help="a click log whose rate, spread, titles and impressions are taken, with a learning curve of it"
 )
 @options(
-    DataConfig, only=("group", "compare", "text", "context", "clicks", "impressions", "clicked", "min_impressions")
+    DataConfig,
+    only=("group", "compare_within", "text", "context", "clicks", "impressions", "clicked", "min_impressions"),
 )
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="also draw it: a .png, .svg or .pdf file")
 @click.option("--json", "as_json", is_flag=True, help="print everything as JSON")

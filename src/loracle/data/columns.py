@@ -48,7 +48,7 @@ class Columns:
     text: str | None = None
     label: str | None = None
     group: tuple[str, ...] = ()
-    compare: tuple[str, ...] = ()  # only titles that are equal in these are compared
+    compare_within: tuple[str, ...] = ()  # only titles that are equal in these are compared
     context: str | None = None
     clicks: str | None = None
     impressions: str | None = None
@@ -124,9 +124,9 @@ def infer_columns(table: Table, data: DataConfig, task: Task | None = None) -> t
 
 def _refuse_idle(columns: Columns, data: DataConfig) -> None:
     """Say no to flags that would do nothing."""
-    if data.compare and not columns.compare:
+    if data.compare_within and not columns.compare_within:
         learnt = "chosen and rejected" if columns.evidence else "labels"
-        raise UserError("clicks or grades beside --compare", learnt, "leave --compare out")
+        raise UserError("clicks or grades beside --compare-within", learnt, "leave --compare-within out")
     if data.slice and not columns.slice:
         raise UserError("labels beside --slice", "titles to rank", "leave --slice out")
     if data.date and not columns.date:
@@ -265,12 +265,12 @@ def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
             "name it with --group; several are joined by commas",
         )
     known = {
-        "compare": _several(table, data.compare, "compare"),
+        "compare_within": _several(table, data.compare_within, "compare-within"),
         "weight": _flagged(table, data.weight, "weight"),
         "date": _flagged(table, data.date, "date"),
         **evidence,
     }
-    taken = {*group, *known["compare"], context, known["weight"], known["date"], *evidence.values()} - {None}
+    taken = {*group, *known["compare_within"], context, known["weight"], known["date"], *evidence.values()} - {None}
     columns = _text_columns(table, data, TITLE_NAMES, group=group, taken=taken)
     return dataclasses.replace(columns, group=group or (str(context),), context=context, **known)
 

@@ -45,7 +45,7 @@ class Traits:
     def of(cls, row: dict[str, Any], columns: Columns, context: str | None) -> Traits:
         return cls(
             group=group_id(row, columns.group) if columns.group else None,
-            stratum=group_id(row, columns.compare) if columns.compare else None,
+            stratum=group_id(row, columns.compare_within) if columns.compare_within else None,
             context=context,
             weight=as_weight(cell_of(row, columns.weight)),
             date=as_date(cell_of(row, columns.date)) if columns.date else None,
@@ -137,7 +137,7 @@ def gather(
             issues.add("blank-text", number)
         elif group is None:
             issues.add("no-group", number)
-        elif columns.compare and traits.stratum is None:
+        elif columns.compare_within and traits.stratum is None:
             issues.add("no-compare", number)
         elif known is None:
             issues.add(missing, number)

@@ -90,7 +90,7 @@ class TestFormats:
         if zipped:
             content, path = path.read_bytes(), tmp_path / f"log{suffix}.gz"
             path.write_bytes(gzip.compress(content))
-        found = read(path, compare="image")
+        found = read(path, compare_within="image")
         first = 2 if suffix in (".csv", ".tsv") else 1
         assert without_rows(found.items) == without_rows(summed(rows))
         assert found.issues == ()
@@ -99,13 +99,13 @@ class TestFormats:
 
     def test_rows_are_lines_of_a_plain_csv(self, tmp_path: Path) -> None:
         rows = [row | {"title": row["title"].replace("\n", " ")} for row in events()]
-        assert read(write(tmp_path / "log.csv", rows), compare="image").items == summed(rows, 2)
+        assert read(write(tmp_path / "log.csv", rows), compare_within="image").items == summed(rows, 2)
 
     def test_files_of_a_folder_are_one_log(self, tmp_path: Path) -> None:
         rows = events()
         for i, part in enumerate((rows[:150], rows[150:])):
             pl.DataFrame(part).write_parquet(tmp_path / f"part-{i}.parquet")
-        assert read(tmp_path, compare="image").items == summed(rows)
+        assert read(tmp_path, compare_within="image").items == summed(rows)
 
     def test_numbers_and_missing_keys_of_json(self, tmp_path: Path) -> None:
         path = tmp_path / "log.jsonl"
@@ -172,7 +172,7 @@ class TestOddRows:
             tmp_path / "x.csv", "t,i,a,1", "t,i, ,1", "t,i,,0", ",i,a,1", "t,,a,1", "t,i,a,", "t,i,a,nan", "t,i,b,false",
             "t,i,b,TRUE", "t,i,a,0.0", *[",i,a,1"] * 6, header="test,image,title,clicked",
         )  # fmt: skip
-        found = read(path, compare="image")
+        found = read(path, compare_within="image")
         [group] = found.items
         assert (group.texts, group.clicks, group.impressions) == (("a", "b"), (1, 1), (2, 2))
         assert counted(found) == {

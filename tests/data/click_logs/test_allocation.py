@@ -210,7 +210,7 @@ def test_check_says_it_of_single_impressions(tmp_path: Path) -> None:
     ]
     path = tmp_path / "log.csv"
     path.write_text("\n".join([header, *rows, "1,x,title a 1,,2,2014-01-02"]) + "\n")
-    flags = ["--group", "test", "--compare", "image", "--clicked", "clicked", "--weight", "w", "--date", "day"]
+    flags = ["--group", "test", "--compare-within", "image", "--clicked", "clicked", "--weight", "w", "--date", "day"]
     done = CliRunner().invoke(main, ["check", str(path), *flags])
     assert done.exit_code == 0, done.output
     for line in (
@@ -235,7 +235,7 @@ def test_the_doubted_weeks_of_upworthy_are_rediscovered() -> None:
     """
     first, last = (day.strftime("%Y%W") for day in (datetime.date(2013, 6, 25), datetime.date(2014, 1, 10)))
     data = DataConfig(
-        group="clickability_test_id", compare="eyecatcher_id", text="headline", clicks="clicks",
+        group="clickability_test_id", compare_within="eyecatcher_id", text="headline", clicks="clicks",
         impressions="impressions", date="test_week",
     )  # fmt: skip
     examples = read_examples(open_table(str(UPWORTHY)), data)

@@ -86,7 +86,9 @@ def _needed(columns: Columns) -> list[str]:
 def _apart(columns: Columns) -> list[str]:
     """Columns that tell titles apart."""
     roles = columns.named()
-    return list(dict.fromkeys(c for role in ("text", "group", "compare", "context") for c in roles.get(role, ())))
+    return list(
+        dict.fromkeys(c for role in ("text", "group", "compare_within", "context") for c in roles.get(role, ()))
+    )
 
 
 def _cells(title: dict[str, Any], columns: Columns) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
         "bad-date": pl.col(DATE).is_null() if columns.date else pl.lit(False),
         "blank-text": cells[text].is_null(),
         "no-group": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.group)),
-        "no-compare": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.compare)),
+        "no-compare": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.compare_within)),
         "no-clicked": clicked.is_null(),
     }
     kind = pl.coalesce(pl.when(is_odd).then(pl.lit(name)) for name, is_odd in kinds.items())
