@@ -13,10 +13,12 @@ from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.click_logs.counts import Shown, check_counts
 from loracle.data.columns import Columns
-from loracle.data.reader import Examples
 from loracle.errors import UserError
-from loracle.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup
 from loracle.runs.predictor import Predictor
+from loracle.runs.save import new_folder
+from loracle.tasks import Task
+from loracle.tasks.dataset import Examples, split_data
 
 
 class _Estimator:
@@ -31,8 +33,8 @@ class _Estimator:
     def _fit(self, examples: Examples) -> None:
         config = RunConfig.from_flat({**self.settings, "out": None if self.out is None else str(self.out)})
         log: Callable[[str], None] = print if self.verbose else lambda line: None
-        data = pipeline.divide(config, examples)
-        self.run_ = pipeline.learn(config, data, pipeline.new_folder(config), log=log, quiet=not self.verbose)
+        data = split_data(config, examples)
+        self.run_ = pipeline.train_on(config, data, new_folder(config), log=log, quiet=not self.verbose)
         self.predictor_ = Predictor(self.run_)
 
     @classmethod
@@ -65,8 +67,8 @@ class TextClassifier(_Estimator):
         """
         if len(texts) != len(labels):
             raise UserError("a label for every text", f"{len(texts)} texts and {len(labels)} labels", "pass as many")
-        multi = any(isinstance(label, (list, tuple, set, frozenset)) for label in labels)
-        given = [sorted(label, key=str) if multi else [label] for label in labels]
+        several = any(isinstance(label, (list, tuple, set, frozenset)) for label in labels)
+        given = [sorted(label, key=str) if several else [label] for label in labels]
         distinct = {label for some in given for label in some}
         numeric = all(isinstance(label, (int, np.integer)) for label in distinct)
         names = tuple(str(label) for label in sorted(distinct, key=int if numeric else str))
@@ -75,7 +77,7 @@ class TextClassifier(_Estimator):
             LabeledText(text=text, labels=tuple(index[str(label)] for label in some), row=row)
             for row, (text, some) in enumerate(zip(texts, given, strict=True), 1)
         ]
-        task = Task(kind="multi" if multi else "single", label_names=names)
+        task = Task(name="multi_label" if several else "single_label", label_names=names)
         self._fit(Examples(task=task, items=items, columns=Columns()))
         return self
 
@@ -107,10 +109,12 @@ class TextRanker(_Estimator):
             UserError: a group without evidence, or with lists of other lengths than its titles.
         """
         items = [_group(i, g) for i, g in enumerate(groups, 1)]
-        kinds = {_evidence(g) for g in items}
-        if len(kinds) != 1:
-            raise UserError("one kind of evidence in all groups", ", ".join(sorted(kinds)) or "no group", "keep one")
-        self._fit(Examples(task=Task(kind="rank", evidence=kinds.pop()), items=items, columns=Columns()))
+        names = {_evidence(g) for g in items}
+        if len(names) != 1:
+            found = ", ".join(sorted(names)) or "no group"
+            raise UserError(f"All groups need the same evidence; they have: {found}.", "Keep one.")
+        task = Task(name="click_ranking" if "clicks" in names else "ranking")
+        self._fit(Examples(task=task, items=items, columns=Columns()))
         return self
 
     def rank(self, titles: Sequence[str], context: str | None = None) -> list[tuple[str, float]]:
@@ -148,7 +152,7 @@ def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
     )
 
 
-def _evidence(group: RankGroup) -> Any:
+def _evidence(group: RankGroup) -> str:
     if group.clicks and group.impressions:
         return "clicks"
     if group.grades:

@@ -59,6 +59,9 @@ class DataConfig:
 
     data: str = setting("", "file, folder, hf:owner/name or modelscope:owner/name")
     test: str | None = setting(None, "file with the test examples; without it a seeded part of the data is held out")
+    task: str = setting(
+        "auto", "what to learn: single_label, multi_label, ranking, click_ranking; auto tells it from the data"
+    )
     text: str | None = setting(None, "column with the text (a title, when ranking)")
     label: str | None = setting(None, "column with the label, or the list of labels")
     group: str | None = setting(None, "column, or several joined by commas, that say which titles compete")

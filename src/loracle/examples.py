@@ -6,26 +6,6 @@ They are frozen and hold plain Python values only, so that they can be made in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What is learnt.
-
-    ``kind`` is ``single`` (one label a text), ``multi`` (any number of labels a text) or ``rank``. ``label_names[i]`` is
-    the name of label ``i`` as it stood in the data, always a string; empty when ranking. ``evidence`` says what a ranker
-    learns from: ``pairs`` (this beat that), ``grades`` (a number a title) or ``clicks`` (counts); None for classifiers.
-    """
-
-    kind: Literal["single", "multi", "rank"]
-    label_names: tuple[str, ...] = ()
-    evidence: Literal["pairs", "grades", "clicks"] | None = None
-
-    @property
-    def unit(self) -> str:
-        """What examples are called."""
-        return "groups" if self.kind == "rank" else "texts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +18,16 @@ class LabeledText:
     context: str | None = None
     weight: float = 1.0
     slices: tuple[tuple[str, str], ...] = ()  # (column, value) by which the report is sliced
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one text, as a group has several."""
+        return (self.text,)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The row of each of ``texts``."""
+        return (self.row,)
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -98,4 +88,4 @@ Example = LabeledText | RankGroup
 
 def texts_of(example: Example) -> tuple[str, ...]:
     """The one text of a labelled text, all titles of a group."""
-    return example.texts if isinstance(example, RankGroup) else (example.text,)
+    return example.texts

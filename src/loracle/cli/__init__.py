@@ -209,10 +209,12 @@ def predict(
     if workers and not on:
         raise UserError("--on ray beside --workers", "--workers alone", "add --on ray, or leave out --workers")
     info, table = read_info(run), open_table(data)
-    if info.task.kind == "rank":
-        raise UserError("a classifier", f"a ranker in {run}", f"use loracle rank {run} {data}")
+    if (command := info.task.output.command) != "predict":
+        raise UserError(
+            f"{run} does not predict: it is {info.task.reading.description}.", f"Use loracle {command} {run} {data}"
+        )
     found = infer_text_column(table, _remembered(info, table, columns, only=("text", "context")))
-    for line in found.said:
+    for line in found.lines:
         click.echo(line, err=True)
     _calm()
     from loracle.runs import batch
@@ -285,7 +287,7 @@ def rank(
                     "score": round(r.score, 6),
                     "text": r.text,
                 }
-                if predictor.spread is not None:
+                if predictor.calibration is not None:
                     row |= {name: _rounded(getattr(r, name)) for name in ("lift", "lift_low", "lift_high")}
                     row["beats"] = None if r.beats is None else [round(p, 4) for p in r.beats]
                 if words is not None:
@@ -300,12 +302,12 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
         from loracle.data.columns import infer_text_column
-        from loracle.data.reader import read_unlabelled_groups
+        from loracle.data.reader import read_unlabeled_groups
         from loracle.data.sources import open_table
 
         table = open_table(titles[0])
         named = _remembered(info, table, {"context": context, **columns}, only=("text", "group", "context"))
-        groups, issues = read_unlabelled_groups(table, infer_text_column(table, named))
+        groups, issues = read_unlabeled_groups(table, infer_text_column(table, named))
         for issue in issues:
             click.echo(f"note: {issue}", err=True)
         return groups
@@ -372,9 +374,9 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
     """Measure the classifier or ranker in RUN on labelled DATA."""
     import json
 
-    from loracle.data.reader import read_examples
     from loracle.data.sources import open_table
     from loracle.runs.folder import read_info
+    from loracle.tasks.dataset import read_examples
 
     info, table = read_info(run), open_table(data)
     examples = read_examples(table, _remembered(info, table, given), task=info.task)
@@ -392,7 +394,7 @@ def evaluate(run: Path, data: str, base: str | None, device: str, as_json: bool,
         click.echo(json.dumps({"base": info.base.get("note") or info.base["source"], **metrics}, indent=1))
         return
     click.echo(f"{len(examples.items):,} {info.task.unit} of {data}")
-    click.echo(summary({"test": metrics}, info.task.kind, info.base.get("note")))
+    click.echo(summary({"test": metrics}, info.task, info.base.get("note")))
 
 
 @main.command()
@@ -430,7 +432,7 @@ def diff(
     _calm()
     from loracle.experiments import diff as versions
 
-    info, _ = versions.same_task(run_a, run_b)
+    info, _ = versions.check_same_task(run_a, run_b)
     table = open_table(data)
     rows = versions.read_rows(table, _remembered(info, table, given), info.task)
     for note in rows.notes:
@@ -492,20 +494,19 @@ def check(data: str, as_json: bool, **given: Any) -> None:
     """Say what is in DATA and what is wrong with it; exits with 2 if it cannot be trained on."""
     import json
 
-    from loracle.data.checks import audit, check_trainable
-    from loracle.data.reader import read_examples
     from loracle.data.sources import open_splits, open_table
+    from loracle.tasks.dataset import check_examples, read_examples
 
     config = _data_config(data=data, **given)
     tables = open_splits(data)
     found = read_examples(tables["train"], config)
     test_table = open_table(config.test) if config.test else tables.get("test")
-    report = audit(found, read_examples(test_table, config, task=found.task) if test_table else None)
+    report = check_examples(found, read_examples(test_table, config, task=found.task) if test_table else None)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     else:
-        click.echo("\n".join([*found.columns.said, *report.lines()]))
-    check_trainable(found)
+        click.echo("\n".join([*found.columns.lines, *report.lines()]))
+    found.task.reading.check_trainable(found.items, found.task)
 
 
 @main.command()
@@ -523,18 +524,19 @@ def probe(data: str, picture: Path | None, as_json: bool, **given: Any) -> None:
     import json
 
     _calm()
-    from loracle import pipeline
-    from loracle.baselines import linear_probe as probing
+    from loracle.experiments.probe import probe_data
+    from loracle.reporting.plots import plot_depths
+    from loracle.training.probe import choose, probe_table
 
     config = RunConfig.from_flat({"data": data, **{k: v for k, v in given.items() if v is not None}})
-    depths, metric = pipeline.probe(config, log=lambda line: click.echo(line, err=as_json))
+    depths, metric = probe_data(config, log=lambda line: click.echo(line, err=as_json))
     if picture is not None:
-        probing.plot(depths, metric, picture)
+        plot_depths(depths, metric, picture)
     if as_json:
-        chosen = probing.choose(depths).layers
+        chosen = choose(depths).layers
         click.echo(json.dumps({"metric": metric, "depths": [dataclasses.asdict(d) for d in depths], "auto": chosen}))
     else:
-        click.echo("\n".join(probing.lines(depths, metric)))
+        click.echo("\n".join(probe_table(depths, metric)))
 
 
 @main.command()
@@ -636,14 +638,12 @@ def simulate(data: str | None, picture: Path | None, as_json: bool, **given: Any
 
 
 def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
-    from loracle.data.reader import read_examples
     from loracle.data.sources import open_splits
+    from loracle.tasks.dataset import read_examples
 
-    found = read_examples(open_splits(data)["train"], _data_config(data=data, **given))
-    for line in (*found.columns.said, *(f"note: {issue}" for issue in found.issues)):
+    found = read_examples(open_splits(data)["train"], _data_config(data=data, task="click_ranking", **given))
+    for line in (*found.columns.lines, *(f"note: {issue}" for issue in found.issues)):
         click.echo(line, err=True)
-    if found.task.evidence != "clicks":
-        raise UserError("a click log for simulate --data", f"{data}, which has none", "name --clicks and --impressions")
     return list(found.items)
 
 

@@ -168,10 +168,10 @@ _INTEGER = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
 _DECIMAL = re.compile(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?")
 
 
-def as_labels(value: Any, kind: str, delimiter: str | None, names: tuple[str, ...]) -> tuple[str, ...] | None:
+def as_labels(value: Any, several: bool, delimiter: str | None, names: tuple[str, ...]) -> tuple[str, ...] | None:
     """Names of all labels of a cell; None where it is null. An empty list says: none of the labels."""
     if isinstance(value, list):
-        if kind == "single":
+        if not several:
             raise CellError("one label a text", "a list")
         found = [_label(item, names) for item in value]
         if None in found:

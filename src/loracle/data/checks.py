@@ -1,29 +1,33 @@
-"""What is in the data and what is wrong with it: counted, with row numbers."""
+"""Counts of the data and what looks wrong with them, with row numbers. Plain functions, from which each task chooses.
+
+Characters are counted, not tokens: no model is needed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from loracle.data.click_logs.allocation import Allocation, allocation
+from loracle.data.click_logs.allocation import Allocation
 from loracle.data.issues import Issue
-from loracle.data.reader import Examples
 from loracle.data.splits import issue_of, without_titles
 from loracle.errors import UserError
-from loracle.examples import Arms, Example, LabeledText, RankGroup, Task
+from loracle.examples import Arms, Example, LabeledText, RankGroup, texts_of
 
-VERY_LONG = 100_000  # characters: far above any window, mostly a column or an encoding gone wrong
-LARGEST, SMALLEST = 9, 3  # classes that ``Audit.lines`` shows; ``to_json`` has all
+VERY_LONG = 100_000  # characters: far above any window, mostly a wrong column or encoding
+LARGEST, SMALLEST = 9, 3  # classes that ``class_lines`` shows; ``to_json`` has all
+
+Facts = list[tuple[str, str]]  # name and value
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """How a number is spread over the data."""
+class Quantiles:
+    """Minimum, median, 95th percentile and maximum of a number over the data."""
 
     low: float
     median: float
@@ -31,8 +35,8 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+    def of(cls, values: Sequence[float]) -> Quantiles:
+        """Quantiles of at least one value."""
         low, median, p95, high = np.quantile(values, (0, 0.5, 0.95, 1), method="higher")
         return cls(float(low), float(median), float(p95), float(high))
 
@@ -41,173 +45,123 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Audit:
-    """Counts of one table, and of its overlap with a second one. Characters, not tokens: no model is asked."""
+class Counts:
+    """What a task counts in its examples: facts for people, plain values for JSON, further lines, and issues."""
 
-    task: Task
-    examples: int  # labelled texts, or groups
-    texts: int  # of them all, repeated ones included
-    characters: Spread
-    classes: Mapping[str, int]  # label name -> texts that have it; empty when ranking
-    titles: Spread | None  # per group; None when classifying
-    preferences: int
-    clicks: int
-    impressions: int
-    test_examples: int | None  # None without a test table
-    issues: tuple[Issue, ...]
+    facts: Facts
+    values: Mapping[str, Any]
+    lines: list[str] = field(default_factory=list)
+    issues: tuple[Issue, ...] = ()
     allocation: Allocation | None = None  # of a click log
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What ``loracle check`` shows of one table, and of its overlap with a test table."""
+
+    task: str
+    examples: int
+    texts: int  # of all examples, repeated ones included
+    characters: Quantiles
+    counts: Counts
+    test_examples: int | None  # None without a test table
+    issues: tuple[Issue, ...]
+
     def lines(self) -> list[str]:
-        """What ``loracle check`` prints: a name and a fact a line, then each class, then each issue with its rows."""
-        facts = self._ranking_facts() if self.task.kind == "rank" else self._class_facts()
-        facts += [("characters", str(self.characters))]
+        """Facts, one a line, then the task's own lines, then each issue with its rows."""
+        facts = [*self.counts.facts, ("characters", str(self.characters))]
         if self.test_examples is not None:
             facts.append(("test examples", f"{self.test_examples:,}"))
-        dealt = ["", "allocation", *(f"  {line}" for line in self.allocation.lines())] if self.allocation else []
-        return [*_aligned(facts), *self._class_lines(), *dealt, *self._issue_lines()]
+        allocation = self.counts.allocation
+        shares = ["", "allocation", *(f"  {line}" for line in allocation.lines())] if allocation else []
+        issues = ["", "noticed", *(f"  {issue}" for issue in self.issues)] if self.issues else ["", "no issues found"]
+        return [*aligned(facts), *self.counts.lines, *shares, *issues]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    def _class_facts(self) -> list[tuple[str, str]]:
-        task = {"single": "one label a text", "multi": "any number of labels a text"}[self.task.kind]
-        counts = self.classes.values()
-        spread = f"{len(counts):,}" + (f", of {min(counts):,} to {max(counts):,} texts" if counts else "")
-        return [("task", task), ("texts", f"{self.texts:,}"), ("classes", spread)]
-
-    def _ranking_facts(self) -> list[tuple[str, str]]:
-        facts = [("task", f"ranking from {self.task.evidence}"), ("groups", f"{self.examples:,}")]
-        facts += [("titles", f"{self.texts:,}"), ("titles per group", str(self.titles))]
-        if self.preferences:
-            facts.append(("preferences", f"{self.preferences:,}"))
-        if self.impressions:
-            rate = self.clicks / self.impressions
-            facts += [("impressions", f"{self.impressions:,}"), ("clicks", f"{self.clicks:,} ({rate:.2%})")]
-        return facts
-
-    def _class_lines(self) -> list[str]:
-        if not self.classes:
-            return []
-        by_size = sorted(self.classes.items(), key=lambda item: -item[1])
-        shown = _aligned([(_short(name), f"{count:>9,}") for name, count in by_size], indent="  ")
-        if (between := len(shown) - LARGEST - SMALLEST) > 0:
-            shown[LARGEST:-SMALLEST] = [f"  ... {between:,} classes between"]
-        return ["", "texts per class", *shown]
-
-    def _issue_lines(self) -> list[str]:
-        return (
-            ["", "noticed", *(f"  {issue}" for issue in self.issues)]
-            if self.issues
-            else ["", "nothing unusual noticed"]
-        )
-
-
-def audit(examples: Examples, test: Examples | None = None) -> Audit:
-    """Count what is in ``examples``, what the schema already noticed, and what stands in ``test`` as well."""
-    items, task = examples.items, examples.task
-    groups = [item for item in items if isinstance(item, RankGroup)]
-    labelled = [item for item in items if isinstance(item, LabeledText)]
-    texts = list(_texts(items))
-    found = _group_issues(groups) if task.kind == "rank" else _label_issues(labelled, task)
-    dealt = allocation(examples.arms or _arms(groups)) if task.evidence == "clicks" else None
-    return Audit(
-        task=task,
-        examples=len(items),
-        texts=len(texts),
-        characters=Spread.of([len(text) for text, _ in texts] or [0]),
-        classes=_class_counts(labelled, task),
-        titles=Spread.of([len(group.texts) for group in groups] or [0]) if task.kind == "rank" else None,
-        preferences=sum(len(group.preferences) for group in groups),
-        clicks=sum(sum(group.clicks or ()) for group in groups),
-        impressions=sum(sum(group.impressions or ()) for group in groups),
-        test_examples=None if test is None else len(test.items),
-        issues=(
-            *examples.issues, *_odd_texts(texts), *found, *_uneven(dealt), *(_leaks(items, test.items) if test else ()),
-        ),
-        allocation=dealt,
-    )  # fmt: skip
-
-
-def check_trainable(examples: Examples) -> None:
-    """Say no to data from which nothing can be learnt.
-
-    Raises:
-        UserError: fewer than two distinct texts, the same labels on all of them, no group, or no group in which one
-            title did better than another.
-    """
-    if examples.task.kind == "rank":
-        _refuse_groups([item for item in examples.items if isinstance(item, RankGroup)])
-    else:
-        _refuse_texts([item for item in examples.items if isinstance(item, LabeledText)], examples.task)
-
-
-def without_leaks(train_items: Sequence[Example], test_items: Sequence[Example]) -> tuple[list[Any], tuple[Issue, ...]]:
-    """The training examples less what the test file has too, and what was left out; the test file stays whole.
-
-    A labelled text recurs if text and context do (stripped), a title wherever it is shown. Groups keep other titles.
-    """
-    groups = [item for item in train_items if isinstance(item, RankGroup)]
-    if groups:
-        tested_titles = {text.strip() for text, _ in _texts(test_items)}
-        return without_titles(groups, tested_titles, "leak", "titles that the test file has too")
-    tested = {item.identity for item in test_items if isinstance(item, LabeledText)}
-    labelled = [item for item in train_items if isinstance(item, LabeledText)]
-    leaked = [item.row for item in labelled if item.identity in tested]
-    kept = [item for item in labelled if item.identity not in tested]
-    return kept, issue_of("leak", "texts that the test file has too, left out", leaked)
+        """Plain values."""
+        values = {"task": self.task, "examples": self.examples, "texts": self.texts, "characters": self.characters}
+        values |= {**self.counts.values, "test_examples": self.test_examples, "issues": self.issues}
+        return {name: _plain(value) for name, value in {**values, "allocation": self.counts.allocation}.items()}
 
 
 # --- labelled texts ---------------------------------------------------------------------------------------------------
 
 
-def _class_counts(items: Sequence[LabeledText], task: Task) -> dict[str, int]:
+def class_counts(items: Sequence[LabeledText], label_names: Sequence[str]) -> dict[str, int]:
+    """``{label name: texts that have it}``."""
     counts = Counter(label for item in items for label in item.labels)
-    return {name: counts[i] for i, name in enumerate(task.label_names)}
+    return {name: counts[i] for i, name in enumerate(label_names)}
 
 
-def _label_issues(items: Sequence[LabeledText], task: Task) -> Iterator[Issue]:
+def class_lines(counts: Mapping[str, int]) -> list[str]:
+    """A line for each class, the largest first. Of many classes the ones in the middle are left out."""
+    if not counts:
+        return []
+    by_size = sorted(counts.items(), key=lambda item: -item[1])
+    lines = aligned([(_short(name), f"{count:>9,}") for name, count in by_size], indent="  ")
+    if (between := len(lines) - LARGEST - SMALLEST) > 0:
+        lines[LARGEST:-SMALLEST] = [f"  ... {between:,} classes between"]
+    return ["", "texts per class", *lines]
+
+
+def label_issues(items: Sequence[LabeledText]) -> Iterator[Issue]:
+    """Duplicates, contradictions and classes with a single text."""
     by_text: dict[Hashable, list[LabeledText]] = {}
     for item in items:
         by_text.setdefault(item.identity, []).append(item)
-    several = [same for same in by_text.values() if len(same) > 1]
-    conflicts = [same for same in several if len({item.labels for item in same}) > 1]
-    yield from issue_of("duplicate", "rows that repeat an earlier text", (i.row for same in several for i in same[1:]))
+    repeated = [copies for copies in by_text.values() if len(copies) > 1]
+    conflicts = [copies for copies in repeated if len({item.labels for item in copies}) > 1]
+    duplicates = (item.row for copies in repeated for item in copies[1:])
+    yield from issue_of("duplicate", "rows that repeat an earlier text", duplicates)
     yield from issue_of("conflict", "rows of equal texts with different labels", (i.row for c in conflicts for i in c))
     counts = Counter(label for item in items for label in item.labels)
     rare = [item.row for item in items for label in item.labels if counts[label] == 1]
     yield from issue_of("rare-class", "classes with a single text", rare)
-    if task.kind == "multi":
-        yield from issue_of("no-class", "texts without any label", (item.row for item in items if not item.labels))
 
 
-def _refuse_texts(items: Sequence[LabeledText], task: Task) -> None:
+def check_labels(items: Sequence[LabeledText], label_names: Sequence[str]) -> None:
+    """Check that labels can be learnt.
+
+    Raises:
+        UserError: fewer than two distinct texts, or the same labels on all of them.
+    """
     texts = {item.identity for item in items}
     if len(texts) < 2:
-        raise UserError("at least 2 distinct texts", f"{len(texts)} in {len(items)} rows", "add examples")
+        raise UserError(f"Only {len(texts)} distinct texts in {len(items)} rows; 2 are needed.", "Add examples.")
     if len({item.labels for item in items}) > 1:
         return
-    names = ", ".join(repr(task.label_names[label]) for label in items[0].labels) or "no label"
+    names = ", ".join(repr(label_names[label]) for label in items[0].labels) or "no label"
     raise UserError(
-        "at least 2 classes", f"{names} on each of {len(items):,} texts (rows {items[0].row} to {items[-1].row})",
-        "add texts of another class, or name another column with --label",
-    )  # fmt: skip
+        f"Every text has the same label: {names} on {len(items):,} texts (rows {items[0].row} to {items[-1].row}).",
+        "Add texts of another class, or name another column with --label.",
+    )
+
+
+def remove_leaked_texts(
+    train: Sequence[LabeledText], test: Sequence[LabeledText]
+) -> tuple[list[LabeledText], tuple[Issue, ...]]:
+    """Training texts without those of the test file (equal text and context, stripped), and the issue about them."""
+    known = {item.identity for item in test}
+    rows = [item.row for item in train if item.identity in known]
+    kept = [item for item in train if item.identity not in known]
+    return kept, issue_of("leak", "texts that the test file has too, left out", rows)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _group_issues(groups: Sequence[RankGroup]) -> Iterator[Issue]:
+def group_issues(groups: Sequence[RankGroup]) -> Iterator[Issue]:
+    """Titles in several groups, groups without a better title, and pairs that other groups contradict."""
     groups_of = Counter(text for text, _ in {(text.strip(), group.group) for group in groups for text in group.texts})
-    several = {text: row for group in groups for text, row in _titles(group) if groups_of[text] > 1}
-    yield from issue_of("several-groups", "titles that stand in more than one group", several.values())
-    alike = [group.rows[0] for group in groups if not _tells_apart(group)]
+    shared = {text: row for group in groups for text, row in titles_of(group) if groups_of[text] > 1}
+    yield from issue_of("several-groups", "titles in more than one group", shared.values())
+    alike = [group.rows[0] for group in groups if not has_better_title(group)]
     yield from issue_of("no-difference", "groups in which no title did better than another", alike)
     yield from issue_of("contradiction-across", "pairs that another group orders the other way", _contradicted(groups))
 
 
-def _arms(groups: Sequence[RankGroup]) -> list[Arms]:
-    """What groups show that came from no log."""
+def arms_of(groups: Sequence[RankGroup]) -> list[Arms]:
+    """The impressions of click groups that come from no log."""
     return [
         Arms(group=group.group, row=group.rows[0], clicks=group.clicks, impressions=group.impressions, date=group.date)
         for group in groups
@@ -215,16 +169,60 @@ def _arms(groups: Sequence[RankGroup]) -> list[Arms]:
     ]
 
 
-def _uneven(dealt: Allocation | None) -> Iterator[Issue]:
-    if dealt is not None and dealt.uneven:
-        message = f"groups not shown in equal shares, so that chance may not have dealt them out: {dealt.failing:,}"
-        yield Issue("uneven-allocation", message, dealt.failing, dealt.rows)
+def allocation_issues(allocation: Allocation) -> Iterator[Issue]:
+    """An issue where groups were not shown in equal shares."""
+    if allocation.uneven:
+        message = f"groups not shown in equal shares, so allocation may not be random: {allocation.failing:,}"
+        yield Issue("uneven-allocation", message, allocation.failing, allocation.rows)
+
+
+def has_better_title(group: RankGroup) -> bool:
+    """Whether the evidence of a group orders any two of its titles."""
+    if group.clicks is not None and group.impressions is not None:
+        clicks, impressions = sum(group.clicks), sum(group.impressions)
+        return any(c * impressions != clicks * n for c, n in zip(group.clicks, group.impressions, strict=True))
+    if group.grades is not None:
+        return len(set(group.grades)) > 1
+    balance = Counter((p.winner, p.loser) for p in group.preferences)
+    return any(count > balance[loser, winner] for (winner, loser), count in balance.items())
+
+
+def check_groups(groups: Sequence[RankGroup]) -> None:
+    """Check that an order can be learnt.
+
+    Raises:
+        UserError: there is no group, or no group in which one title did better than another.
+    """
+    if len(groups) == 0:
+        raise UserError(
+            "There is no group of at least 2 titles.", "Name the column that tells groups apart with --group."
+        )
+    if not any(has_better_title(group) for group in groups):
+        raise UserError(
+            f"In none of {len(groups):,} groups did one title do better than another "
+            f"(rows {groups[0].rows[0]} to {groups[-1].rows[-1]}).",
+            "Check the clicks, the grades or the preferences.",
+        )
+
+
+def remove_leaked_titles(
+    train: Sequence[RankGroup], test: Sequence[RankGroup]
+) -> tuple[list[RankGroup], tuple[Issue, ...]]:
+    """Training groups without the titles of the test file, and the issues about them. Groups keep their other titles."""
+    titles = {text for group in test for text, _ in titles_of(group)}
+    return without_titles(list(train), titles, "leak", "titles that the test file has too")
+
+
+def titles_of(group: RankGroup) -> Iterator[tuple[str, int]]:
+    """Each title of a group, stripped, with its row."""
+    for text, row in zip(group.texts, group.rows, strict=True):
+        yield text.strip(), row
 
 
 def _contradicted(groups: Sequence[RankGroup]) -> list[int]:
-    """Row of the winner of each preference that another group, with the same context, has the other way round.
+    """Row of the winner of each preference that another group with the same context has the other way round.
 
-    Within a group the schema has counted them already.
+    Contradictions within a group are counted when the group is read.
     """
     beats: dict[tuple[str | None, str, str], set[int]] = {}  # context, winner, loser -> groups
     rows: dict[tuple[str | None, str, str], int] = {}
@@ -240,76 +238,28 @@ def _contradicted(groups: Sequence[RankGroup]) -> list[int]:
     ]
 
 
-def _tells_apart(group: RankGroup) -> bool:
-    """Whether its evidence says of any two titles which is the better one."""
-    if group.clicks is not None and group.impressions is not None:
-        clicks, shown = sum(group.clicks), sum(group.impressions)
-        return any(c * shown != clicks * n for c, n in zip(group.clicks, group.impressions, strict=True))
-    if group.grades is not None:
-        return len(set(group.grades)) > 1
-    balance = Counter((p.winner, p.loser) for p in group.preferences)
-    return any(count > balance[loser, winner] for (winner, loser), count in balance.items())
+# --- any examples -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_groups(groups: Sequence[RankGroup]) -> None:
-    if len(groups) == 0:
-        raise UserError("groups of at least 2 titles", "none", "name the column that tells groups apart with --group")
-    if not any(_tells_apart(group) for group in groups):
-        raise UserError(
-            "a group in which one title did better than another",
-            f"none among {len(groups):,} (rows {groups[0].rows[0]} to {groups[-1].rows[-1]})",
-            "check the clicks, the grades or the preferences",
-        )  # fmt: skip
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
-def _titles(group: RankGroup) -> Iterator[tuple[str, int]]:
-    for text, row in zip(group.texts, group.rows, strict=True):
-        yield text.strip(), row
-
-
-def _texts(items: Iterable[Example]) -> Iterator[tuple[str, int]]:
-    """Every text, as it stands, with its row."""
-    for item in items:
-        if isinstance(item, LabeledText):
-            yield item.text, item.row
-        else:
-            yield from zip(item.texts, item.rows, strict=True)
-
-
-def _odd_texts(texts: Sequence[tuple[str, int]]) -> Iterator[Issue]:
+def text_issues(items: Iterable[Example]) -> Iterator[Issue]:
+    """Empty and very long texts."""
+    texts = [(text, row) for item in items for text, row in zip(texts_of(item), item.rows, strict=True)]
     yield from issue_of("empty", "texts that are empty", (row for text, row in texts if not text.strip()))
     very_long = (row for text, row in texts if len(text) > VERY_LONG)
     yield from issue_of("very-long", f"texts of more than {VERY_LONG:,} characters", very_long)
 
 
-def _leaks(items: Iterable[Example], test_items: Iterable[Example]) -> tuple[Issue, ...]:
-    """What ``without_leaks`` would leave out."""
-    tested = {known for item in test_items for known, _ in _known_by(item)}
-    rows = [row for item in items for known, row in _known_by(item) if known in tested]
-    return issue_of("leak", "texts that the test file has too", rows)
+# --- formatting -------------------------------------------------------------------------------------------------------
 
 
-def _known_by(item: Example) -> Iterator[tuple[Hashable, int]]:
-    """By what a text is the same in another table, with its row: a title by itself, else with its context."""
-    if isinstance(item, LabeledText):
-        yield item.identity, item.row
-    else:
-        yield from _titles(item)
-
-
-# --- how it looks -----------------------------------------------------------------------------------------------------
-
-
-def _aligned(facts: Sequence[tuple[str, str]], indent: str = "") -> list[str]:
+def aligned(facts: Sequence[tuple[str, str]], indent: str = "") -> list[str]:
+    """Names and values in two columns."""
     width = max(len(name) for name, _ in facts)
     return [f"{indent}{name:<{width}}  {fact}" for name, fact in facts]
 
 
 def _short(name: str) -> str:
-    """A label name on one line, whatever stands in it."""
+    """A label name on one line of at most 40 characters."""
     line = " ".join(name.split())
     return line if len(line) <= 40 else f"{line[:39]}…"
 

@@ -1,4 +1,4 @@
-"""Which column is what, said aloud: flags win, then names, then what stands in the columns."""
+"""Which column is what: flags first, then names, then the content of the columns."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from loracle.config import DataConfig
 from loracle.data.table import Table
 from loracle.errors import UserError, near
-from loracle.examples import Task
 
 # Names by which columns are known, whatever their case; where several are there, the first of these is taken.
 TEXT_NAMES = (
@@ -42,7 +41,7 @@ CONTEXT_NAMES = ("context", "prompt", "query", "brief")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which column is what. ``said`` holds the sentences that tell the user what was taken for what."""
+    """Which column is what. ``lines`` tell the user which assumptions were made."""
 
     messages: str | None = None  # chat messages, whose user content is the text
     text: str | None = None
@@ -60,17 +59,12 @@ class Columns:
     weight: str | None = None
     slice: tuple[str, ...] = ()  # by whose values a classifier's report is sliced
     date: str | None = None
-    said: tuple[str, ...] = field(default=(), compare=False)
+    lines: tuple[str, ...] = field(default=(), compare=False)
 
     def named(self) -> dict[str, tuple[str, ...]]:
         """``{role: columns}`` of those that are set."""
-        roles = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "said"}
+        roles = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lines"}
         return {role: (c,) if isinstance(c, str) else c for role, c in roles.items() if c}
-
-    @property
-    def evidence(self) -> Literal["pairs", "grades", "clicks"] | None:
-        """What a ranker would learn from; None for labels, or for no evidence at all."""
-        return "pairs" if self.chosen else "clicks" if self.clicks or self.clicked else "grades" if self.grade else None
 
 
 def cell_of(row: dict[str, Any], column: str | None) -> Any:
@@ -78,59 +72,34 @@ def cell_of(row: dict[str, Any], column: str | None) -> Any:
     return None if column is None else row.get(column)
 
 
-def infer_columns(table: Table, data: DataConfig, task: Task | None = None) -> tuple[Task, Columns]:
-    """What a table is for and which column is what; flags win, then names, then what stands in the columns.
-
-    Args:
-        task: of the training data, when this table is to be read like it; only its kind counts here.
-
-    Returns:
-        the task, still without label names, and the columns.
+def check_flags(data: DataConfig) -> None:
+    """Check that the flags name one thing to learn from.
 
     Raises:
-        UserError: a named column is not there, or nothing tells which column is the text or the label.
+        UserError: labels beside clicks or grades, or counts beside single impressions.
     """
-    if data.label and (data.clicks or data.impressions or data.clicked or data.grade):
-        raise UserError("one thing to learn from", "--label beside --clicks or --grade", "leave one of them out")
+    if data.label and (
+        other := next((n for n in ("clicks", "impressions", "clicked", "grade") if getattr(data, n)), None)
+    ):
+        raise UserError(f"--label and --{other} exclude each other.", "Leave one of them out.")
     if data.clicked and (data.clicks or data.impressions):
         raise UserError(
-            "sums of clicks and impressions, or one impression a row", "--clicked beside --clicks or --impressions",
-            "leave one of them out",
-        )  # fmt: skip
-    columns = None
-    if (task is None or task.kind == "rank") and not data.label:
-        columns = (
-            _pair_columns(table, data)
-            or _click_columns(table, data)
-            or _event_columns(table, data)
-            or _grade_columns(table, data)
+            "--clicked names single impressions, --clicks and --impressions name their sums.", "Leave one of them out."
         )
-    if columns is None and task is not None and task.kind == "rank":
-        raise UserError(
-            "chosen and rejected, clicks and impressions, or a grade for each title of a group",
-            _columns_of(table), "name them with --clicks and --impressions, or --grade, and --group",
-        )  # fmt: skip
-    if columns is None and data.group and _group_columns(table, data):
-        raise UserError(
-            "something to rank by beside --group",
-            _columns_of(table),
-            "name it with --clicks and --impressions, --clicked, or --grade",
-        )
-    columns = columns or _label_columns(table, data)
-    _refuse_idle(columns, data)
-    found = task_of(table, columns, data)
-    return found, dataclasses.replace(columns, said=_said(found, columns))
 
 
-def _refuse_idle(columns: Columns, data: DataConfig) -> None:
-    """Say no to flags that would do nothing."""
-    if data.compare_within and not columns.compare_within:
-        learnt = "chosen and rejected" if columns.evidence else "labels"
-        raise UserError("clicks or grades beside --compare-within", learnt, "leave --compare-within out")
-    if data.slice and not columns.slice:
-        raise UserError("labels beside --slice", "titles to rank", "leave --slice out")
-    if data.date and not columns.date:
-        raise UserError("titles to rank beside --date", "labels", "leave --date out, or pass --test FILE")
+def check_flags_used(columns: Columns, data: DataConfig) -> None:
+    """Check that no flag names a column that this kind of data does not use.
+
+    Raises:
+        UserError: such a flag.
+    """
+    flags = {"compare-within": "clicks or grades", "slice": "texts with labels", "date": "titles to rank"}
+    for flag, use in flags.items():
+        name = flag.replace("-", "_")
+        if getattr(data, name) and not getattr(columns, name):
+            instead = " Pass --test FILE instead." if flag == "date" else ""
+            raise UserError(f"--{flag} is only used with {use}.", f"Leave --{flag} out.{instead}")
 
 
 def infer_text_column(table: Table, data: DataConfig) -> Columns:
@@ -139,32 +108,28 @@ def infer_text_column(table: Table, data: DataConfig) -> Columns:
     Raises:
         UserError: a named column is not there, or nothing tells which column is the text.
     """
-    columns = _text_columns(table, data, TEXT_NAMES, group=_group_columns(table, data))
-    return dataclasses.replace(columns, said=_said(None, columns))
+    columns = _text_columns(table, data, TEXT_NAMES, group=group_columns(table, data))
+    return dataclasses.replace(columns, lines=assumptions(columns))
 
 
-def task_of(table: Table, columns: Columns, data: DataConfig) -> Task:
-    """What such columns are for, without label names."""
-    if columns.evidence:
-        return Task(kind="rank", evidence=columns.evidence)
-    several = data.label_delimiter or any(isinstance(cell_of(row, columns.label), list) for _, row in table.head())
-    return Task(kind="multi" if several else "single")
-
-
-def _said(task: Task | None, columns: Columns) -> tuple[str, ...]:
-    kinds = {"single": "one label a text", "multi": "any number of labels a text"}
-    said = []
-    if task:
-        said.append(f"task: {kinds.get(task.kind) or f'ranking from {task.evidence}'}")
-    for role, names in columns.named().items():
-        said.append(f"{role} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}")
+def assumptions(columns: Columns) -> tuple[str, ...]:
+    """One line for each role: the columns that it was read from."""
+    lines = [
+        f"{role} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}"
+        for role, names in columns.named().items()
+    ]
     if columns.clicked:
-        said.append("one impression a row: summed to clicks and impressions of each title")
-    return tuple(said)
+        lines.append("one impression a row: summed to clicks and impressions of each title")
+    return tuple(lines)
+
+
+def label_lists(table: Table, columns: Columns) -> bool:
+    """Whether the label cells of the first rows hold lists."""
+    return any(isinstance(cell_of(row, columns.label), list) for _, row in table.head())
 
 
 def _columns_of(table: Table) -> str:
-    return f"columns {', '.join(map(repr, table.columns))} in {table.name}"
+    return f"columns: {', '.join(map(repr, table.columns))}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,9 +141,8 @@ def _flagged(table: Table, name: str | None, flag: str) -> str | None:
     if name is None or name in table.columns:
         return name
     raise UserError(
-        f"a column '{name}', as --{flag} says",
-        _columns_of(table) + near(name, table.columns),
-        f"name one of them with --{flag}",
+        f"No column '{name}' in {table.name} ({_columns_of(table)}){near(name, table.columns)}.",
+        f"Name one of them with --{flag}.",
     )
 
 
@@ -188,7 +152,7 @@ def _common(table: Table, names: Iterable[str], taken: Iterable[str | None] = ()
     return next((there[name] for name in names if name in there), None)
 
 
-def _group_columns(table: Table, data: DataConfig) -> tuple[str, ...]:
+def group_columns(table: Table, data: DataConfig) -> tuple[str, ...]:
     if data.group is None:
         name = _common(table, GROUP_NAMES)
         return (name,) if name else ()
@@ -205,14 +169,14 @@ def _several(table: Table, flagged: str | None, flag: str) -> tuple[str, ...]:
     return names
 
 
-def _pair_columns(table: Table, data: DataConfig) -> Columns | None:
+def pair_columns(table: Table, data: DataConfig) -> Columns | None:
     chosen, rejected = _common(table, ["chosen"]), _common(table, ["rejected"])
     if not (chosen and rejected) or data.text or data.clicks or data.impressions or data.clicked or data.grade:
         return None
     return Columns(
         chosen=chosen,
         rejected=rejected,
-        group=_group_columns(table, data) if data.group else (),
+        group=group_columns(table, data) if data.group else (),
         context=_flagged(table, data.context, "context") or _common(table, ["prompt", "context"]),
         margin=_common(table, ["margin"]),
         weight=_flagged(table, data.weight, "weight"),
@@ -220,7 +184,7 @@ def _pair_columns(table: Table, data: DataConfig) -> Columns | None:
     )
 
 
-def _click_columns(table: Table, data: DataConfig) -> Columns | None:
+def click_columns(table: Table, data: DataConfig) -> Columns | None:
     clicks = _flagged(table, data.clicks, "clicks") or _common(table, ["clicks"])
     impressions = _flagged(table, data.impressions, "impressions") or _common(table, ["impressions"])
     wanted = data.clicks or data.impressions
@@ -228,17 +192,19 @@ def _click_columns(table: Table, data: DataConfig) -> Columns | None:
         return None
     if not (clicks and impressions):
         missing = "impressions" if clicks else "clicks"
-        raise UserError(f"a column with the {missing}", _columns_of(table), f"name it with --{missing}")
+        raise UserError(
+            f"No {missing} column found in {table.name} ({_columns_of(table)}).", f"Name it with --{missing}."
+        )
     return _competing(table, data, clicks=clicks, impressions=impressions)
 
 
-def _event_columns(table: Table, data: DataConfig) -> Columns | None:
+def event_columns(table: Table, data: DataConfig) -> Columns | None:
     """By flag, or of a column called clicked that holds nothing but 0 and 1 where nothing else could be learnt."""
     clicked = _flagged(table, data.clicked, "clicked") or _common(table, ["clicked"])
     if not clicked or data.grade:
         return None
     if not data.clicked and (
-        not _group_columns(table, data)
+        not group_columns(table, data)
         or _common(table, [*LABEL_NAMES, *GRADE_NAMES])
         or not all(str(cell_of(row, clicked)).strip().lower() in ("0", "1", "true", "false") for _, row in table.head())
     ):
@@ -246,9 +212,9 @@ def _event_columns(table: Table, data: DataConfig) -> Columns | None:
     return _competing(table, data, clicked=clicked)
 
 
-def _grade_columns(table: Table, data: DataConfig) -> Columns | None:
+def grade_columns(table: Table, data: DataConfig) -> Columns | None:
     grade = _flagged(table, data.grade, "grade") or _common(table, GRADE_NAMES)
-    grouped = data.group or data.context or _group_columns(table, data)
+    grouped = data.group or data.context or group_columns(table, data)
     if not grade or (not data.grade and (not grouped or _common(table, LABEL_NAMES))):
         return None
     return _competing(table, data, grade=grade)
@@ -256,13 +222,12 @@ def _grade_columns(table: Table, data: DataConfig) -> Columns | None:
 
 def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
     """Columns of titles that compete; a shared context makes a group where no column is called one."""
-    group = _group_columns(table, data)
+    group = group_columns(table, data)
     context = _flagged(table, data.context, "context") or (None if group else _common(table, CONTEXT_NAMES))
     if not (group or context):
         raise UserError(
-            "a column that says which titles compete",
-            _columns_of(table),
-            "name it with --group; several are joined by commas",
+            f"No column in {table.name} tells which titles compete ({_columns_of(table)}).",
+            "Name it with --group. Join several by commas.",
         )
     known = {
         "compare_within": _several(table, data.compare_within, "compare-within"),
@@ -275,7 +240,7 @@ def _competing(table: Table, data: DataConfig, **evidence: Any) -> Columns:
     return dataclasses.replace(columns, group=group or (str(context),), context=context, **known)
 
 
-def _label_columns(table: Table, data: DataConfig) -> Columns:
+def label_columns(table: Table, data: DataConfig) -> Columns:
     slices = _several(table, data.slice, "slice")
     taken = [data.text, data.context, data.weight, *slices]
     label = _flagged(table, data.label, "label") or _common(table, LABEL_NAMES, taken=taken)
@@ -315,7 +280,7 @@ def _guessed_text(table: Table, taken: Iterable[str | None]) -> str:
 
     Ids, dates and addresses are no texts, so that only cells count that hold a blank or a letter beyond ASCII.
     """
-    _refuse_headerless(table)
+    _check_header(table)
     lengths = {}
     for column in (c for c in table.columns if c not in taken):
         cells = [cell for _, row in table.head() if isinstance(cell := row.get(column), str) and cell.strip()]
@@ -323,13 +288,13 @@ def _guessed_text(table: Table, taken: Iterable[str | None]) -> str:
             lengths[column] = sum(map(len, cells)) / len(cells)
     longest = sorted(lengths, key=lambda column: -lengths[column])
     if not longest or (len(longest) > 1 and lengths[longest[1]] > lengths[longest[0]] / 2):
-        raise UserError("a column with the texts", _columns_of(table), "name it with --text")
+        raise UserError(f"No text column found in {table.name} ({_columns_of(table)}).", "Name it with --text.")
     return longest[0]
 
 
 def _guessed_label(table: Table, taken: Iterable[str | None]) -> str:
     """The one column whose values recur in the first rows; where several do, those with one value are passed over."""
-    _refuse_headerless(table)
+    _check_header(table)
     rows = [row for _, row in table.head()]
     distinct = {}
     for column in (c for c in table.columns if c not in taken):
@@ -338,17 +303,17 @@ def _guessed_label(table: Table, taken: Iterable[str | None]) -> str:
             distinct[column] = len(set(cells))
     recurring = [column for column, count in distinct.items() if count > 1] or list(distinct)
     if len(recurring) != 1:
-        raise UserError("a column with the labels", _columns_of(table), "name it with --label")
+        raise UserError(f"No label column found in {table.name} ({_columns_of(table)}).", "Name it with --label.")
     return recurring[0]
 
 
-def _refuse_headerless(table: Table) -> None:
+def _check_header(table: Table) -> None:
     """Names that read like data: a sentence, or a number (but 0, 1, 2, ... is how pandas names columns)."""
     if table.columns == tuple(map(str, range(len(table.columns)))):
         return
     for name in table.columns:
         if len(name) > 60 or len(name.split()) > 5 or re.fullmatch(r"-?\d+([.,]\d+)*", name):
             raise UserError(
-                "column names in the first row", f"'{name[:60]}' in that of {table.name}",
-                "add a first row such as: text,label; if these are the names, say so with --text and --label",
-            )  # fmt: skip
+                f"The first row of {table.name} has no column names: '{name[:60]}' reads like data.",
+                "Add a first row such as: text,label. If these are the names, pass --text and --label.",
+            )

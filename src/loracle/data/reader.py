@@ -1,4 +1,4 @@
-"""Rows become ``LabeledText`` or ``RankGroup``, as the columns say, and what cannot is counted."""
+"""Rows to examples. Rows that cannot be used are counted, with their numbers. Plain functions, from which each task chooses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from loracle.data.cells import (
     parsed_rows,
     text_and_context,
 )
-from loracle.data.click_logs.aggregation import sum_events
 from loracle.data.click_logs.counts import CLICK_ISSUES
-from loracle.data.columns import Columns, cell_of, infer_columns, task_of
-from loracle.data.groups import READERS, gather
-from loracle.data.issues import Issue, IssueLog
+from loracle.data.columns import Columns, cell_of
+from loracle.data.groups import gather
+from loracle.data.issues import IssueLog
 from loracle.data.table import Table
 from loracle.errors import UserError
-from loracle.examples import Arms, LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup
 
 Slices = tuple[tuple[str, str], ...]
 
@@ -34,72 +33,49 @@ ISSUES = {
     "blank-text": "rows without a text (null or blank), skipped",
     "no-label": "rows without a label (empty, null or NaN), skipped",
     "no-group": "rows without a group, skipped",
-    "no-compare": "rows without what they are compared by, skipped",
+    "no-compare": "rows with an empty cell in a --compare-within column, skipped",
     "null-pair": "pairs with a null or blank side, skipped",
     "same-pair": "pairs of one and the same text, skipped",
     "contradiction": "pairs that contradict an earlier pair of their group, both kept",
     "no-grade": "rows without a grade, skipped",
-    "mixed-grades": "rows that grade a title of their group anew, its grades averaged",
-    "equal-grades": "groups whose titles all have the same grade, skipped since they prefer nothing",
+    "mixed-grades": "rows that grade a title of their group again; grades averaged",
+    "equal-grades": "groups whose titles all have the same grade, skipped",
     "no-count": "rows without clicks or impressions, skipped",
-    "lost-character": "texts with U+FFFD in place of a character that could not be read, kept",
+    "lost-character": "texts with U+FFFD in place of an unreadable character, kept",
     **CLICK_ISSUES,
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Examples:
-    """A table, read: what is learnt, the examples, what was not used as it stood, and all that a click log showed."""
+@dataclass(frozen=True, slots=True)
+class _Row:
+    number: int
+    text: str
+    context: str | None
+    labels: tuple[str, ...]
+    weight: float
+    slices: Slices
 
-    task: Task
-    items: list[LabeledText] | list[RankGroup]
-    columns: Columns
-    issues: tuple[Issue, ...] = ()
-    arms: tuple[Arms, ...] = ()
 
-
-def read_examples(
-    table: Table, data: DataConfig, *, task: Task | None = None, columns: Columns | None = None
-) -> Examples:
-    """Every example of a table.
+def read_labeled_texts(
+    table: Table, columns: Columns, data: DataConfig, issues: IssueLog, *, several: bool, label_names: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[LabeledText]]:
+    """Label names and labelled texts of a table.
 
     Args:
-        task: of the training data, for a table to be tested on; its labels are then the only ones, in its order.
-        columns: if they are known, else inferred.
+        several: whether a text may have several labels.
+        label_names: of the training data, for a table to be tested on; empty to learn the names from this table.
 
     Raises:
-        UserError: a column is missing, a cell cannot be read, a label is unknown, or no example is left.
+        UserError: a cell cannot be read, or a label is not among ``label_names``.
     """
-    if columns is None:
-        found, columns = infer_columns(table, data, task)
-    else:
-        found = task_of(table, columns, data)
-    issues = IssueLog(ISSUES)
-    items: list[LabeledText] | list[RankGroup]
-    arms: tuple[Arms, ...] = ()
-    if found.kind == "rank":
-        task = found
-        summed = sum_events(table, columns, issues) if columns.clicked else (table, columns)
-        items, arms = READERS[columns.evidence or "pairs"](*summed, data, issues)
-    else:
-        task, items = _read_texts(table, columns, data, task or found, issues)
-    if not items:
-        reasons = "; ".join(map(str, issues.issues()))
-        raise UserError("examples to learn from", f"none left of {table.name}: {reasons}", "mend or add rows")
-    return Examples(task=task, items=items, columns=columns, issues=issues.issues(), arms=arms)
-
-
-def _read_texts(
-    table: Table, columns: Columns, data: DataConfig, task: Task, issues: IssueLog
-) -> tuple[Task, list[LabeledText]]:
     class_names = table.label_names.get(columns.label or "", ())
 
     def parse(row: dict[str, Any]) -> tuple[str | None, str | None, tuple[str, ...] | None, float, Slices]:
-        labels = as_labels(cell_of(row, columns.label), task.kind, data.label_delimiter, class_names)
+        labels = as_labels(cell_of(row, columns.label), several, data.label_delimiter, class_names)
         slices = tuple((name, as_value(cell_of(row, name))) for name in columns.slice)
         return *text_and_context(row, columns), labels, as_weight(cell_of(row, columns.weight)), slices
 
-    kept: list[tuple[int, str, str | None, tuple[str, ...], float, Slices]] = []
+    rows: list[_Row] = []
     first_rows: dict[str, int] = {}
     for number, (text, context, labels, weight, slices) in parsed_rows(table, parse):
         if text is None:
@@ -108,33 +84,32 @@ def _read_texts(
             issues.add("no-label", number)
         else:
             count_lost(text, number, issues)
-            kept.append((number, text, context, labels, weight, slices))
+            rows.append(_Row(number, text, context, labels, weight, slices))
             for name in labels:
                 first_rows.setdefault(name, number)
 
     names = {name: name for name in class_names} or order_labels(first_rows, table)
-    task = task if task.label_names else dataclasses.replace(task, label_names=tuple(dict.fromkeys(names.values())))
-    index = {name: i for i, name in enumerate(task.label_names)}
+    label_names = label_names or tuple(dict.fromkeys(names.values()))
+    index = {name: i for i, name in enumerate(label_names)}
     ids = {name: index[known_label(names.get(name, name), row, table, index)] for name, row in first_rows.items()}
-    return task, [
+    return label_names, [
         LabeledText(
-            text=text,
-            context=context,
-            labels=tuple(sorted({ids[n] for n in labels})),
-            row=number,
-            weight=weight,
-            slices=slices,
+            text=row.text,
+            context=row.context,
+            labels=tuple(sorted({ids[name] for name in row.labels})),
+            row=row.number,
+            weight=row.weight,
+            slices=row.slices,
         )
-        for number, text, context, labels, weight, slices in kept
+        for row in rows
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables without labels
+# --- tables without labels --------------------------------------------------------------------------------------------
 
 
 def iter_texts(table: Table, columns: Columns) -> Iterator[tuple[int, dict[str, Any], str | None, str | None]]:
-    """(row number, row, text, context) of each row, streaming; the text is None where it is missing, blank or none."""
+    """Row number, row, text and context of each row, streaming. The text is None where it is missing or blank."""
     for number, row in table.rows():
         try:
             text, context = text_and_context(row, columns)
@@ -143,8 +118,22 @@ def iter_texts(table: Table, columns: Columns) -> Iterator[tuple[int, dict[str, 
         yield number, row, text, context
 
 
-def read_unlabelled_groups(table: Table, columns: Columns) -> tuple[list[RankGroup], tuple[Issue, ...]]:
-    """Titles to be ranked, by group, or all in one group where no column tells groups apart; a title may stand alone.
+def read_unlabeled_texts(table: Table, columns: Columns) -> tuple[list[LabeledText], tuple[str, ...]]:
+    """Texts without labels, and notes about skipped rows.
+
+    Raises:
+        UserError: no row has a text.
+    """
+    rows = list(iter_texts(table, columns))
+    items = [LabeledText(text=t, labels=(), row=n, context=c) for n, _, t, c in rows if t is not None]
+    if not items:
+        raise UserError(f"No row of {table.name} has a text.", "Name the text column with --text.")
+    skipped = len(rows) - len(items)
+    return items, (f"{skipped:,} rows without a text, skipped",) if skipped else ()
+
+
+def read_unlabeled_groups(table: Table, columns: Columns) -> tuple[list[RankGroup], tuple[str, ...]]:
+    """Titles to rank, by group, and notes about skipped rows. Without a group column all titles are one group.
 
     Raises:
         UserError: a cell cannot be read, or no title is left.
@@ -152,16 +141,15 @@ def read_unlabelled_groups(table: Table, columns: Columns) -> tuple[list[RankGro
     issues = IssueLog(ISSUES)
     if not columns.group and columns.context:
         columns = dataclasses.replace(columns, group=(columns.context,))
-    gathered = gather(table, columns, issues, lambda row: True, missing="no-group")
     groups = []
-    for titles in gathered:
+    for titles in gather(table, columns, issues, lambda row: True, missing="no-group"):
         rows: dict[str, int] = {}
         for number, text, _ in titles.met:
             if text in rows:
                 issues.add("repeated-title", number)
             rows.setdefault(text, number)
         groups.append(titles.marked(texts=tuple(rows), rows=tuple(rows.values())))
+    notes = tuple(map(str, issues.issues()))
     if not groups:
-        reasons = "; ".join(map(str, issues.issues()))
-        raise UserError("titles to rank", f"none in {table.name}: {reasons}", "mend or add rows")
-    return groups, issues.issues()
+        raise UserError(f"No title to rank in {table.name}: {'; '.join(notes)}.", "Correct or add rows.")
+    return groups, notes

@@ -1,14 +1,14 @@
-"""Seeded splits in which no text stands on both sides; where groups have dates, the latest are held out.
+"""Seeded splits that share no text. Where groups have dates, the latest are held out.
 
-All randomness is one vector of raw PCG64 doubles, sorted: the bit generator's stream is fixed by NumPy's compatibility
-policy while ``permutation`` and ``choice`` are not, so a seed means the same split on every machine and version.
+All randomness is one vector of raw PCG64 doubles, sorted. NumPy's compatibility policy fixes the bit generator's stream, but
+not ``permutation`` and ``choice``. So a seed gives the same split on every machine and version.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,98 +17,89 @@ from numpy.typing import NDArray
 from loracle.data.dates import order_of
 from loracle.data.issues import Issue
 from loracle.errors import UserError
-from loracle.examples import Example, LabeledText, Preference, RankGroup, Task
+from loracle.examples import Example, LabeledText, Preference, RankGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Two sides in the order of the data, and what had to be done to keep them apart."""
+    """Two parts in the order of the data, and the notes on how they were kept apart."""
 
-    train: list[Any]  # of the same kind as what was split
-    held: list[Any]
+    train: list[Any]
+    held_out: list[Any]
     notes: tuple[Issue, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """The three sides, which share no text, and what was done to get there."""
-
-    task: Task
-    train: list[Any]  # all LabeledText, or all RankGroup
-    validation: list[Any]
-    test: list[Any]
-    issues: tuple[Issue, ...] = ()
-    checksums: dict[str, str] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)  # role -> the columns it was read from, joined by commas
-
-
-def split(items: Sequence[Example], share: float, seed: int, task: Task) -> Split:
-    """Hold ``share`` of the texts (of the groups, when ranking) out.
-
-    Raises:
-        UserError: too few examples, or examples too entangled, for two sides without a common text.
-    """
-    if task.kind == "rank":
-        return split_groups([item for item in items if isinstance(item, RankGroup)], share, seed)
-    return split_texts([item for item in items if isinstance(item, LabeledText)], share, seed, task)
+# Given labels [N], the number of labels, the share to hold out and a shuffled order: which of N texts are held out.
+Stratify = Callable[[Sequence[tuple[int, ...]], int, float, NDArray[np.int_]], NDArray[np.bool_]]
 
 
 # --- labelled texts ---------------------------------------------------------------------------------------------------
 
 
-def split_texts(items: Sequence[LabeledText], share: float, seed: int, task: Task) -> Split:
-    """Hold out ``share`` of the distinct texts, stratified; rows of equal text (stripped) go together.
+def split_texts(
+    items: Sequence[LabeledText], share: float, seed: int, label_count: int, stratify: Stratify
+) -> tuple[Split, list[list[int]]]:
+    """Hold out ``share`` of the distinct texts. Rows of equal text (stripped) stay together.
 
-    One label a text: each class of two distinct texts and more has at least one on either side, whatever the share.
-    Several labels: iterative stratification (Sechidis et al. 2011), which fills up the rarest label first. A text whose
-    rows disagree counts as its first row says.
+    A text whose rows disagree counts as its first row says. Returns the split and the rows of each distinct text.
 
     Raises:
-        UserError: fewer than two distinct texts, or no class that has two.
+        UserError: fewer than two distinct texts, or ``stratify`` finds none to hold out.
     """
-    units = _equal_texts(items)
+    units = distinct_texts(items)
     if len(units) < 2:
         raise UserError(
-            "at least 2 distinct texts to hold one out", str(len(units)), "add examples, or pass --test FILE"
+            f"Holding out a text needs at least 2 distinct texts, there are {len(units)}.",
+            "Add examples, or pass --test FILE.",
         )
     labels = [items[unit[0]].labels for unit in units]
-    order = _shuffled(len(units), seed)
-    if task.kind == "multi":
-        held_units = _hold_labels(labels, share, order, len(task.label_names))
-        notes: tuple[Issue, ...] = ()
-    else:
-        classes = np.array([label for (label,) in labels])
-        counts = np.bincount(classes, minlength=len(task.label_names))
-        if counts.max() < 2:
-            raise UserError(
-                "a class with at least 2 distinct texts, to hold one out", f"{len(units)} classes of one text each",
-                "add examples, or pass --test FILE",
-            )  # fmt: skip
-        held_units = _hold_classes(classes, _quotas(counts, share), order)
-        notes = _lonely_classes(items, units, classes, counts)
-    held = np.zeros(len(items), dtype=bool)
-    for unit, is_held in zip(units, held_units, strict=True):
-        held[unit] = is_held
-    return _two_sides(items, held, notes)
+    chosen = stratify(labels, label_count, share, _shuffled(len(units), seed))
+    mask = np.zeros(len(items), dtype=bool)
+    for unit, is_chosen in zip(units, chosen, strict=True):
+        mask[unit] = is_chosen
+    return two_parts(items, mask, ()), units
 
 
-def text_folds(items: Sequence[LabeledText], folds: int, seed: int, task: Task) -> list[Split]:
-    """``folds`` rotations in which every text is held out once, as ``fold_numbers`` deals them out.
+def by_class(
+    labels: Sequence[tuple[int, ...]], label_count: int, share: float, order: NDArray[np.int_]
+) -> NDArray[np.bool_]:
+    """Hold out ``share`` of each class. A class of two distinct texts and more has at least one in either part.
+
+    Raises:
+        UserError: no class has two texts.
+    """
+    classes = np.array([label for (label,) in labels])
+    counts = np.bincount(classes, minlength=label_count)
+    if counts.max() < 2:
+        raise UserError(
+            f"No class has 2 distinct texts, so none can be held out ({len(labels)} classes of one text each).",
+            "Add examples, or pass --test FILE.",
+        )
+    left, held_out = _quotas(counts, share), np.zeros(len(classes), dtype=bool)
+    for unit in order:
+        if left[classes[unit]] > 0:
+            left[classes[unit]] -= 1
+            held_out[unit] = True
+    return held_out
+
+
+def single_text_classes(items: Sequence[LabeledText], units: list[list[int]], message: str) -> tuple[Issue, ...]:
+    """An issue about the classes with one distinct text, or none."""
+    counts = Counter(items[unit[0]].labels for unit in units)
+    return issue_of("class-not-held", message, [items[u[0]].row for u in units if counts[items[u[0]].labels] == 1])
+
+
+def text_folds(items: Sequence[LabeledText], folds: int, seed: int) -> tuple[list[Split], list[list[int]]]:
+    """``folds`` rotations in which every text is held out once, and the rows of each distinct text.
 
     Raises:
         UserError: fewer distinct texts than folds.
     """
-    units = _equal_texts(items)
+    units = distinct_texts(items)
     if len(units) < folds:
-        raise UserError(f"at least {folds} distinct texts, for {folds} folds", str(len(units)), "add examples")
+        raise UserError(f"{folds} folds need at least {folds} distinct texts, there are {len(units)}.", "Add examples.")
     fold_of = fold_numbers(items, folds, seed)
-    counts = Counter(items[unit[0]].labels for unit in units)
-    lonely = [u for u in units if task.kind == "single" and counts[items[u[0]].labels] == 1]
-    notes = issue_of(
-        "class-not-held", "classes with one distinct text, which no rotation both learns and measures",
-        [items[unit[0]].row for unit in lonely],
-    )  # fmt: skip
-    return [_two_sides(items, fold_of == f, notes) for f in range(folds)]
+    return [two_parts(items, fold_of == f, ()) for f in range(folds)], units
 
 
 def fold_numbers(items: Sequence[LabeledText], folds: int, seed: int) -> NDArray[np.int_]:
@@ -117,7 +108,7 @@ def fold_numbers(items: Sequence[LabeledText], folds: int, seed: int) -> NDArray
     Distinct texts are shuffled, sorted by their labels (sets of labels, where there may be several) and dealt out in turn,
     so that a class's numbers differ by at most one between folds.
     """
-    units = _equal_texts(items)
+    units = distinct_texts(items)
     order = sorted(_shuffled(len(units), seed).tolist(), key=lambda at: sorted(items[units[at][0]].labels))
     fold_of = np.zeros(len(items), dtype=int)
     for turn, at in enumerate(order):
@@ -125,7 +116,8 @@ def fold_numbers(items: Sequence[LabeledText], folds: int, seed: int) -> NDArray
     return fold_of
 
 
-def _equal_texts(items: Sequence[LabeledText]) -> list[list[int]]:
+def distinct_texts(items: Sequence[LabeledText]) -> list[list[int]]:
+    """The rows (indices) of each distinct text, by first appearance."""
     units: dict[Hashable, list[int]] = {}
     for i, item in enumerate(items):
         units.setdefault(item.identity, []).append(i)
@@ -141,35 +133,20 @@ def _quotas(counts: NDArray[np.int_], share: float) -> NDArray[np.int_]:
     return np.clip(quotas, counts >= 2, np.maximum(counts - 1, 0))
 
 
-def _hold_classes(classes: NDArray[np.int_], quotas: NDArray[np.int_], order: NDArray[np.int_]) -> NDArray[np.bool_]:
-    left, held = quotas.copy(), np.zeros(len(classes), dtype=bool)
-    for unit in order:
-        if left[classes[unit]] > 0:
-            left[classes[unit]] -= 1
-            held[unit] = True
-    return held
-
-
-def _lonely_classes(
-    items: Sequence[LabeledText], units: list[list[int]], classes: NDArray[np.int_], counts: NDArray[np.int_]
-) -> tuple[Issue, ...]:
-    rows = [items[unit[0]].row for unit, label in zip(units, classes, strict=True) if counts[label] == 1]
-    return issue_of(
-        "class-not-held", "classes with one distinct text, which trains, so that they are not measured", rows
-    )
-
-
-def _hold_labels(
-    labels: Sequence[tuple[int, ...]], share: float, order: NDArray[np.int_], n_labels: int
+def by_labels(
+    labels: Sequence[tuple[int, ...]], label_count: int, share: float, order: NDArray[np.int_]
 ) -> NDArray[np.bool_]:
-    """Iterative stratification into two sides; linear in the number of labels given."""
-    with_label: list[list[int]] = [[] for _ in range(n_labels)]
+    """Iterative stratification into two parts (Sechidis et al. 2011), which fills up the rarest label first.
+
+    Linear in the number of labels that texts have.
+    """
+    with_label: list[list[int]] = [[] for _ in range(label_count)]
     for unit in order:
         for label in set(labels[unit]):
             with_label[label].append(int(unit))
     left = np.array([len(units) for units in with_label])
     shares = np.array([1 - share, share])
-    wanted, room = np.outer(shares, left), shares * len(labels)  # [side, label], [side]
+    wanted, room = np.outer(shares, left), shares * len(labels)  # [part, label], [part]
     sides = np.full(len(labels), -1)
 
     def place(unit: int, side: int) -> None:
@@ -186,10 +163,10 @@ def _hold_labels(
     for unit in order:  # those without a label
         if sides[unit] < 0:
             place(int(unit), int(room[1] > room[0]))
-    held = sides == 1
-    if held.all() or not held.any():  # rounding on a handful of texts
-        held[order[0]] = ~held[order[0]]
-    return held
+    held_out = sides == 1
+    if held_out.all() or not held_out.any():  # rounding on a handful of texts
+        held_out[order[0]] = ~held_out[order[0]]
+    return held_out
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -220,14 +197,14 @@ def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
             "add groups, or pass --test FILE",
         )
     room = max(1, round(share * len(groups)))
-    held = np.zeros(len(groups), dtype=bool)
+    held_out = np.zeros(len(groups), dtype=bool)
     for part in _fill(parts, room, seed):
-        held[part] = True
-    too_large = [groups[i].rows[0] for part in parts if len(part) > room for i in part if not held[i]]
+        held_out[part] = True
+    too_large = [groups[i].rows[0] for part in parts if len(part) > room for i in part if not held_out[i]]
     notes = issue_of(
         "kept-together", "groups tied to more groups than the held-out share has room for, trained on", too_large
     )
-    return _without_shared(_two_sides(groups, held, notes), len(groups))
+    return _without_shared(two_parts(groups, held_out, notes), len(groups))
 
 
 def group_folds(groups: Sequence[RankGroup], folds: int, seed: int) -> list[Split]:
@@ -249,7 +226,7 @@ def group_folds(groups: Sequence[RankGroup], folds: int, seed: int) -> list[Spli
         smallest = sizes.index(min(sizes))
         sizes[smallest] += len(parts[at])
         fold_of[parts[at]] = smallest
-    return [_without_shared(_two_sides(groups, fold_of == f, ()), len(groups)) for f in range(folds)]
+    return [_without_shared(two_parts(groups, fold_of == f, ()), len(groups)) for f in range(folds)]
 
 
 def split_by_date(groups: Sequence[RankGroup], share: float) -> Split:
@@ -273,20 +250,22 @@ def split_by_date(groups: Sequence[RankGroup], share: float) -> Split:
             "leave --date out, or pass --test FILE",
         )  # fmt: skip
     counts = np.array([(times >= start).sum() for start in starts])
-    held = times >= starts[np.argmin(np.abs(counts - share * len(groups)))]
-    return _without_shared(_two_sides(groups, held, ()), len(groups))
+    held_out = times >= starts[np.argmin(np.abs(counts - share * len(groups)))]
+    return _without_shared(two_parts(groups, held_out, ()), len(groups))
 
 
-def _without_shared(sides: Split, count: int) -> Split:
+def _without_shared(split: Split, count: int) -> Split:
     """The sides of ``count`` groups, less the held-out titles that train as well."""
-    known = {text.strip() for group in sides.train for text in group.texts}
-    kept, taken = without_titles(sides.held, known, "shared-title", "held-out titles that training groups have too")
+    known = {text.strip() for group in split.train for text in group.texts}
+    kept, removed = without_titles(
+        split.held_out, known, "shared-title", "held-out titles that training groups have too"
+    )
     if not kept:
         raise UserError(
             "groups to hold out that share no title with the others", f"titles shared all over {count} groups",
             "pass --test FILE with groups of other titles",
         )  # fmt: skip
-    return replace(sides, held=kept, notes=sides.notes + taken)
+    return replace(split, held_out=kept, notes=split.notes + removed)
 
 
 def without_titles(
@@ -397,11 +376,12 @@ def _shuffled(n: int, seed: int) -> NDArray[np.int_]:
     return np.argsort(np.random.Generator(np.random.PCG64(seed)).random(n), kind="stable")
 
 
-def _two_sides(items: Sequence[Example], held: NDArray[np.bool_], notes: tuple[Issue, ...]) -> Split:
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for item, is_held in zip(items, held, strict=True):
-        sides[int(is_held)].append(item)
-    return Split(*sides, notes)
+def two_parts(items: Sequence[Example], held_out: NDArray[np.bool_], notes: tuple[Issue, ...]) -> Split:
+    """Split items by a mask ``[N]`` of those to hold out."""
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for item, is_held_out in zip(items, held_out, strict=True):
+        parts[int(is_held_out)].append(item)
+    return Split(*parts, notes)
 
 
 def issue_of(kind: str, message: str, rows: Iterable[int]) -> tuple[Issue, ...]:

@@ -1,6 +1,6 @@
 """What a second version of a classifier or ranker says otherwise than the first, on the same examples. Pure NumPy.
 
-Mended: wrong by the first (A) and right by the second (B); broken: the other way round. Where no truth is known there are
+Fixed: wrong by the first (A) and right by the second (B); broken: the other way round. Where no truth is known there are
 only changes.
 
 Legend of shapes: N texts, C labels, n titles of a group, P pairs of them with a winner.
@@ -19,7 +19,7 @@ from loracle.evaluation.pairs import group_pairs
 from loracle.examples import RankGroup
 
 Mask = npt.NDArray[np.bool_]
-MENDED, BROKEN, OTHER = "mended", "broken", "changed"
+FIXED, BROKEN, OTHER = "fixed", "broken", "changed"
 
 
 def label_changes(given_a: Mask, given_b: Mask, true: Mask | None) -> list[str | None]:
@@ -32,7 +32,7 @@ def label_changes(given_a: Mask, given_b: Mask, true: Mask | None) -> list[str |
         return [OTHER if c else None for c in changed]
     right_a, right_b = ((given == true).all(axis=1) for given in (given_a, given_b))
     return [
-        None if not c else MENDED if b else BROKEN if a else OTHER
+        None if not c else FIXED if b else BROKEN if a else OTHER
         for c, a, b in zip(changed, right_a, right_b, strict=True)
     ]
 
@@ -41,7 +41,7 @@ def class_changes(given_a: Mask, given_b: Mask, true: Mask | None, names: Sequen
     """Who gained and who lost, a row for each label that is given to other texts than before, the most moved first.
 
     Counts of texts: ``given_a``, ``given_b``, and where the truth is known ``texts`` that have the label, of these
-    ``mended`` (found by B, missed by A) and ``broken``, and ``false_a``, ``false_b``, which are given it wrongly.
+    ``fixed`` (found by B, missed by A) and ``broken``, and ``false_a``, ``false_b``, which are given it wrongly.
     """
     rows = []
     for c in np.flatnonzero((given_a != given_b).any(axis=0)):
@@ -49,7 +49,7 @@ def class_changes(given_a: Mask, given_b: Mask, true: Mask | None, names: Sequen
         row: dict[str, Any] = {"label": names[int(c)], "given_a": int(a.sum()), "given_b": int(b.sum())}
         if true is not None:
             t = true[:, c]
-            row |= {"texts": int(t.sum()), "mended": int((b & ~a & t).sum()), "broken": int((a & ~b & t).sum())}
+            row |= {"texts": int(t.sum()), "fixed": int((b & ~a & t).sum()), "broken": int((a & ~b & t).sum())}
             row |= {"false_a": int((a & ~t).sum()), "false_b": int((b & ~t).sum())}
         rows.append((int((a != b).sum()), row))
     return [row for _, row in sorted(rows, key=lambda moved: -moved[0])]
@@ -62,9 +62,9 @@ class GroupChange:
     order_a: tuple[int, ...]
     order_b: tuple[int, ...]
     pairs: int  # of titles
-    turned: int  # of these those that A and B order otherwise; a tie is an order of its own
+    reversed: int  # of these those that A and B order otherwise; a tie is an order of its own
     decided: int  # pairs with a winner
-    mended: int
+    fixed: int
     broken: int
 
     @property
@@ -84,8 +84,8 @@ def group_change(scores_a: np.ndarray, scores_b: np.ndarray, group: RankGroup) -
         order_a=order_a,
         order_b=order_b,
         pairs=len(first),
-        turned=int((signs[0] != signs[1]).sum()),
+        reversed=int((signs[0] != signs[1]).sum()),
         decided=len(winner),
-        mended=int((gain > 0).sum()),
+        fixed=int((gain > 0).sum()),
         broken=int((gain < 0).sum()),
     )

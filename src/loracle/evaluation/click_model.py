@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp, ndtr, ndtri, softmax
 
-from loracle.evaluation.classification import LEVEL, Array
+from loracle.evaluation.intervals import LEVEL, Array
 from loracle.evaluation.marginal_likelihood import (
     DRAW_LEVELS,
     DRAW_Z,
@@ -42,7 +42,7 @@ STEEPEST = 20.0  # bound of |β| per root mean square score; met only where scor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class ClickModel:
     """A fitted model. Where nothing tells, the slope is 0 and the rest NaN.
 
     ``log_likelihood`` is marginal, in nats, up to a constant of the counts: two fits to the same groups compare.
@@ -57,7 +57,7 @@ class Spread:
     groups: int = 0  # that told something
 
 
-def fit_spread(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None = None) -> Spread:
+def fit_click_model(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None = None) -> ClickModel:
     """Slope β and spread τ by maximum marginal likelihood.
 
     For each group a trapezoid rule over μ around its mode, for each arm and μ an adaptive Gauss-Hermite rule over z
@@ -73,7 +73,7 @@ def fit_spread(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None 
         i for i, group in enumerate(groups) if group.clicks and 0 < sum(group.clicks) < sum(group.impressions or ())
     ]
     if not told:
-        return Spread(slope=0.0, spread=np.nan, slope_se=np.nan, spread_se=np.nan, log_likelihood=np.nan)
+        return ClickModel(slope=0.0, spread=np.nan, slope_se=np.nan, spread_se=np.nan, log_likelihood=np.nan)
     chosen = None if scores is None else [np.asarray(scores[i], dtype=np.float64) for i in told]
     unit = _unit(chosen)  # of score, in which β is searched for; 0 where scores tell no titles apart
     parts = list(blocks([groups[i] for i in told], chosen, FIT_LEVELS.size * FIT_Z.size))
@@ -95,7 +95,7 @@ def fit_spread(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None 
     slope, spread = float(found.x[0]), float(np.sqrt(found.x[1]))
     value, _, _, levels = likelihood(slope, spread)
     slope_se, spread_se = _standard_errors(lambda b, t: likelihood(b, t)[1:3], slope, spread, unit > 0)
-    return Spread(
+    return ClickModel(
         slope=slope / (unit or 1.0),
         spread=spread,
         slope_se=slope_se / (unit or 1.0),
@@ -108,7 +108,7 @@ def fit_spread(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None 
 
 def posterior_log_odds(
     groups: Sequence[RankGroup],
-    spread: Spread,
+    model: ClickModel,
     scores: Sequence[np.ndarray] | None = None,
     *,
     draws: int = 200,
@@ -119,27 +119,27 @@ def posterior_log_odds(
     Drawn on the grids over which the likelihood is integrated: μ on its nodes, a third of a standard deviation apart,
     and z from the histogram around its mode. The uniform numbers behind them are a Latin hypercube (McKay et al. 1979),
     which takes most of the noise out of means over draws. Equal seeds give equal draws, in any order of arms. Groups of
-    which no click tells (see ``fit_spread``) are given half a click, shared out by impressions: it favours no arm.
+    which no click tells (see ``fit_click_model``) are given half a click, shared out by impressions: it favours no arm.
 
     Args:
         groups: with clicks. scores: ``[n_i]`` a group, where the spread was fitted to scores.
     """
     rng = np.random.default_rng(seed)
     parts = blocks(groups, scores, DRAW_LEVELS.size * DRAW_Z.size)
-    return [drawn for arms in parts for drawn in _draw(arms, spread, draws, rng)]
+    return [drawn for arms in parts for drawn in _draw(arms, model, draws, rng)]
 
 
-def win_probability(scores: np.ndarray, spread: Spread) -> Array:
+def win_probability(scores: np.ndarray, model: ClickModel) -> Array:
     """Chance ``[n, n]`` that title i has a higher true rate than title j: Φ(β(s_i − s_j) / (√2·τ)), 0.5 on the diagonal.
 
     As titles of one group; their true log-odds lie ``spread`` (standard deviation) around ``slope`` times the score.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    return ndtr(spread.slope * (scores[:, None] - scores) / (np.sqrt(2) * np.maximum(spread.spread, SMALLEST)))
+    return ndtr(model.slope * (scores[:, None] - scores) / (np.sqrt(2) * np.maximum(model.spread, SMALLEST)))
 
 
 def expected_lift(
-    scores: np.ndarray, spread: Spread, *, draws: int | None = None, seed: int = 0
+    scores: np.ndarray, model: ClickModel, *, draws: int | None = None, seed: int = 0
 ) -> tuple[Array, Array, Array]:
     """Expected lift of each title's true click rate over the mean of the titles offered, and its 95 % interval.
 
@@ -151,10 +151,10 @@ def expected_lift(
     scores = np.asarray(scores, dtype=np.float64)
     draws = draws or min(1 << 17, max(1 << 12, (1 << 21) // len(scores)))
     normal = ndtri(_hypercube(np.random.default_rng(seed), len(scores) + 2, draws)).T  # [D, n + 2]
-    slope = spread.slope + np.nan_to_num(spread.slope_se) * normal[:, -1:]
-    residual = spread.spread + np.nan_to_num(spread.spread_se) * normal[:, -2:-1]  # its sign does not matter
+    slope = model.slope + np.nan_to_num(model.slope_se) * normal[:, -1:]
+    residual = model.spread + np.nan_to_num(model.spread_se) * normal[:, -2:-1]  # its sign does not matter
     log_odds = slope * (scores - scores.mean()) + residual * normal[:, :-2]
-    rates = np.exp(log_odds) / (1 + np.exp(spread.level + log_odds))  # up to e^level, which may be 0
+    rates = np.exp(log_odds) / (1 + np.exp(model.level + log_odds))  # up to e^level, which may be 0
     lift = rates / rates.mean(axis=1, keepdims=True) - 1
     low, high = np.quantile(lift, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return lift.mean(axis=0), low, high
@@ -189,11 +189,11 @@ def _standard_errors(
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
-def _draw(arms: Arms, spread: Spread, draws: int, rng: np.random.Generator) -> list[Array]:
+def _draw(arms: Arms, model: ClickModel, draws: int, rng: np.random.Generator) -> list[Array]:
     """Log-odds ``[D, n]`` of each group: a node of μ, then z from its histogram there."""
     order = np.lexsort((arms.score, arms.clicks, arms.shown, arms.owner))  # so that the order of arms changes nothing
     arms = Arms(arms.clicks[order], arms.shown[order], arms.score[order], arms.first, arms.owner)
-    level, log_level, z, log_z = grid(arms, spread.slope, spread.spread, DRAW_LEVELS, DRAW_Z)
+    level, log_level, z, log_z = grid(arms, model.slope, model.spread, DRAW_LEVELS, DRAW_Z)
     of_clicks = logsumexp(log_z, axis=2)  # [A, L]
     of_level = softmax(log_level + arms.total(of_clicks), axis=1)  # [G, L]
     groups, rows = np.arange(len(level))[:, None], np.arange(len(z))[:, None]
@@ -202,8 +202,8 @@ def _draw(arms: Arms, spread: Spread, draws: int, rng: np.random.Generator) -> l
     of_z = np.exp(log_z - of_clicks[..., None]).reshape(-1, DRAW_Z.size)
     cell, within = _pick(of_z, rows * DRAW_LEVELS.size + node, _hypercube(rng, len(rows), draws))
     width = z[rows, node, 1] - z[rows, node, 0]
-    drawn = level[arms.owner[:, None], node] + spread.slope * arms.score[:, None]
-    drawn += spread.spread * (z[rows, node, cell] + width * (within - 0.5))
+    drawn = level[arms.owner[:, None], node] + model.slope * arms.score[:, None]
+    drawn += model.spread * (z[rows, node, cell] + width * (within - 0.5))
     unsorted = np.empty_like(drawn)
     unsorted[order] = drawn
     return [np.ascontiguousarray(part.T) for part in np.split(unsorted, arms.first[1:])]

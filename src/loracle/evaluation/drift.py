@@ -17,10 +17,6 @@ from typing import Any
 import numpy as np
 from scipy.special import chdtri  # the inverse survival function of chi2, without the second that scipy.stats takes
 
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import UNCALIBRATED, given_labels, probabilities
-from loracle.examples import Task
-
 BINS = 10  # equally filled by what was trained on
 IN_A_BIN = 10  # values that each is to hold at least
 CHANCE = 1e-3  # that texts as in training exceed the limit
@@ -68,17 +64,14 @@ def histogram(values: Iterable[float]) -> Histogram:
     return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()), total=float(found.sum()))
 
 
-def reference(
-    tokens: Iterable[int], scores: np.ndarray, task: Task, calibration: Calibration | None = None
-) -> Reference:
-    """Of the lengths of training texts and the scores ``[N, C]`` of validation texts."""
-    if task.kind == "rank":
-        return Reference(tokens=histogram(tokens), scores=histogram(scores[:, 0]))
-    proba = probabilities(scores, task, calibration or UNCALIBRATED)
-    given = given_labels(proba, task, calibration or UNCALIBRATED)
-    return Reference(
-        tokens=histogram(tokens), scores=histogram(proba.max(axis=1)), labels=tuple(given.sum(axis=0).tolist())
-    )
+def reference(tokens: Iterable[int], scores: Iterable[float], labels: Iterable[int] = ()) -> Reference:
+    """The reference of a run.
+
+    Args:
+        tokens: length of each training text. scores: one value for each validation text. labels: ``[C]``, how often each
+            label was assigned on the validation texts; empty for tasks without labels.
+    """
+    return Reference(tokens=histogram(tokens), scores=histogram(scores), labels=tuple(labels))
 
 
 def psi(seen: Sequence[int], known: Sequence[int]) -> float:

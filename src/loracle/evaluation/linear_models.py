@@ -1,7 +1,7 @@
-"""What simpler methods reach on the same split: majority, length, TF-IDF, frozen features. NumPy, SciPy, scikit-learn.
+"""Linear models on words or on features: what baselines, probes and the search for label errors are fitted with.
 
-Every baseline returns scores of the same form as the model's, so the same metrics judge both; rankers minimise the same
-loss. All are seeded, and none fails on tiny data: where there is nothing to learn from, they fall back to the prior.
+They return scores of the same form as the model's, so the same metrics apply. Rankers minimise the model's own loss. All
+are seeded and none fails on tiny data: with nothing to learn from they return the prior.
 
 Legend of shapes: N texts, C labels, H features, T titles (of all groups, one after the other), P pairs.
 """
@@ -12,20 +12,22 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, issparse
-from scipy.special import log_expit, log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from threadpoolctl import threadpool_limits
 
-from loracle.evaluation.classification import Array
-from loracle.examples import LabeledText, RankGroup, Task
+from loracle.evaluation.intervals import Array
+from loracle.examples import LabeledText, RankGroup
+
+if TYPE_CHECKING:
+    from loracle.evaluation.labels import Labels
 
 Features: TypeAlias = "np.ndarray | csr_matrix"  # [N, H] or [T, H]
 RankLoss = Callable[[Array], tuple[float, Array]]  # scores [T] -> mean loss, its gradient [T]
@@ -34,11 +36,12 @@ Objective = Callable[[Sequence[RankGroup]], RankLoss]
 logger = logging.getLogger(__name__)
 
 CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-WORDS_AND_MARKS = r"\w+|[^\w\s]+"  # runs of punctuation and emoji tell classes apart too
-RARE_FROM = 1000  # texts from which terms seen only once are dropped: most of the features, little of the evidence
+WORDS_AND_MARKS = r"\w+|[^\w\s]+"  # runs of punctuation and emoji help to separate classes too
+RARE_FROM = 1000  # texts from which terms that occur once are dropped: most of the features, little of the evidence
 TFIDF_C = 30.0  # best log loss of 1..100 on N24News, Banking77 and THUCNews titles; accuracy is flat around it
-FROZEN_C = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from which a validation split chooses, for standardised features
+FEATURE_C = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a validation split chooses, for standardised features
 RANKER_L2 = (10.0, 1.0, 0.1, 0.01, 0.001)  # likewise, strongest first, for features of unit mean square length
+RIDGE = tuple(10.0**k for k in range(-1, 6))  # penalties for standardised features, chosen by leave-one-out
 ITERATIONS = 200  # smooth losses need fewer; the margin loss has kinks, at which L-BFGS would dither on
 HELD_OUT = 0.2  # share of the training examples or groups on which a strength is chosen
 
@@ -46,81 +49,54 @@ HELD_OUT = 0.2  # share of the training examples or groups on which a strength i
 # --- classifiers ------------------------------------------------------------------------------------------------------
 
 
-def majority(train_targets: np.ndarray, test_size: int, task: Task) -> Array:
-    """Scores ``[test_size, C]`` from the labels' frequencies alone: their logarithms, or their logits for ``multi``.
-
-    One is added to every count (Laplace), so that the log loss of an unseen label is finite.
-    """
-    return np.tile(_prior(train_targets, task), (test_size, 1))
-
-
 def tfidf_classifier(
-    train_texts: Sequence[str], train_targets: np.ndarray, test_texts: Sequence[str], task: Task
+    train_texts: Sequence[str], targets: np.ndarray, test_texts: Sequence[str], labels: Labels, count: int
 ) -> Array:
-    """Logits ``[N_test, C]`` of logistic regression on TF-IDF; one regression a label for ``multi``.
-
-    Targets are int ``[N]`` or, for ``multi``, bool ``[N, C]`` (``metrics.target_array``).
-    """
+    """Logits ``[N_test, C]`` of logistic regression on TF-IDF. ``targets`` as ``labels.targets``; ``count`` is C."""
     train, test = _tfidf(train_texts, test_texts)
-    return _logistic(train, train_targets, test, task, TFIDF_C)
+    return labels.fit_logistic(train, targets, test, count, TFIDF_C)
 
 
-def frozen_classifier(
-    train_features: np.ndarray, train_targets: np.ndarray, test_features: np.ndarray, task: Task, *, seed: int = 0
+def feature_classifier(
+    features: tuple[np.ndarray, np.ndarray], targets: np.ndarray, labels: Labels, count: int, *, seed: int = 0
 ) -> Array:
-    """Logits ``[N_test, C]`` of logistic regression on standardised features ``[N, H]`` of a frozen model.
+    """Logits ``[N_test, C]`` of logistic regression on standardised features ``[N, H]`` of training and test texts.
 
     The regularisation is chosen by log loss on a fifth of the training texts, then all of them are fitted.
     """
-    train, test = standardised(train_features, test_features)
-    fit, held = _held_out(len(train), seed)
+    train, test = standardised(*features)
+    fit, validation = _held_out(len(train), seed)
 
-    def held_loss(strength: float) -> float:
-        logits = _logistic(train[fit], train_targets[fit], train[held], task, strength)
-        return _log_loss(logits, train_targets[held], task)
+    def validation_loss(strength: float) -> float:
+        logits = labels.fit_logistic(train[fit], targets[fit], train[validation], count, strength)
+        return float(-labels.log_likelihood(logits, targets[validation]).mean())
 
-    strength = min(FROZEN_C, key=held_loss) if len(held) else FROZEN_C[len(FROZEN_C) // 2]
-    return _logistic(train, train_targets, test, task, strength)
-
-
-def _prior(targets: np.ndarray, task: Task) -> Array:
-    """Score of each label ``[C]`` from its smoothed frequency alone."""
-    if task.kind == "single":
-        counts = np.bincount(targets, minlength=len(task.label_names)) + 1.0
-        return np.log(counts / counts.sum())
-    given = targets.sum(axis=0) + 1.0
-    return np.log(given / (len(targets) + 2 - given))
+    strength = min(FEATURE_C, key=validation_loss) if len(validation) else FEATURE_C[len(FEATURE_C) // 2]
+    return labels.fit_logistic(train, targets, test, count, strength)
 
 
-def _logistic(train: Features, targets: np.ndarray, test: Features, task: Task, c: float) -> Array:
-    """Logits ``[N_test, C]``; labels that the training texts never or always have get their prior."""
-    scores = np.tile(_prior(targets, task), (test.shape[0], 1))
-    if task.kind == "single":
-        present = np.unique(targets)
-        if len(present) > 1:
-            scores[:, present] = log_softmax(_decision(train, targets, test, c), axis=1)
-        return scores
-    for label in np.flatnonzero(targets.any(axis=0) & ~targets.all(axis=0)):
-        scores[:, label] = np.diff(_decision(train, targets[:, label], test, c))[:, 0]
-    return scores
+def ridge_classifier(train: np.ndarray, indicator: np.ndarray, test: np.ndarray) -> Array:
+    """Scores ``[M, C]`` of a ridge regression on the labels as ±1: a closed form, so thirty layers take seconds."""
+    train, test = standardised(train, test)
+    with one_thread():
+        return RidgeCV(RIDGE).fit(train, np.where(indicator, 1.0, -1.0)).predict(test).reshape(len(test), -1)
 
 
-def _decision(train: Features, classes: np.ndarray, test: Features, c: float) -> Array:
+def class_logits(train: Features, classes: np.ndarray, test: Features, c: float) -> Array:
     """Logits ``[N_test, K]`` of the K >= 2 classes that occur, in ascending order."""
     model = LogisticRegression(C=c, max_iter=ITERATIONS)
     with one_thread(), warnings.catch_warnings():  # scikit-learn warns where a log line is enough
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(train, classes)
     if model.n_iter_.max() >= ITERATIONS:
-        logger.info("a baseline stopped after %d iterations, short of its optimum", ITERATIONS)
+        logger.info("a baseline stopped after %d iterations, before its optimum", ITERATIONS)
     logits = model.decision_function(test).astype(np.float64)
     return np.stack([np.zeros_like(logits), logits], axis=1) if logits.ndim == 1 else logits
 
 
-def _log_loss(logits: Array, targets: np.ndarray, task: Task) -> float:
-    if task.kind == "single":
-        return float(-log_softmax(logits, axis=1)[np.arange(len(targets)), targets].mean())
-    return float(-log_expit(np.where(targets, logits, -logits)).mean())
+def words_of(examples: Sequence[LabeledText]) -> list[str]:
+    """The words that TF-IDF reads of each example: its context, where it has one, and its text."""
+    return [" ".join(filter(None, (e.context, e.text))) for e in examples]
 
 
 # --- rankers ----------------------------------------------------------------------------------------------------------
@@ -131,19 +107,19 @@ def length_ranker(
 ) -> list[Array]:
     """Scores ``[n_i]`` of each test group from a title's number of characters and of words alone."""
     train, test = ([_lengths(group.texts) for group in groups] for groups in (train_groups, test_groups))
-    return frozen_ranker(train, train_groups, test, objective, seed=seed)
+    return feature_ranker(train, train_groups, test, objective, seed=seed)
 
 
 def tfidf_ranker(
     train_groups: Sequence[RankGroup], test_groups: Sequence[RankGroup], objective: Objective, *, seed: int = 0
 ) -> list[Array]:
-    """Scores ``[n_i]`` of each test group linear in the TF-IDF of its titles; a context is shared, so it has no say."""
+    """Scores ``[n_i]`` of each test group linear in the TF-IDF of its titles; a context is shared, so it is left out."""
     train, test = _tfidf(_titles(train_groups), _titles(test_groups))
     weights = linear_ranker(train, train_groups, objective, seed=seed)
     return _by_group(test @ weights, test_groups)
 
 
-def frozen_ranker(
+def feature_ranker(
     train_features: Sequence[np.ndarray],
     train_groups: Sequence[RankGroup],
     test_features: Sequence[np.ndarray],
@@ -151,7 +127,7 @@ def frozen_ranker(
     *,
     seed: int = 0,
 ) -> list[Array]:
-    """Scores ``[n_i]`` of each test group linear in standardised features ``[n_i, H]`` of a frozen model."""
+    """Scores ``[n_i]`` of each test group linear in standardised features ``[n_i, H]``."""
     sizes = [len(part) for part in test_features]
     train, test = standardised(np.concatenate(train_features), np.concatenate(test_features))
     weights = linear_ranker(train, train_groups, objective, seed=seed)
@@ -163,28 +139,28 @@ def linear_ranker(features: Features, groups: Sequence[RankGroup], objective: Ob
 
     Args:
         features: ``[T, H]``, dense or sparse, one row a title, in the order of the groups.
-        objective: the loss to minimise, the model's own (``train.losses.numpy_objective``).
+        objective: the loss to minimise, the model's own (``training.losses.numpy_objective``).
 
     Returns:
         Zeros, a constant scorer, where no group has evidence.
     """
     scale = _mean_squared_length(features)
-    fit, held = (sorted(part) for part in _held_out(len(groups), seed))
+    fit, validation = (sorted(part) for part in _held_out(len(groups), seed))
     rows = np.split(np.arange(features.shape[0]), np.cumsum([len(group.texts) for group in groups])[:-1])
 
     def part(chosen: Sequence[int]) -> tuple[Features, RankLoss]:
-        taken = np.concatenate([rows[i] for i in chosen])
-        return features[taken], objective([groups[i] for i in chosen])
+        index = np.concatenate([rows[i] for i in chosen])
+        return features[index], objective([groups[i] for i in chosen])
 
     strength = RANKER_L2[len(RANKER_L2) // 2]
     weights = np.zeros(features.shape[1])
-    if held:
+    if validation:
         fit_features, fit_loss = part(fit)
-        held_features, held_loss = part(held)
+        validation_features, validation_loss = part(validation)
         losses = []
         for candidate in RANKER_L2:  # from strong to weak, each from where the last one ended
             weights = _minimise(fit_features, fit_loss, candidate * scale, weights)
-            losses.append(held_loss(held_features @ weights)[0])
+            losses.append(validation_loss(validation_features @ weights)[0])
         strength = RANKER_L2[int(np.argmin(losses))]
     return _minimise(features, objective(groups), strength * scale, weights)
 
@@ -201,16 +177,11 @@ def _minimise(features: Features, loss: RankLoss, penalty: float, start: Array) 
 
 
 def one_thread() -> threadpool_limits:
-    """BLAS on one thread: the products here are so small that on a busy machine its threads mostly wait for each other.
+    """BLAS on one thread: the products here are so small that its threads mostly wait for each other on a busy machine.
 
     Measured with two cores under load: 0.9 s against 17 s for the frozen baseline on 4,000 texts.
     """
     return threadpool_limits(1, user_api="blas")
-
-
-def words_of(examples: Sequence[LabeledText]) -> list[str]:
-    """What TF-IDF reads of each: its context, where it has one, and its text."""
-    return [" ".join(filter(None, (e.context, e.text))) for e in examples]
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -218,7 +189,7 @@ def words_of(examples: Sequence[LabeledText]) -> list[str]:
 
 def _tfidf(train_texts: Sequence[str], test_texts: Sequence[str]) -> tuple[csr_matrix, csr_matrix]:
     """TF-IDF ``[N, H]`` of both, fitted on the first: words and pairs of words, or of characters where most are CJK."""
-    if not any(text.strip() for text in train_texts):  # no term at all, which the vectoriser would refuse
+    if not any(text.strip() for text in train_texts):  # no term at all, which is an error for the vectoriser
         return csr_matrix((len(train_texts), 1)), csr_matrix((len(test_texts), 1))
     terms: dict[str, Any] = {"analyzer": "char"} if _mostly_cjk(train_texts) else {"token_pattern": WORDS_AND_MARKS}
     rare = 2 if len(train_texts) >= RARE_FROM else 1
@@ -260,7 +231,7 @@ def _mean_squared_length(features: Features) -> float:
 
 
 def _held_out(count: int, seed: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Indices to fit on and to choose on; the latter are none where there are too few to spare."""
+    """Indices to fit on and to choose on. With few examples none are left to choose on."""
     order = np.random.default_rng(seed).permutation(count)
-    held = int(count * HELD_OUT)
-    return order[held:], order[:held]
+    validation = int(count * HELD_OUT)
+    return order[validation:], order[:validation]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit, logsumexp, xlog1py, xlogy
 
-from loracle.evaluation.classification import Array
+from loracle.evaluation.intervals import Array
 from loracle.examples import RankGroup
 
 NEWTON_STEPS = 8  # a mode need not be exact, as the nodes around it only have to cover the mass

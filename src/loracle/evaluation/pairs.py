@@ -6,27 +6,16 @@ Equal click rates or grades are no evidence for either side. Legend of shapes: n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from loracle.evaluation.classification import Array
+from loracle.evaluation.intervals import Array
 from loracle.examples import RankGroup
 
 Pairs = npt.NDArray[np.intp]  # [P, 2]: winner, loser
-Evidence = Literal["pairs", "grades", "clicks"]
 
 SIGNIFICANT_Z = 1.959963984540054  # two-sided p = .05
-
-
-def evidence_of(group: RankGroup) -> Evidence | None:
-    """Which kind of evidence a group carries; None when it is only to be ranked."""
-    if group.clicks is not None:
-        return "clicks"
-    if group.grades is not None:
-        return "grades"
-    return "pairs" if group.preferences else None
 
 
 def group_pairs(group: RankGroup) -> Pairs:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loracle.evaluation.classification import Array, Interval, bootstrap, ratio
-from loracle.evaluation.ranking_metrics import SCORELESS, read_cases, tally_table
+from loracle.evaluation.intervals import Array, Interval, bootstrap, ratio
+from loracle.evaluation.ranking_metrics import SCORELESS, metric_table, read_evidence
 from loracle.examples import RankGroup
 
 
@@ -59,16 +59,16 @@ def rank_metrics(
         ValueError: scores and groups do not fit, or a score is not finite.
     """
     _check(scores, groups)
-    cases = read_cases(groups)
-    table = _by_id(tally_table(scores, cases), groups)
-    found = bootstrap(lambda weights: _ratios(table, weights), _units(table), seed=seed)
-    counts = {"groups": len(groups), "pairs": sum(len(case.pairs) for case in cases)}
-    if any(case.kind == "clicks" for case in cases):
-        counts["significant_pairs"] = int(sum(case.significant.sum() for case in cases))
-    return {**found, **counts}
+    evidence = read_evidence(groups)
+    table = _by_id(metric_table(scores, evidence), groups)
+    metrics = bootstrap(lambda weights: _ratios(table, weights), _units(table), seed=seed)
+    counts = {"groups": len(groups), "pairs": sum(len(e.pairs) for e in evidence)}
+    if any(len(e.rates) for e in evidence):
+        counts["significant_pairs"] = int(sum(e.significant.sum() for e in evidence))
+    return {**metrics, **counts}
 
 
-def paired_difference(
+def ranking_differences(
     scores_a: Sequence[np.ndarray], scores_b: Sequence[np.ndarray], groups: Sequence[RankGroup], *, seed: int = 0
 ) -> dict[str, Interval]:
     """By how much each metric of scorer a is above that of scorer b, on the same groups and the same bootstrap draws.
@@ -81,8 +81,8 @@ def paired_difference(
     """
     _check(scores_a, groups)
     _check(scores_b, groups)
-    cases = read_cases(groups)
-    a, b = (_by_id(tally_table(scores, cases), groups) for scores in (scores_a, scores_b))
+    evidence = read_evidence(groups)
+    a, b = (_by_id(metric_table(scores, evidence), groups) for scores in (scores_a, scores_b))
 
     def statistics(weights: Array) -> dict[str, Array]:
         of_a, of_b = _ratios(a, weights), _ratios(b, weights)
@@ -106,8 +106,8 @@ def _by_id(table: Mapping[str, Array], groups: Sequence[RankGroup]) -> dict[str,
     numbers: dict[str | int, int] = {}
     unit = [numbers.setdefault(group.group or i, len(numbers)) for i, group in enumerate(groups)]
     summed = {name: np.zeros((len(numbers), 2)) for name in table}
-    for name, tallies in table.items():
-        np.add.at(summed[name], unit, tallies)
+    for name, sums in table.items():
+        np.add.at(summed[name], unit, sums)
     return summed
 
 

@@ -16,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from loracle.evaluation.classification import Array
-from loracle.evaluation.click_model import fit_spread, posterior_log_odds
+from loracle.evaluation.click_model import fit_click_model, posterior_log_odds
+from loracle.evaluation.intervals import Array
 from loracle.evaluation.pairs import (
-    Evidence,
     Pairs,
     counts,
-    evidence_of,
     grade_gains,
     group_pairs,
     higher_rate,
@@ -50,7 +48,6 @@ class Truth:
 class GroupEvidence:
     """A group and what its evidence says, worked out once for all metrics."""
 
-    kind: Evidence | None
     pairs: Pairs
     significant: npt.NDArray[np.bool_]  # [P], all False without clicks
     gap: Array  # [P], NaN without clicks
@@ -60,9 +57,9 @@ class GroupEvidence:
     truth: Truth | None  # None where no click tells
 
 
-def read_cases(groups: Sequence[RankGroup]) -> list[GroupEvidence]:
+def read_evidence(groups: Sequence[RankGroup]) -> list[GroupEvidence]:
     """All that metrics need to know of the groups."""
-    return [_case(group, truth) for group, truth in zip(groups, true_rates(tuple(groups)), strict=True)]
+    return [_evidence(group, truth) for group, truth in zip(groups, true_rates(tuple(groups)), strict=True)]
 
 
 @lru_cache(maxsize=4)  # validation groups are looked at again and again, and test groups by every baseline
@@ -71,12 +68,12 @@ def true_rates(groups: tuple[RankGroup, ...]) -> tuple[Truth | None, ...]:
 
     None for a group without clicks, and for all where τ cannot be fitted.
     """
-    told = [i for i, group in enumerate(groups) if any(group.clicks or ())]
-    spread = fit_spread([groups[i] for i in told])
+    clicked = [i for i, group in enumerate(groups) if any(group.clicks or ())]
+    model = fit_click_model([groups[i] for i in clicked])
     truths: list[Truth | None] = [None] * len(groups)
-    if spread.groups:
-        drawn = posterior_log_odds([groups[i] for i in told], spread, seed=TRUTH_SEED)
-        for i, log_odds in zip(told, drawn, strict=True):
+    if model.groups:
+        drawn = posterior_log_odds([groups[i] for i in clicked], model, seed=TRUTH_SEED)
+        for i, log_odds in zip(clicked, drawn, strict=True):
             truths[i] = _truth(groups[i], expit(log_odds))
     return tuple(truths)
 
@@ -92,21 +89,21 @@ def _truth(group: RankGroup, rates: Array) -> Truth:
     return Truth(above, mean[same.ravel()], float(rates.max(axis=1).mean()))
 
 
-def _case(group: RankGroup, truth: Truth | None) -> GroupEvidence:
-    kind, pairs, none = evidence_of(group), group_pairs(group), np.empty(0)
-    if kind != "clicks":
+def _evidence(group: RankGroup, truth: Truth | None) -> GroupEvidence:
+    pairs, none = group_pairs(group), np.empty(0)
+    if group.clicks is None:
         gains = grade_gains(group.grades) if group.grades is not None else none
         no, unknown = np.zeros(len(pairs), dtype=bool), np.full(len(pairs), np.nan)
-        return GroupEvidence(kind, pairs, no, unknown, none, none.astype(bool), gains, None)
+        return GroupEvidence(pairs, no, unknown, none, none.astype(bool), gains, None)
     clicks, impressions = counts(group)
     rates, higher = clicks / impressions, higher_rate(group)
     best = np.logical_and(higher.any(axis=1), np.logical_not(higher.any(axis=0)))
-    return GroupEvidence(kind, pairs, significant(group, pairs), rate_gap(group, pairs), rates, best, rates, truth)
+    return GroupEvidence(pairs, significant(group, pairs), rate_gap(group, pairs), rates, best, rates, truth)
 
 
-# --- tallies ----------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
-Tally = Callable[[Array, GroupEvidence], tuple[float, float]]
+Sums = Callable[[Array, GroupEvidence], tuple[float, float]]
 
 
 def _pick(scores: Array) -> Array:
@@ -120,41 +117,41 @@ def _wins(scores: Array, pairs: Pairs) -> tuple[float, float]:
     return float((winner > loser).sum() + 0.5 * (winner == loser).sum()), float(len(pairs))
 
 
-def _pair_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    return _wins(scores, case.pairs)
+def _pair_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    return _wins(scores, evidence.pairs)
 
 
-def _significant_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    return _wins(scores, case.pairs[case.significant])
+def _significant_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    return _wins(scores, evidence.pairs[evidence.significant])
 
 
-def _gap_tally(which: int) -> Tally:
-    return lambda scores, case: _wins(scores, case.pairs[np.digitize(case.gap, GAP_EDGES) == which])
+def _gap_sums(which: int) -> Sums:
+    return lambda scores, evidence: _wins(scores, evidence.pairs[np.digitize(evidence.gap, GAP_EDGES) == which])
 
 
-def _kendall_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    right, pairs = _wins(scores, case.pairs)
+def _kendall_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    right, pairs = _wins(scores, evidence.pairs)
     return (2 * right / pairs - 1, 1.0) if pairs else (0.0, 0.0)
 
 
-def _top1_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    return (float(_pick(scores) @ case.best), 1.0) if case.best.any() else (0.0, 0.0)
+def _top1_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    return (float(_pick(scores) @ evidence.best), 1.0) if evidence.best.any() else (0.0, 0.0)
 
 
-def _lift_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    mean = case.rates.mean()
-    return float(_pick(scores) @ (case.rates - mean)), float(mean)
+def _lift_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    mean = evidence.rates.mean()
+    return float(_pick(scores) @ (evidence.rates - mean)), float(mean)
 
 
-def _regret_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    if case.truth is None:
+def _regret_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    if evidence.truth is None:
         return 0.0, 0.0
-    return case.truth.best - float(_pick(scores) @ case.truth.rate), case.truth.best
+    return evidence.truth.best - float(_pick(scores) @ evidence.truth.rate), evidence.truth.best
 
 
-def _ndcg_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    gains = case.gains
-    if not len(case.pairs):
+def _ndcg_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    gains = evidence.gains
+    if not len(evidence.pairs):
         return 0.0, 0.0
     discounts = 1 / np.log2(np.arange(len(gains)) + 2)
     _, block, size = np.unique(-scores, return_inverse=True, return_counts=True)
@@ -167,49 +164,48 @@ def _ceiling_of(pairs: Pairs, truth: Truth | None) -> tuple[float, float]:
     return (float(truth.above[tuple(pairs.T)].sum()), float(len(pairs))) if truth else (0.0, 0.0)
 
 
-def _ceiling_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    return _ceiling_of(case.pairs, case.truth)
+def _ceiling_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    return _ceiling_of(evidence.pairs, evidence.truth)
 
 
-def _significant_ceiling_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    return _ceiling_of(case.pairs[case.significant], case.truth)
+def _significant_ceiling_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    return _ceiling_of(evidence.pairs[evidence.significant], evidence.truth)
 
 
-def _way_tally(scores: Array, case: GroupEvidence) -> tuple[float, float]:
-    known, pairs = _ceiling_of(case.pairs, case.truth)
-    return (_wins(scores, case.pairs)[0] - pairs / 2, known - pairs / 2) if pairs else (0.0, 0.0)
+def _way_sums(scores: Array, evidence: GroupEvidence) -> tuple[float, float]:
+    known, pairs = _ceiling_of(evidence.pairs, evidence.truth)
+    return (_wins(scores, evidence.pairs)[0] - pairs / 2, known - pairs / 2) if pairs else (0.0, 0.0)
 
 
-CLICKS: frozenset[Evidence] = frozenset({"clicks"})
-GRADED: frozenset[Evidence] = frozenset({"clicks", "grades"})
-
-# Name: tally, and the kinds of evidence that it speaks for.
-TALLIES: dict[str, tuple[Tally, frozenset[Evidence]]] = {
-    "pair_accuracy": (_pair_tally, frozenset({"pairs", "grades", "clicks"})),
-    "significant_pair_accuracy": (_significant_tally, CLICKS),
-    "ctr_lift": (_lift_tally, CLICKS),
-    "top1": (_top1_tally, CLICKS),
-    "regret": (_regret_tally, CLICKS),
-    "ndcg": (_ndcg_tally, GRADED),
-    "kendall_tau": (_kendall_tally, GRADED),
-    **{f"pair_accuracy_gap_{name}": (_gap_tally(i), CLICKS) for i, name in enumerate(GAPS)},
-    "ceiling": (_ceiling_tally, CLICKS),
-    "significant_ceiling": (_significant_ceiling_tally, CLICKS),
-    "way": (_way_tally, CLICKS),
+# Name: the sums of a group, and the evidence (a field of GroupEvidence) that a group must have for it.
+RANKING_METRICS: dict[str, tuple[Sums, str]] = {
+    "pair_accuracy": (_pair_sums, "pairs"),
+    "significant_pair_accuracy": (_significant_sums, "rates"),
+    "ctr_lift": (_lift_sums, "rates"),
+    "top1": (_top1_sums, "rates"),
+    "regret": (_regret_sums, "rates"),
+    "ndcg": (_ndcg_sums, "gains"),
+    "kendall_tau": (_kendall_sums, "gains"),
+    **{f"pair_accuracy_gap_{name}": (_gap_sums(i), "rates") for i, name in enumerate(GAPS)},
+    "ceiling": (_ceiling_sums, "rates"),
+    "significant_ceiling": (_significant_ceiling_sums, "rates"),
+    "way": (_way_sums, "rates"),
 }
-SCORELESS = frozenset({"ceiling", "significant_ceiling"})  # say nothing of a scorer
+SCORELESS = frozenset({"ceiling", "significant_ceiling"})  # independent of the scorer
 
 
-def tally_table(scores: Sequence[np.ndarray], cases: Sequence[GroupEvidence]) -> dict[str, Array]:
-    """``[G, 2]`` for each metric that some group speaks for, and for the pair accuracy."""
-    kinds = {case.kind for case in cases}
+def metric_table(scores: Sequence[np.ndarray], evidence: Sequence[GroupEvidence]) -> dict[str, Array]:
+    """``[G, 2]``, numerator and denominator of each group, for each metric that some group has evidence for.
+
+    The pair accuracy is always there.
+    """
     return {
         name: np.array(
             [
-                tally(np.asarray(score, np.float64), case) if case.kind in speaks else (0.0, 0.0)
-                for score, case in zip(scores, cases, strict=True)
+                sums(np.asarray(score, np.float64), group) if len(getattr(group, needs)) else (0.0, 0.0)
+                for score, group in zip(scores, evidence, strict=True)
             ]
         ).reshape(-1, 2)
-        for name, (tally, speaks) in TALLIES.items()
-        if name == "pair_accuracy" or speaks & kinds
+        for name, (sums, needs) in RANKING_METRICS.items()
+        if name == "pair_accuracy" or any(len(getattr(group, needs)) for group in evidence)
     }

@@ -10,7 +10,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +20,25 @@ import psutil
 import torch
 
 from loracle import pipeline
-from loracle.baselines import fit
-from loracle.baselines.fit import Baseline
+from loracle.baselines.base import Baseline, BaselineInputs, calibrated
+from loracle.baselines.linear_probe import VALIDATION_TEXTS, choose_layer, mean_states
+from loracle.baselines.tfidf import tfidf_of
 from loracle.config import CompareConfig, RunConfig
-from loracle.data.splits import Data
-from loracle.errors import UserError
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import headline_metric
+from loracle.errors import Log, UserError
 from loracle.evaluation.significance import Paired, holm
-from loracle.evaluation.significance import compare as in_pairs
-from loracle.examples import Task
-from loracle.experiments.runner import learn_once, place, root_of
+from loracle.experiments.runner import place, root_of, train_once
+from loracle.formatting import markdown_table, plain_table
 from loracle.models.loading import load_config, resolve_base
 from loracle.models.scorer import is_encoder
-from loracle.pipeline import Log
-from loracle.reporting.terminal import difference, figure, markdown_table, plain_table
+from loracle.reporting.terminal import difference, figure
 from loracle.runs import folder as run_folder
+from loracle.tasks import Task
+from loracle.tasks.base import LinearFit
+from loracle.tasks.dataset import Data, prepare_data
 from loracle.training import scoring
+from loracle.training.losses import choose_loss, numpy_objective
+from loracle.training.prepare import PreparedModel, count_tokens, new_model, open_base
+from loracle.training.probe import subsample
 
 JSON, TABLE, COSTS = "comparison.json", "comparison.md", "costs.json"
 DEPTH = "@depth="
@@ -45,10 +47,10 @@ SAMPLED_EVERY = 0.05  # seconds between looks at the memory in use
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One row: a base model that is trained, or a simpler method (``tfidf``, ``frozen``) on the same split."""
+    """One row: a base model that is trained, or a simpler method (``tfidf``, ``linear-probe``) on the same split."""
 
     name: str
-    method: str  # train, tfidf or frozen
+    method: str  # a key of ``METHODS``
     config: RunConfig
 
 
@@ -59,14 +61,14 @@ def run(config: RunConfig, settings: CompareConfig, *, log: Log = print, quiet: 
         UserError: a name that is no model, before anything is trained; data that cannot be used.
         Interrupted: Ctrl-C; the same call goes on.
     """
-    config = pipeline.absolute(dataclasses.replace(config, baselines=False))
-    data, root = pipeline.read_data(config, log), root_of(config, "compare")
-    contenders = line_up(config, settings, log)
+    config = pipeline.with_absolute_paths(dataclasses.replace(config, baselines=False))
+    data, root = prepare_data(config, log), root_of(config, "compare")
+    candidates = line_up(config, settings, log)
     rows = []
-    for number, one in enumerate(contenders, 1):
-        log(f"\n{number} of {len(contenders)}: {one.name}")
+    for number, one in enumerate(candidates, 1):
+        log(f"\n{number} of {len(candidates)}: {one.name}")
         folder = place(root, _file_name(one), one.config, data)
-        result = _train(one, data, folder, log, quiet) if one.method == "train" else _baseline(one, data, folder, log)
+        result = METHODS[one.method](one, data, folder, log, quiet)
         rows.append({"name": one.name, "method": one.method, "folder": folder.name, **result})
         gc.collect()  # the next one's memory is its own
     pair_up(rows, root, data)
@@ -74,7 +76,7 @@ def run(config: RunConfig, settings: CompareConfig, *, log: Log = print, quiet: 
     lead = f"{len(data.train):,} to learn from, {len(data.test):,} to test on; Δ: less {rows[0]['name']}, p by Holm"
     notes = sorted({row["note"] for row in rows if row.get("note")})
     lead += "".join(f"\n(figures of {note})" for note in notes)
-    run_folder.write_text(root / JSON, json.dumps({"task": data.task.kind, "rows": rows}, indent=1))
+    run_folder.write_text(root / JSON, json.dumps({"task": data.task.name, "rows": rows}, indent=1))
     run_folder.write_text(root / TABLE, f"{markdown_table(table)}\n\n{lead}\n")
     log(f"\n{plain_table(table)}\n{lead}\n\nfolder: {root}")
     return root
@@ -88,24 +90,31 @@ def line_up(config: RunConfig, settings: CompareConfig, log: Log) -> list[Candid
     """
     names = [config.model.model, *(n.strip() for n in settings.against.split(",") if n.strip())]
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
-        raise UserError("each name once, --model among them", f"{twice[0]} twice", "leave it out of --against")
-    found = []
-    for name in names:
-        given, depth = _depth_of(name)
-        kind, _, other = given.partition(":")
-        method, base = (kind, other) if kind in ("tfidf", "frozen") else ("train", given)
-        base = base or config.model.model
-        own = config if base == config.model.model else _with_model(config, base)
-        if depth is not None:
-            if method != "train":
-                raise UserError("a depth for a model that is trained", name, f"name {method} without it")
-            kept = None if depth == "full" else int(depth) if depth.isdecimal() else depth
-            own = dataclasses.replace(own, model=dataclasses.replace(own.model, depth=kept))
-        if method != "tfidf":
-            own = _fitted(own, settings, log) if method == "train" else own
-            resolve_base(own.model.model, own.model.revision)
-        found.append(Candidate(name=_short(name), method=method, config=own))
-    return found
+        raise UserError(f"{twice[0]} is named twice, counting --model.", "Leave it out of --against.")
+    return [_candidate(name, config, settings, log) for name in names]
+
+
+def _candidate(name: str, config: RunConfig, settings: CompareConfig, log: Log) -> Candidate:
+    """A row from its name: ``tfidf``, ``linear-probe``, ``linear-probe:NAME``, or the name of a base model.
+
+    Raises:
+        UserError: there is no such model, or a depth for a method without one.
+    """
+    given, depth = _depth_of(name)
+    prefix, _, other = given.partition(":")
+    method, base = (prefix, other) if prefix in METHODS else (TRAIN, given)
+    base = base or config.model.model
+    own = config if base == config.model.model else _with_model(config, base)
+    if depth is not None:
+        if method != TRAIN:
+            raise UserError(f"{name}: only a model that is trained has a depth.", f"Name {method} without it.")
+        layers = None if depth == "full" else int(depth) if depth.isdecimal() else depth
+        own = dataclasses.replace(own, model=dataclasses.replace(own.model, depth=layers))
+    if method == TRAIN:
+        own = _fitted(own, settings, log)
+    if method != "tfidf":
+        resolve_base(own.model.model, own.model.revision)
+    return Candidate(name=_short(name), method=method, config=own)
 
 
 def _depth_of(name: str) -> tuple[str, str | None]:
@@ -116,7 +125,7 @@ def _depth_of(name: str) -> tuple[str, str | None]:
 
 def _with_model(config: RunConfig, name: str) -> RunConfig:
     """Another base model; a revision is the first one's alone."""
-    return pipeline.absolute(
+    return pipeline.with_absolute_paths(
         dataclasses.replace(config, model=dataclasses.replace(config.model, model=name, revision=None))
     )
 
@@ -157,7 +166,7 @@ def _train(one: Candidate, data: Data, folder: Path, log: Log, quiet: bool) -> d
     costs = folder.with_name(f"{folder.name}.json")  # beside the run folder, whose manifest is closed
     finished = (folder / run_folder.MANIFEST).exists()
     with peak_memory() as peak:
-        learn_once(one.config, data, folder, log=log, quiet=quiet)
+        train_once(one.config, data, folder, log=log, quiet=quiet)
     if not finished:
         run_folder.write_text(costs, json.dumps({"memory": peak[0]}))
     metrics = json.loads((folder / run_folder.METRICS).read_text(encoding="utf-8"))
@@ -165,7 +174,7 @@ def _train(one: Candidate, data: Data, folder: Path, log: Log, quiet: bool) -> d
     examples = _examples_taken(metrics["train"]["steps"], info.config, len(data.train))
     return {
         "test": metrics["test"],
-        "calibration": dataclasses.asdict(run_folder.calibration_of(folder)),
+        "calibration": _fields(run_folder.read_calibration(folder, data.task)),
         "seconds": examples / metrics["train"]["examples_per_s"],  # an interrupted run only timed its last part
         "memory": json.loads(costs.read_text(encoding="utf-8"))["memory"] if costs.exists() else None,
         "parameters": metrics["scoring"]["parameters"],
@@ -180,50 +189,79 @@ def _examples_taken(steps: int, config: RunConfig, examples: int) -> int:
     return epochs * examples + rest * config.train.batch
 
 
-def _baseline(one: Candidate, data: Data, folder: Path, log: Log) -> dict[str, Any]:
-    """TF-IDF, or a linear model on frozen features of all training texts, or what an earlier call measured of it."""
+def _tfidf(one: Candidate, data: Data, folder: Path, log: Log, quiet: bool) -> dict[str, Any]:
+    """A linear model on TF-IDF."""
+
+    def fit() -> tuple[Baseline, dict[str, Any]]:
+        loss, _ = choose_loss(data, one.config.train)
+        return tfidf_of(data, LinearFit(numpy_objective(loss), one.config.train.seed)), {}
+
+    return _measured(fit, data, folder)
+
+
+def _linear_probe(one: Candidate, data: Data, folder: Path, log: Log, quiet: bool) -> dict[str, Any]:
+    """As the baseline of a run, but from every training text."""
+    return _measured(lambda: _probe_all(one, data, log), data, folder)
+
+
+def _measured(fit: Callable[[], tuple[Baseline, dict[str, Any]]], data: Data, folder: Path) -> dict[str, Any]:
+    """Metrics, seconds and memory of a baseline, or what an earlier call measured of it."""
     if not (folder / COSTS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with peak_memory() as peak:
-            rival, more = _tfidf(one, data) if one.method == "tfidf" else _frozen(one, data, log)
-        seconds = time.perf_counter() - started - more.pop("asked", 0.0)
-        scoring.write_scores(folder, rival.scores)
-        found = {
-            "test": scoring.measure(rival.scores, data.test, data.task, rival.calibration),
-            "calibration": dataclasses.asdict(rival.calibration),
+            baseline, more = fit()
+        seconds = time.perf_counter() - started - more.pop("test_seconds", 0.0)
+        scoring.write_scores(folder, baseline.scores)
+        result = {
+            "test": scoring.measure(baseline.scores, data.test, data.task, baseline.calibration),
+            "calibration": _fields(baseline.calibration),
             "seconds": seconds,
             "memory": peak[0],
             **more,
         }
-        run_folder.write_text(folder / COSTS, json.dumps(found))
+        run_folder.write_text(folder / COSTS, json.dumps(result))
     return json.loads((folder / COSTS).read_text(encoding="utf-8"))
 
 
-def _tfidf(one: Candidate, data: Data) -> tuple[Baseline, dict[str, Any]]:
-    return fit.tfidf(data, pipeline.choose_loss(one.config, data)[0], one.config.train.seed), {}
+def _fields(calibration: Any) -> dict[str, Any] | None:
+    return None if calibration is None else dataclasses.asdict(calibration)
 
 
-def _frozen(one: Candidate, data: Data, log: Log) -> tuple[Baseline, dict[str, Any]]:
-    """As the baseline of a run, but from every training text."""
+def _probe_all(one: Candidate, data: Data, log: Log) -> tuple[Baseline, dict[str, Any]]:
     plain = dataclasses.replace(one.config.model, head="linear", depth=None, quantize=None)
-    whole = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
-    config = dataclasses.replace(one.config, model=plain, lora=whole)
-    base, _, tokenizer, _ = pipeline.open_base(config, data, log)
-    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
-    loss, _ = pipeline.choose_loss(config, data)
-    layer = fit.layer_of(data, scorer, encoder, loss, config.train.seed)
-    seen, watched = (fit.mean_features(scorer, encoder, side, layer) for side in (data.train, data.validation))
-    asked = time.perf_counter()
-    unseen = fit.mean_features(scorer, encoder, data.test, layer)
-    asked = time.perf_counter() - asked
-    found = fit.frozen(data, data.train, seen, data.validation, watched, unseen, loss, config.train.seed)
-    return found, {
-        "asked": asked,
+    full = dataclasses.replace(one.config.lora, full=True, adapt_top=None)
+    config = dataclasses.replace(one.config, model=plain, lora=full)
+    base = open_base(config, data, log)
+    scorer, encoder = new_model(config, data.task, base, None)
+    loss, settings = choose_loss(data, config.train)
+    model = PreparedModel(
+        base=base, depth=None, scorer=scorer, encoder=encoder, loss=loss, loss_settings=settings, lr=0.0,
+        tokens=count_tokens(encoder, data),
+    )  # fmt: skip
+    seed = config.train.seed
+    inputs = BaselineInputs(data=data, model=model, seed=seed)
+    sample = subsample(data.train, seed), subsample(data.validation, seed, VALIDATION_TEXTS)
+    layer = choose_layer(model, data, *sample, inputs).layer
+    train, validation = (mean_states(model, items, layer) for items in (data.train, data.validation))
+    started = time.perf_counter()
+    test = mean_states(model, data.test, layer)
+    seconds = time.perf_counter() - started
+    scores = data.task.learning.fit_features((train, [*validation, *test]), data.train, data.task, inputs.fit)
+    return calibrated(scores, data.validation, data), {
+        "test_seconds": seconds,
         "parameters": sum(p.numel() for p in scorer.inner.base_model.parameters()),
-        "texts_per_s": sum(map(len, unseen)) / asked,
-        "note": base.note,
+        "texts_per_s": sum(map(len, test)) / seconds,
+        "note": base.source.note,
     }
+
+
+TRAIN = "train"
+METHODS: dict[str, Callable[[Candidate, Data, Path, Log, bool], dict[str, Any]]] = {
+    TRAIN: _train,
+    "tfidf": _tfidf,
+    "linear-probe": _linear_probe,
+}
 
 
 @contextmanager
@@ -238,12 +276,12 @@ def peak_memory() -> Iterator[list[int]]:
         yield peak
         peak.append(torch.cuda.max_memory_allocated())
         return
-    process, done, most = psutil.Process(), threading.Event(), 0
+    process, done, peak_bytes = psutil.Process(), threading.Event(), 0
 
     def watch() -> None:
-        nonlocal most
+        nonlocal peak_bytes
         while not done.wait(SAMPLED_EVERY):
-            most = max(most, process.memory_info().rss)
+            peak_bytes = max(peak_bytes, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -252,7 +290,7 @@ def peak_memory() -> Iterator[list[int]]:
     finally:
         done.set()
         watcher.join()
-    peak.append(max(most, process.memory_info().rss))
+    peak.append(max(peak_bytes, process.memory_info().rss))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -260,26 +298,21 @@ def peak_memory() -> Iterator[list[int]]:
 
 def pair_up(rows: list[dict[str, Any]], root: Path, data: Data) -> None:
     """Each row against the first, on the same test examples; p values adjusted for their number (Holm)."""
+    evaluation = data.task.evaluation
     scores = [scoring.read_scores(root / row["folder"], data.test) for row in rows]
-    known = [_calibration(row) for row in rows]
-    found: list[Paired] = [
-        in_pairs(own, scores[0], data.test, data.task, (calibration, known[0]))
-        for own, calibration in zip(scores[1:], known[1:], strict=True)
+    calibrations = [row["calibration"] and evaluation.read_calibration(row["calibration"]) for row in rows]
+    tests: list[Paired] = [
+        evaluation.compare(own, scores[0], data.test, data.task, (calibration, calibrations[0]))
+        for own, calibration in zip(scores[1:], calibrations[1:], strict=True)
     ]
-    for row, pair, p in zip(rows[1:], found, holm([pair.p for pair in found]), strict=True):
+    for row, pair, p in zip(rows[1:], tests, holm([pair.p for pair in tests]), strict=True):
         row["paired"] = {"metric": pair.metric, **pair.difference.to_json(), "p": pair.p, "p_holm": p}
-
-
-def _calibration(row: dict[str, Any]) -> Calibration:
-    """What a row's figures were measured at."""
-    kept = row.get("calibration", {})  # not of baselines from before they had one
-    return Calibration(**{**kept, "thresholds": tuple(kept.get("thresholds", ()))})
 
 
 def table_of(rows: list[dict[str, Any]], task: Task, price: float | None) -> list[list[str]]:
     """Header and a row each."""
-    metric = "pair_accuracy" if task.kind == "rank" else "accuracy"
-    shown = list(dict.fromkeys([headline_metric(task), metric]))
+    metric = task.evaluation.paired_metric
+    shown = list(dict.fromkeys([task.evaluation.headline, metric]))
     cost = "hours / M texts" if price is None else "cost / M texts"
     table = [["", *shown, f"Δ {metric}", "p", "training", "memory", "weights", cost]]
     for row in rows:

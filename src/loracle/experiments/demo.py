@@ -15,13 +15,14 @@ import numpy as np
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.demo import DemoFiles, write_demo
-from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.errors import UserError
-from loracle.examples import RankGroup
-from loracle.reporting.terminal import plain_table, result_rows
+from loracle.formatting import plain_table
+from loracle.reporting.terminal import result_rows
 from loracle.runs.folder import METRICS, RUN
 from loracle.runs.predictor import Predictor
+from loracle.tasks import Task
+from loracle.tasks.dataset import read_examples
 from loracle.training import scoring
 
 # Chosen on validation examples (dev/LOG.md). The cue asks the model for what it knows about topics already.
@@ -62,17 +63,18 @@ def perfect_knower(files: DemoFiles) -> dict[str, Any]:
     truth = json.loads(files.truth.read_text(encoding="utf-8"))["log_odds"]
     table = open_table(str(files.clicks_test))
     examples = read_examples(table, RunConfig().data)
-    groups = [g for g in examples.items if isinstance(g, RankGroup)]
-    return scoring.measure([np.array([[truth[t]] for t in g.texts]) for g in groups], groups, examples.task)
+    scores = [np.array([[truth[text]] for text in group.texts]) for group in examples.items]
+    return scoring.measure(scores, examples.items, examples.task)
 
 
 def _show(files: DemoFiles, topics: Path, clicks: Path, log: Callable[[str], None]) -> None:
     topic_metrics, click_metrics = (json.loads((r / METRICS).read_text(encoding="utf-8")) for r in (topics, clicks))
     log(f"\nTopics, 500 test headlines ({topic_metrics['base']})")
-    log(plain_table(result_rows(topic_metrics, "single")))
+    log(plain_table(result_rows(topic_metrics, Task(name="single_label"))))
+    ranking = Task(name="click_ranking")
     log(f"\nClicks, 120 simulated test groups ({click_metrics['base']})")
-    knower = result_rows({"test": perfect_knower(files)}, "rank")[1][1:]
-    log(plain_table([*result_rows(click_metrics, "rank"), ["perfect knower", *knower]]))
+    knower = result_rows({"test": perfect_knower(files)}, ranking)[1][1:]
+    log(plain_table([*result_rows(click_metrics, ranking), ["perfect knower", *knower]]))
 
     log("\nNew texts:")
     classifier = Predictor(topics)

@@ -23,10 +23,11 @@ from scipy.stats import norm
 from loracle.config import PlanConfig
 from loracle.data.splits import split_groups
 from loracle.errors import UserError
-from loracle.evaluation.classification import Array, as_json
+from loracle.evaluation.intervals import Array, as_json
 from loracle.evaluation.pairs import SIGNIFICANT_Z
-from loracle.examples import RankGroup, Task
+from loracle.examples import RankGroup
 from loracle.reporting import plots
+from loracle.tasks import Task
 
 DRAWN = 20_000  # tests drawn for each point of a curve, so that its own noise is below half a percentage point,
 PAIRS, FEWEST = 10_000_000, 100  # or, of many titles each, as many as make so many pairs, but not fewer than that
@@ -169,11 +170,11 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> tuple[PlanConfig,
     Raises:
         UserError: the groups hold no clicks.
     """
-    from loracle.evaluation.click_model import fit_spread, posterior_log_odds
+    from loracle.evaluation.click_model import fit_click_model, posterior_log_odds
 
     if not groups or any(g.clicks is None or g.impressions is None for g in groups):
         raise UserError("a click log for simulate --data", "no clicks and impressions in it", "give such a file")
-    found = fit_spread(groups)
+    found = fit_click_model(groups)
     if not found.groups:
         raise UserError("groups in which some but not all impressions were clicked", "none", "give a larger log")
     rng = np.random.Generator(np.random.PCG64(config.seed))
@@ -200,16 +201,16 @@ def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any
     """
     from loracle.evaluation.linear_models import tfidf_ranker
     from loracle.evaluation.ranking import rank_metrics
-    from loracle.training.losses import click_rate, make_loss, numpy_objective, resolve_loss
+    from loracle.training.losses import LOSSES, LossSettings, numpy_objective
 
-    task = Task(kind="rank", evidence="clicks")
-    sides = split_groups(groups, 0.2, seed)
-    objective = numpy_objective(make_loss(task, name=resolve_loss(task, rate=click_rate(groups))))
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(sides.train))
+    split = split_groups(groups, 0.2, seed)
+    loss = LOSSES[Task(name="click_ranking").learning.default_loss(groups)].make(LossSettings())
+    objective = numpy_objective(loss)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(split.train))
     found = []
     for share in SHARES:
-        part = [sides.train[i] for i in order[: max(1, round(share * len(order)))]]
-        metrics = as_json(rank_metrics(tfidf_ranker(part, sides.held, objective, seed=seed), sides.held))
+        part = [split.train[i] for i in order[: max(1, round(share * len(order)))]]
+        metrics = as_json(rank_metrics(tfidf_ranker(part, split.held_out, objective, seed=seed), split.held_out))
         found.append({"share": share, "groups": len(part), "pair_accuracy": metrics["pair_accuracy"]})
     return found
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.data.splits import Data
-from loracle.errors import Interrupted
-from loracle.pipeline import Log
+from loracle.errors import Interrupted, Log
 from loracle.runs import folder as run_folder
+from loracle.tasks.dataset import Data
 
 
-def root_of(config: RunConfig, kind: str) -> Path:
+def root_of(config: RunConfig, experiment: str) -> Path:
     """Where a series goes: ``--out``, or ``runs/<name of the data>-<kind>``, the same when asked again."""
-    return Path(config.out or f"runs/{Path(config.data.data).name.split('.')[0] or 'run'}-{kind}")
+    return Path(config.out or f"runs/{Path(config.data.data).name.split('.')[0] or 'run'}-{experiment}")
 
 
 def place(root: Path, name: str, config: RunConfig, data: Data) -> Path:
@@ -26,7 +25,7 @@ def place(root: Path, name: str, config: RunConfig, data: Data) -> Path:
     return root / f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def learn_once(config: RunConfig, data: Data, folder: Path, *, log: Log, quiet: bool) -> Path:
+def train_once(config: RunConfig, data: Data, folder: Path, *, log: Log, quiet: bool) -> Path:
     """``pipeline.learn``, unless the folder holds the finished run; one that was interrupted is gone on with.
 
     Raises:
@@ -37,6 +36,6 @@ def learn_once(config: RunConfig, data: Data, folder: Path, *, log: Log, quiet: 
         return folder
     config = dataclasses.replace(config, out=str(folder))
     try:
-        return pipeline.learn(config, data, folder, log=log, quiet=quiet, keep_scores=True)
+        return pipeline.train_on(config, data, folder, log=log, quiet=quiet, keep_scores=True)
     except Interrupted as e:
         raise Interrupted(f"{str(e).partition(';')[0]} in {folder}; the same command goes on from there") from None

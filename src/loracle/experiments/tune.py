@@ -16,20 +16,18 @@ from typing import Any
 import numpy as np
 
 from loracle import pipeline
-from loracle.baselines.fit import probe_depths
-from loracle.baselines.linear_probe import choose, verdict
 from loracle.config import RunConfig, TuneConfig
-from loracle.data.splits import Data
-from loracle.errors import Interrupted, UserError
-from loracle.evaluation.classification import headline_metric
+from loracle.errors import Interrupted, Log, UserError
 from loracle.experiments.runner import place, root_of
+from loracle.formatting import plain_table
 from loracle.models.loading import load_config
 from loracle.models.scorer import DECODERS, ENCODERS
-from loracle.pipeline import Log
-from loracle.reporting.terminal import plain_table
 from loracle.runs.recipes import write_recipe
-from loracle.training import scoring
-from loracle.training.loop import fit
+from loracle.tasks.dataset import Data, prepare_data
+from loracle.training.fit import fit_model
+from loracle.training.losses import choose_loss
+from loracle.training.preflight import estimate_cost
+from loracle.training.prepare import cached_lower_layers, make_model, open_base, settle_depth
 
 RECIPE = "recipe.toml"
 AROUND = 10.0  # times lower and higher than the given rate
@@ -51,10 +49,10 @@ def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: boo
         raise UserError(
             "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
         )
-    config = pipeline.absolute(config)
-    data, root = pipeline.read_data(config, log), root_of(config, "tune")
+    config = pipeline.with_absolute_paths(config)
+    data, root = prepare_data(config, log), root_of(config, "tune")
     journal = place(root, "study", config, data).with_suffix(".jsonl")
-    trial_of = Trials(config, data, root / "trial", log, quiet)
+    trial_of = Trials(config, data, root / "trial", log)
     root.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
     study = optuna.create_study(
@@ -81,7 +79,7 @@ def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: boo
         shutil.rmtree(root / "trial", ignore_errors=True)
     if not any(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials):
         raise UserError("a trial that trains to its end", "none", "look at the notes above; try another --lr")
-    best, metric = study.best_trial, headline_metric(data.task)
+    best, metric = study.best_trial, data.task.evaluation.headline
     found = dataclasses.replace(trial_of.settings(best.params), out=None)
     count, sample = len(_ended(study, optuna)), len(data.validation)
     about = f"best of {count} trials: validation {metric} {best.value:.4f}, {sample:,} examples"
@@ -93,28 +91,28 @@ def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: boo
 class Trials:
     """What Optuna calls: a trial in, the best validation metric of its training out."""
 
-    def __init__(self, config: RunConfig, data: Data, folder: Path, log: Log, quiet: bool):
-        self.data, self.folder, self.log, self.quiet = data, folder, log, quiet
-        self.loss, _ = pipeline.choose_loss(config, data)
-        self.base, base_config, self.tokenizer, _ = pipeline.open_base(config, data, log)
-        if config.model.depth == "auto":  # once for all trials
-            depths = probe_depths(config, data, self.loss, self.base, self.tokenizer)
-            log(verdict(depths))
-            model = dataclasses.replace(config.model, depth=choose(depths).layers)
-            config = dataclasses.replace(config, model=model)
-        scorer, encoder = pipeline.new_model(config, data.task, self.base, self.tokenizer)
-        log("of the given settings:")
-        train, _ = pipeline.preflight(config, scorer, encoder, data, log)
-        self.rate = pipeline.learning_rate(config, base_config)
+    def __init__(self, config: RunConfig, data: Data, folder: Path, log: Log):
+        self.data, self.folder, self.log = data, folder, log
+        self.loss = choose_loss(data, config.train)
+        self.base = open_base(config, data, log)
+        self.depth = settle_depth(config, data, self.loss[0], self.base, log)  # once for all trials
+        first = make_model(config, data, self.base, self.depth, self.loss)
+        self.tokens, self.rate = first.tokens, first.lr
+        log("cost of the given settings:")
+        with cached_lower_layers(config, first, log):
+            plan = estimate_cost(config, first, data, log)
         self.low, self.high = (float(f"{r:.3g}") for r in (self.rate / AROUND, self.rate * AROUND))
-        self.config = dataclasses.replace(config, train=train)
+        model = dataclasses.replace(config.model, depth=self.depth)
+        train = dataclasses.replace(config.train, tokens_per_micro_batch=plan.tokens_per_micro_batch)
+        self.config = dataclasses.replace(config, model=model, train=train)
 
         # What is searched beside the rate, the given value first.
         self.space: dict[str, tuple[Any, ...]] = {"epochs": tuple(train.epochs * x for x in LENGTHS)}
         self.given: dict[str, Any] = {"epochs": train.epochs}
         if not config.lora.full:
-            kind = load_config(self.base.folder).model_type
-            few = "q_proj,v_proj" if kind in DECODERS else "query,value" if kind in ENCODERS else config.lora.targets
+            architecture = load_config(self.base.source.folder).model_type
+            few = config.lora.targets
+            few = "q_proj,v_proj" if architecture in DECODERS else "query,value" if architecture in ENCODERS else few
             self.space |= {
                 "r": tuple(sorted({*RANKS, config.lora.r})),
                 "targets": tuple(dict.fromkeys((config.lora.targets, "all-linear", few))),
@@ -142,48 +140,33 @@ class Trials:
         params: dict[str, Any] = {"lr": trial.suggest_float("lr", self.low, self.high, log=True)}
         params |= {name: trial.suggest_categorical(name, choices) for name, choices in self.space.items()}
         config, data = self.settings(params), self.data
-        scorer, encoder = pipeline.new_model(config, data.task, self.base, self.tokenizer)
-        pipeline.start_head(config, scorer, encoder, data)
-        pipeline.keep_lower_states(config, scorer, self.base)
-        looks = 0
+        model = make_model(config, data, self.base, self.depth, self.loss, self.tokens)
+        validations = 0
 
-        def look() -> dict[str, float]:
-            nonlocal looks
-            seen = scoring.look(scorer, encoder, data.validation, data.task, self.loss)
-            looks += 1
-            if np.isfinite(seen["metric"]):
-                # By the share of the training that is done: a longer one is not held against the end of a shorter one.
-                trial.report(seen["metric"], round(looks * max(LENGTHS) * self.config.train.epochs / params["epochs"]))
+        def report(result: dict[str, float]) -> None:
+            nonlocal validations
+            validations += 1
+            if np.isfinite(result["metric"]):
+                # By the share of the training that is done: a longer one is not compared with the end of a shorter one.
+                done = round(validations * max(LENGTHS) * self.config.train.epochs / params["epochs"])
+                trial.report(result["metric"], done)
                 if trial.should_prune():
                     raise optuna.TrialPruned
-            return seen
 
-        shown = ", ".join(
-            f"{name} {value:.3g}" if name == "lr" else f"{name} {value}" for name, value in params.items()
-        )
+        values = ", ".join(f"{name} {v:.3g}" if name == "lr" else f"{name} {v}" for name, v in params.items())
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         try:
-            outcome = fit(
-                scorer,
-                data.train,
-                lambda examples: scoring.encode_examples(encoder, examples),
-                self.loss,
-                look,
-                schedule=pipeline.schedule_of(config, params["lr"]),
-                folder=self.folder,
-                quiet=True,
-            )
-        except (
-            UserError
-        ) as e:  # a loss that is no number, or too little memory: this trial's settings, not the user's data
-            self.log(f"trial {trial.number + 1}: {shown}: stopped, {e.found}")
+            with cached_lower_layers(config, model, lambda line: None):
+                fitted = fit_model(config, model, data, self.folder, quiet=True, after_validation=report)
+        except UserError as e:  # a loss that is no number, or too little memory: the fault of this trial's settings
+            self.log(f"trial {trial.number + 1}: {values}: stopped ({e.message})")
             raise optuna.TrialPruned from None
         except optuna.TrialPruned:
-            self.log(f"trial {trial.number + 1}: {shown}: stopped at look {looks}, below the median")
+            self.log(f"trial {trial.number + 1}: {values}: stopped at validation {validations}, below the median")
             raise
-        best = outcome.progress.best_metric
-        self.log(f"trial {trial.number + 1}: {shown}: {best:.4f}")
+        best = fitted.progress.best_metric
+        self.log(f"trial {trial.number + 1}: {values}: {best:.4f}")
         return best
 
 

@@ -13,21 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import quantization
 from loracle.models.loading import head_names, load_config, load_sequence_classifier
 from loracle.models.lora import add_lora, load_adapter, merge
 from loracle.models.memory import out_of_memory, release
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
+from loracle.tasks import Task
 from loracle.text.packing import PackedBatch, micro_batches, rectangles
 from loracle.text.tokenize import Encoded
 
-PROBLEM_TYPES: dict[str, Any] = {
-    "single": "single_label_classification",
-    "multi": "multi_label_classification",
-    "rank": "regression",
-}
 FULL_WEIGHTS = "model.safetensors"
 
 
@@ -297,10 +292,10 @@ def _bare(
         )  # its own forward hands states to the head, BERT's to the pooler
     model = load_sequence_classifier(
         folder,
-        num_labels=len(task.label_names) or 1,
+        num_labels=task.learning.outputs(task),
         pad_token_id=pad_token_id,
         dtype=dtype,
-        problem_type=PROBLEM_TYPES[task.kind],
+        problem_type=task.learning.problem_type,
         label_names=task.label_names,
     )
     if depth is not None:
@@ -312,7 +307,7 @@ def _bare(
                 f"{model.config.model_type}, which has a head of its own",
                 "leave out --head",
             )
-        model.score = mlp_head(model.config.hidden_size, len(task.label_names) or 1)
+        model.score = mlp_head(model.config.hidden_size, task.learning.outputs(task))
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     if quantize is not None:

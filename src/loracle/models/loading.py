@@ -188,6 +188,11 @@ class BaseModel:
     revision: str | None = None
     note: str | None = None
 
+    @property
+    def hub_id(self) -> str | None:
+        """Name on Hugging Face, which plain PEFT can resolve; None for any other source."""
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else None
+
     def checksum(self) -> str:
         """SHA-256 over config.json and the weights (of a GGUF file: over that file, whoever unpacked it)."""
         if conversion := _read_conversion(self.folder):

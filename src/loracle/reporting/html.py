@@ -48,14 +48,13 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
     curves = report["curves"]
     if curves["steps"]:
         drawn["loss"] = _loss(curves)
-    if curves["looks"]:
+    if curves["validation"]:
         drawn["metric"] = _line(
-            curves["looks"], "step", "validation_metric", f"validation {spoken(report['headline'])}", marker="o"
+            curves["validation"], "step", "validation_metric", f"validation {spoken(report['headline'])}", marker="o"
         )
     if report.get("reliability"):
-        several = report["task"] == "multi"
-        told = ("a label", "that has it") if several else ("the label given", "that is right")
-        drawn["reliability"] = _reliability(report["reliability"], *told)
+        words = ("a label", "that has it") if report["per_label"] else ("the assigned label", "that is right")
+        drawn["reliability"] = _reliability(report["reliability"], *words)
     if len(report.get("coverage") or ()) > 1:
         drawn["coverage"] = _line(
             report["coverage"], "coverage", "accuracy", "accuracy of those", x_label="share of the texts labelled"
@@ -65,11 +64,11 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _loss(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     picture, axes = _axes("step", "loss")
-    steps, looks = curves["steps"], curves["looks"]
+    steps, validation = curves["steps"], curves["validation"]
     axes.plot(*_columns(steps, "step", "loss"), color=FAINT, linewidth=1, label="training, each step")
-    if looks:
+    if validation:
         axes.plot(
-            *_columns(looks, "step", "validation_loss"), color=FIRST, marker="o", markersize=4, label="validation"
+            *_columns(validation, "step", "validation_loss"), color=FIRST, marker="o", markersize=4, label="validation"
         )
     return _svg(picture, "loss")
 

@@ -1,4 +1,4 @@
-"""The table that ends a run and stands in its model card: the model beside its baselines, with intervals."""
+"""The table at the end of a run and in its model card: the model and its baselines, with intervals."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from loracle.evaluation.ranking_metrics import GAPS
+from loracle.formatting import plain_table
+from loracle.tasks import Task
 
-SHOWN = {
-    "single": ("accuracy", "macro_f1", "log_loss"),
-    "multi": ("micro_f1", "macro_f1", "map", "subset_accuracy"),
-    "rank": ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "top1", "regret", "ndcg", "kendall_tau"),
-}
-FIGURES = 5  # beside the scorer's name: what fits a terminal; of those that a kind of evidence knows, the first
+FIGURES = 5  # columns beside the name, which fit a terminal
 PERCENT = {
     *("accuracy", "macro_f1", "micro_f1", "weighted_f1", "map", "subset_accuracy"),
     *("pair_accuracy", "significant_pair_accuracy", "top1", "regret", "ceiling", "significant_ceiling", "way"),
@@ -20,11 +17,16 @@ PERCENT = {
 }
 
 
-def result_rows(metrics: Mapping[str, Any], kind: str) -> list[list[str]]:
+def result_rows(metrics: Mapping[str, Any], task: Task) -> list[list[str]]:
     """Header and one row a scorer, baselines first: ``value [low, high]``, in per cent where that is the custom."""
     results = {**metrics.get("baselines", {}), "loracle": metrics["test"]}
-    names = [n for n in SHOWN[kind] if n in metrics["test"]][:FIGURES]
+    names = shown_metrics(task, metrics["test"])
     return [["", *names], *([who, *(figure(r[n], n) for n in names)] for who, r in results.items())]
+
+
+def shown_metrics(task: Task, test: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics that tables show: the first ones that were measured."""
+    return [name for name in task.evaluation.table if name in test][:FIGURES]
 
 
 def ceiling_line(test: Mapping[str, Any], who: str = "the model") -> str | None:
@@ -47,9 +49,9 @@ def ceiling_line(test: Mapping[str, Any], who: str = "the model") -> str | None:
     return f"{line}; {who} is {value} %{interval} of the way from chance to it"
 
 
-def summary(metrics: Mapping[str, Any], kind: str, note: str | None) -> str:
+def summary(metrics: Mapping[str, Any], task: Task, note: str | None) -> str:
     """What ends a run or an evaluation: the table, the noise ceiling of a click log, and what ``note`` says of the base."""
-    lines = [plain_table(result_rows(metrics, kind)), ceiling_line(metrics["test"]), note and f"(figures of {note})"]
+    lines = [plain_table(result_rows(metrics, task)), ceiling_line(metrics["test"]), note and f"(figures of {note})"]
     return "\n".join(filter(None, lines))
 
 
@@ -74,24 +76,7 @@ def difference(metric: Mapping[str, float | None], name: str) -> str:
     return "–" if value is None else value if low is None or high is None else f"{value} [{low}, {high}]"
 
 
-def shortened(text: str, letters: int) -> str:
-    """The text, or as much of it as goes into so many characters with an ellipsis."""
-    return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
 def _written(value: float, name: str) -> str:
     if name == "ctr_lift":
         return f"{100 * value:+.1f} %"
     return f"{100 * value:.1f}" if name in PERCENT else f"{value:.3f}"
-
-
-def plain_table(rows: list[list[str]]) -> str:
-    """Columns aligned for a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """The same for a model card."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

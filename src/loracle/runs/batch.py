@@ -32,11 +32,10 @@ from loracle.data.columns import Columns
 from loracle.data.reader import iter_texts
 from loracle.data.table import Table
 from loracle.errors import Interrupted, UserError
-from loracle.evaluation.classification import confidence_of, given_labels
 from loracle.hubs import checksum
-from loracle.runs.folder import MANIFEST, RunInfo, calibration_of, verify, write_bytes, write_text
+from loracle.runs.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
 from loracle.runs.output import Write, check_output, open_output
-from loracle.runs.predictor import Predictor, names_of, score_window
+from loracle.runs.predictor import Predictor, score_window
 from loracle.text.template import check_contexts
 
 WINDOW = 2048  # rows held at once, and lost at most by a kill
@@ -67,16 +66,16 @@ class Job:
         while window := list(itertools.islice(rows, self.window)):
             yield window
 
-    def probabilities(self, first: int = 0) -> Iterator[np.ndarray]:
-        """Of each window from the ``first`` on, ``float64 [rows, C]``, NaN where there is no text.
+    def values(self, first: int = 0) -> Iterator[np.ndarray]:
+        """``Predictor.values`` of each window from the ``first`` on, ``float64 [rows, K]``, NaN where there is no text.
 
         Raises:
             UserError: the run is damaged, or the base model is not the one that was trained on.
         """
         if self.workers is not None:
-            from loracle.runs.ray import probabilities
+            from loracle.runs.ray import score_windows
 
-            yield from probabilities(self, first)
+            yield from score_windows(self, first)
             return
         predictor = Predictor(self.run, base=self.base, device=self.device)
         for window in itertools.islice(self.windows(), first, None):
@@ -107,7 +106,7 @@ def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
     verify(job.run)
     if out is None:
         with open_output(None) as write:
-            counts = _write(job, zip(job.windows(), job.probabilities(), strict=True), write, abstain_below)
+            counts = _write(job, zip(job.windows(), job.values(), strict=True), write, abstain_below)
     else:
         check_output(out)
         with _room_for(out):
@@ -165,7 +164,7 @@ def _score(job: Job, kept: PartialResults, rows: int, log: Any) -> None:
     if done == rows:
         return
     with tqdm(total=rows, initial=done, unit=" rows", disable=None) as bar:  # to stderr, and only if that is a terminal
-        for proba in job.probabilities(len(kept)):
+        for proba in job.values(len(kept)):
             kept.append(proba)
             bar.update(len(proba))
 
@@ -174,21 +173,15 @@ def _write(
     job: Job, scored: Iterable[tuple[list[Row], np.ndarray]], write: Write, abstain_below: float
 ) -> tuple[int, int]:
     """Rows with their labels; returns how many had no text, and of how many the model was not sure enough."""
-    columns, task, calibration = job.table.columns, job.info.task, calibration_of(job.run)
-    names = [_free(name, columns) for name in ("predicted", *(f"p({n})" for n in task.label_names))]
+    columns, task, calibration = job.table.columns, job.info.task, read_calibration(job.run, job.info.task)
+    names = [_free(name, columns) for name in task.output.columns(task)]
     unread = unsure = 0
-    for window, proba in scored:
-        labels = names_of(proba, task, calibration)
-        sure = confidence_of(proba, given_labels(proba, task, calibration), task)
-        for (_, row, text, _), p, label, confidence in zip(window, proba, labels, sure, strict=True):
-            cells: list[Any] = [None] * len(names)
-            if text is None:
-                unread += 1
-            else:
-                silent = bool(confidence < abstain_below)
-                unsure += silent
-                shown = "" if silent else "|".join(label) if isinstance(label, list) else label
-                cells = [shown, *(round(float(v), 6) for v in p)]
+    for window, values in scored:
+        answers = task.output.cells(values, task, calibration, abstain_below=abstain_below)
+        for (_, row, text, _), answer in zip(window, answers, strict=True):
+            cells = answer.cells if text is not None else [None] * len(names)
+            unread += text is None
+            unsure += text is not None and answer.abstains
             write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
     return unread, unsure
 
@@ -220,13 +213,13 @@ class PartialResults:
         """
         for path in map(self._file, range(self._count)):
             try:
-                yield load(path.read_bytes())["probabilities"]
+                yield load(path.read_bytes())["values"]
             except (SafetensorError, KeyError) as error:
                 raise UserError(f"scores in {path}", str(error), "remove it and give the command again") from None
 
     def append(self, proba: np.ndarray) -> None:
         """Keep those of the next window."""
-        write_bytes(self._file(self._count), save({"probabilities": proba}))
+        write_bytes(self._file(self._count), save({"values": proba}))
         self._count += 1
 
     def _file(self, index: int) -> Path:

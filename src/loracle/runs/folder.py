@@ -1,13 +1,13 @@
-"""A run folder: everything that predict, rank, evaluate and export need, save the base model, which it names.
+"""A run folder: everything that predict, rank, evaluate and export need, except the base model, which it names.
 
 adapter_model.safetensors, adapter_config.json   PEFT's own format, the head included (model.safetensors with --full)
-tokenizer.json, tokenizer_config.json            with the template baked in
-run.toml                                         configuration, task, base model, how plain PEFT opens it
-metrics.json, predictions.csv, log.jsonl         what it is worth
+tokenizer.json, tokenizer_config.json            with the template installed
+run.toml                                         format, configuration, task, base model, how plain PEFT opens it
+metrics.json, predictions.csv, log.jsonl         results
 report.html, report.json                         the same as a page, and every figure on it
-calibration.json                                 what scores mean: temperature or thresholds; slope and spread (clicks)
-reference.json                                   lengths, scores and labels in training, for drift to be seen
-scores.safetensors                               test scores in full, of runs that compare and validate set against others
+calibration.json                                 temperature and thresholds, or the click model of a click log
+reference.json                                   lengths, scores and labels in training, to detect drift
+scores.safetensors                               test scores of runs that compare and validate pair with others
 README.md                                        model card
 manifest.json                                    SHA-256 of every file above
 """
@@ -31,16 +31,14 @@ import loracle
 from loracle.config import RunConfig
 from loracle.data.issues import Issue
 from loracle.errors import UserError
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.click_model import Spread
 from loracle.evaluation.drift import Reference
-from loracle.examples import Task
 from loracle.hubs import checksum
+from loracle.tasks import Task
 
 RUN, METRICS, MANIFEST, CARD = "run.toml", "metrics.json", "manifest.json", "README.md"
 CALIBRATION, REPORT, PAGE = "calibration.json", "report.json", "report.html"
 REFERENCE, PREDICTIONS = "reference.json", "predictions.csv"
-MEANINGS: dict[str, Any] = {"classifier": Calibration, "clicks": Spread}
+FORMAT = 1  # of a run folder; raised when its contents change
 IGNORED = ("checkpoints", "tensorboard", MANIFEST)
 LOCAL = "./"  # before the name of a base model that only the machine of the training had, in a run that was pushed
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
@@ -58,19 +56,20 @@ class RunInfo:
 
 
 def free(folder: Path, fix: str) -> Path:
-    """The folder, if nothing is in it yet.
+    """The folder, if it is empty or new.
 
     Raises:
-        UserError: it is in use; ``fix`` says what else to do.
+        UserError: it is not; ``fix`` is the hint.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("an empty or new folder for --out", f"{folder} with files in it", fix)
+        raise UserError(f"{folder} is not empty.", fix)
     return folder
 
 
 def write_info(folder: Path, info: RunInfo, *, out: str | None = None) -> None:
     """Write ``run.toml``; TOML has no null, so what is None is left out. ``out``: the folder as it is to be named in it."""
     document = {
+        "format": FORMAT,
         "task": dataclasses.asdict(info.task),
         "base": info.base,
         "load_kwargs": info.load_kwargs,
@@ -81,50 +80,40 @@ def write_info(folder: Path, info: RunInfo, *, out: str | None = None) -> None:
     write_text(folder / RUN, tomli_w.dumps(_without_none(document)))
 
 
-def write_calibration(folder: Path, meaning: Calibration | Spread) -> None:
-    """What scores mean, fitted on validation examples: its kind and its fields. What nothing tells (NaN) is null."""
-    (kind,) = (name for name, made in MEANINGS.items() if isinstance(meaning, made))
-    fields = dataclasses.asdict(meaning).items()
-    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
-    write_text(folder / CALIBRATION, json.dumps({"kind": kind, **known}, indent=1))
+def write_calibration(folder: Path, calibration: Any) -> None:
+    """Write the fields of a calibration. NaN becomes null."""
+    fields = dataclasses.asdict(calibration).items()
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields}
+    write_text(folder / CALIBRATION, json.dumps(values, indent=1))
 
 
-def read_calibration(folder: Path) -> Calibration | Spread | None:
-    """What scores mean, or None where nothing told: rankers of pairs or grades, and runs from before there was any."""
+def read_calibration(folder: Path, task: Task) -> Any:
+    """The calibration that ``write_calibration`` wrote, or None where the task has none."""
     path = folder / CALIBRATION
     if not path.exists():
         return None
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    made = MEANINGS[known.pop("kind", "clicks")]  # the first runs knew no other kind
-    plain = {k: math.nan if v is None else tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    return made(**plain)
-
-
-def calibration_of(folder: Path) -> Calibration:
-    """A classifier's calibration; of other runs one that changes nothing."""
-    meaning = read_calibration(folder)
-    return meaning if isinstance(meaning, Calibration) else Calibration()
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    plain = {k: math.nan if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return task.evaluation.read_calibration(plain)
 
 
 def write_reference(folder: Path, reference: Reference) -> None:
-    """What texts looked like in training."""
+    """Write the distributions of the training data, for drift."""
     write_text(folder / REFERENCE, json.dumps(dataclasses.asdict(reference), indent=1))
 
 
 def read_reference(folder: Path) -> Reference | None:
-    """What ``write_reference`` kept; None of runs from before there was any."""
+    """What ``write_reference`` wrote, or None without such a file."""
     path = folder / REFERENCE
     return Reference.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def facts(folder: Path, info: RunInfo, issues: Iterable[Issue]) -> dict[str, Any]:
-    """What a report says of the run itself: what was trained on what, and how."""
+    """What a report says of the run itself: its data, its model and its settings."""
     config, known = info.config, info.provenance
-    counts, rank, unit = known["counts"], info.task.kind == "rank", info.task.unit
-    task = f"ranking from {info.task.evidence}" if rank else f"{len(info.task.label_names)} labels"
-    several = ", any number a text" if info.task.kind == "multi" else ""
+    counts, unit = known["counts"], info.task.unit
     shown = {
-        "task": task + several,
+        "task": info.task.output.describe(info.task),
         "base model": info.base.get("note") or info.base["source"],
         "data": config.data.data or "in memory",
         "test data": config.data.test or "held out",
@@ -139,7 +128,7 @@ def facts(folder: Path, info: RunInfo, issues: Iterable[Issue]) -> dict[str, Any
         "unit": unit,
         "counts": counts,
         "facts": [[name, value] for name, value in shown.items() if value],
-        "noticed": [str(issue) for issue in issues],
+        "issues": [str(issue) for issue in issues],
         "settings": {
             name: value
             for section in RunConfig.SECTIONS
@@ -158,10 +147,15 @@ def read_info(folder: Path) -> RunInfo:
     """
     path = folder / RUN
     if not path.is_file():
-        found = "no such folder" if not folder.is_dir() else "no run.toml in it"
-        raise UserError(f"a run folder at {folder}", found, "give the folder that `loracle train` named")
+        why = "there is no such folder" if not folder.is_dir() else f"it has no {RUN}"
+        raise UserError(f"{folder} is no run folder: {why}.", "Give the folder that `loracle train` printed.")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
+        if (version := document["format"]) != FORMAT:
+            raise UserError(
+                f"{path} has format {version!r}; this version of loracle reads format {FORMAT}.",
+                "Install the version that trained the run (provenance.versions in run.toml), or train again.",
+            )
         sections, task = document["config"], document["task"]
         flat = {k: v for name in RunConfig.SECTIONS for k, v in sections.get(name, {}).items()}
         flat |= {k: v for k, v in sections.items() if k not in RunConfig.SECTIONS}
@@ -173,9 +167,7 @@ def read_info(folder: Path) -> RunInfo:
             provenance=document["provenance"],
         )
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"a whole {RUN} in {folder}", f"{type(e).__name__}: {e}", "restore the file or train again"
-        ) from e
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}).", "Restore the file or train again.") from e
 
 
 def write_manifest(folder: Path) -> None:
@@ -194,18 +186,19 @@ def verify(folder: Path) -> None:
         sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(
-            f"a finished run in {folder}", "no manifest.json", f"finish it with: loracle train --resume {folder}"
+            f"The run in {folder} is not finished: it has no {MANIFEST}.",
+            f"Finish it with: loracle train --resume {folder}",
         ) from e
     except ValueError as e:
-        raise UserError(f"a whole {MANIFEST} in {folder}", str(e), "restore the file or train again") from e
+        raise UserError(f"{folder / MANIFEST} is damaged: {e}.", "Restore the file or train again.") from e
     if not isinstance(sums, dict):
-        raise UserError(f"a whole {MANIFEST} in {folder}", "something else", "restore the file or train again")
+        raise UserError(f"{folder / MANIFEST} is damaged: it holds no object.", "Restore the file or train again.")
     for name, digest in sums.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"the file {name} in {folder}", "it is missing", "restore it or train again")
+            raise UserError(f"The file {name} is missing in {folder}.", "Restore it or train again.")
         if checksum(path) != digest:
-            raise UserError(f"{path} as it was saved", "other bytes", "restore the file or train again")
+            raise UserError(f"{path} has changed since it was saved.", "Restore the file or train again.")
 
 
 def provenance() -> dict[str, Any]:

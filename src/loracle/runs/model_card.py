@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from loracle.config import RunConfig
-from loracle.reporting.terminal import ceiling_line, markdown_table, result_rows
+from loracle.formatting import markdown_table
+from loracle.reporting.terminal import ceiling_line, result_rows
 from loracle.runs.folder import RunInfo
 
 LABELS = 50  # that are named
@@ -24,11 +25,10 @@ def model_card(
         licence: of the base model.
     """
     kept, base = info.config.model, info.base
-    rank, full = info.task.kind == "rank", info.config.lora.full
-    what = "Ranker" if rank else f"Classifier of {len(info.task.label_names)} labels"
+    full, output = info.config.lora.full, info.task.output
     linear = (kept.head, kept.pooling) == ("linear", "last")
     plain = not full and linear and kept.depth is None
-    verb = "rank" if rank else "predict"
+    verb = output.command
     opened = [f"loracle {verb} {name} …"] if place is None else [
         f"loracle pull {place} -o runs/{name}", f"loracle {verb} runs/{name} …"]  # fmt: skip
     lines = [
@@ -37,11 +37,11 @@ def model_card(
         "---",
         f"# {name}",
         "",
-        f"{what}, trained by loracle on top of {base['source']}"
+        f"Task: {output.describe(info.task)}. Trained by loracle on top of {base['source']}"
         + (f" ({base['note']}: so are all figures below)" if base.get("note") else "")
         + ".",
         "",
-        markdown_table(result_rows(metrics, info.task.kind)),
+        markdown_table(result_rows(metrics, info.task)),
         "",
         *([ceiling, ""] if (ceiling := ceiling_line(metrics["test"])) else []),
         "Intervals are 95 % bootstrap intervals on the test side.",
@@ -74,7 +74,7 @@ def _front_matter(info: RunInfo) -> list[str]:
     place, _, base = info.base["source"].partition(":")
     data = ModelCardData(
         library_name="transformers" if info.config.lora.full else "peft",
-        pipeline_tag="text-ranking" if info.task.kind == "rank" else "text-classification",
+        pipeline_tag=info.task.output.pipeline_tag,
         base_model=base if place in ("hf", "modelscope") else None,
         tags=["loracle"],
     )
@@ -84,13 +84,12 @@ def _front_matter(info: RunInfo) -> list[str]:
 def _facts(info: RunInfo, licence: str | None) -> list[list[str]]:
     """A row each: base model, data, task."""
     base, known = info.base, info.provenance
-    evidence = f"ranking from {info.task.evidence}" if info.task.kind == "rank" else "one label a text"
     names = info.task.label_names
     shown = ", ".join(names[:LABELS]) + (f" and {len(names) - LABELS} more" if len(names) > LABELS else "")
     counts = ", ".join(f"{count:,} {side}" for side, count in known.get("counts", {}).items())
     rows = [
         ["", ""],
-        ["task", "any number of labels a text" if info.task.kind == "multi" else evidence],
+        ["task", info.task.output.describe(info.task)],
         ["labels", shown],
         ["base model", base["source"]],
         ["its revision", base.get("revision") or ""],

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from loracle.errors import UserError
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import UNCALIBRATED, given_labels, probabilities
-from loracle.evaluation.click_model import Spread, expected_lift, win_probability
-from loracle.examples import RankGroup, Task
+from loracle.evaluation.click_model import expected_lift, win_probability
+from loracle.examples import RankGroup
 from loracle.models import openvino
 from loracle.models.build import load_scorer, score
 from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
@@ -53,24 +51,16 @@ def find_base(info: RunInfo, folder: Path, base: str | None = None) -> BaseModel
     source = info.base["source"]
     if base is None and source.startswith(LOCAL) and not Path(source).exists():
         raise UserError(
-            f"the base model of {folder}", f"{source.removeprefix(LOCAL)}, which was a folder where it was trained",
-            f"pass --base with the weights of SHA-256 {info.base['sha256'][:12]}…",
-        )  # fmt: skip
+            f"The base model of {folder} was the folder {source.removeprefix(LOCAL)} where it was trained.",
+            f"Pass --base with the weights of SHA-256 {info.base['sha256'][:12]}….",
+        )
     found = resolve_base(base or info.base["source"], None if base else info.base.get("revision"))
     if found.checksum() != info.base["sha256"]:
         raise UserError(
-            f"the base model that {folder} was trained on ({info.base['source']})",
-            f"other weights in {found.folder}",
-            "point --base to the right one",
+            f"{found.folder} has other weights than the base model of {folder} ({info.base['source']}).",
+            "Pass the right folder with --base.",
         )
     return found
-
-
-def names_of(proba: np.ndarray, task: Task, calibration: Calibration) -> list[str] | list[list[str]]:
-    """The likeliest label of each row of probabilities; where labels can stand together, all above their thresholds."""
-    if task.kind == "multi":
-        return [[task.label_names[i] for i in np.flatnonzero(row)] for row in given_labels(proba, task, calibration)]
-    return [task.label_names[i] for i in proba.argmax(1)]
 
 
 class Predictor:
@@ -101,9 +91,7 @@ class Predictor:
         self.info = read_info(self.folder)
         verify(self.folder)
         self.task, model = self.info.task, self.info.config.model
-        meaning = read_calibration(self.folder)
-        self.spread = meaning if isinstance(meaning, Spread) else None
-        self.calibration = meaning if isinstance(meaning, Calibration) else UNCALIBRATED
+        self.calibration = read_calibration(self.folder, self.task)
         self.reference = read_reference(self.folder)
         tokenizer = load_tokenizer(self.folder)
         self.scorer: Scorer | Int8Scorer
@@ -129,7 +117,7 @@ class Predictor:
     def scores(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
         """Scores before any softmax, ``float32 [N, C]``; C is 1 for rankers."""
         if not len(texts):
-            return np.zeros((0, len(self.task.label_names) or 1), dtype=np.float32)
+            return np.zeros((0, self.task.learning.outputs(self.task)), dtype=np.float32)
         return score(self.scorer, self.encode(texts, contexts))
 
     def encode(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> list[Encoded]:
@@ -142,25 +130,38 @@ class Predictor:
         return self.encoder(texts, contexts)
 
     def predict_proba(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:
-        """Probability of each label, ``float64 [N, C]``, at the temperature that validation texts called for: a softmax, or a
-        sigmoid each where labels can stand together.
+        """Calibrated probability of each label, ``float64 [N, C]``.
 
         Raises:
             UserError: the run is a ranker.
         """
-        if self.task.kind == "rank":
-            raise UserError("a classifier", f"a ranker in {self.folder}", "use rank")
-        return probabilities(self.scores(texts, contexts), self.task, self.calibration)
+        self.check_command("predict")
+        return self.values(self.scores(texts, contexts))
+
+    def values(self, scores: np.ndarray) -> np.ndarray:
+        """Numbers ``[N, K]`` that scores ``[N, C]`` stand for: calibrated probabilities, or the scores themselves."""
+        return self.task.output.values(scores, self.task, self.calibration)
 
     def predict(
         self, texts: Sequence[str], contexts: Sequence[str | None] | None = None
     ) -> list[str] | list[list[str]]:
-        """Name of the likeliest label of each text; where labels can stand together, all above their thresholds."""
-        return self.names(self.predict_proba(texts, contexts))
+        """Name of the likeliest label of each text. With several labels a text, all above their thresholds."""
+        names = self.names(self.predict_proba(texts, contexts))
+        return names if self.task.learning.sets_thresholds else [name for (name,) in names]
 
-    def names(self, proba: np.ndarray) -> list[str] | list[list[str]]:
-        """Label names for rows of probabilities."""
-        return names_of(proba, self.task, self.calibration)
+    def names(self, values: np.ndarray) -> list[list[str]]:
+        """Names of the labels that each row of probabilities assigns."""
+        return self.task.output.names(values, self.task, self.calibration)
+
+    def check_command(self, command: str) -> None:
+        """Check that ``predict`` or ``rank`` is what this run answers.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.task.output.command != command:
+            what = self.task.output.describe(self.task)
+            raise UserError(f"{self.folder} does not {command}: it is {what}.", f"Use {self.task.output.command}.")
 
     def rank(self, titles: Sequence[str], context: str | None = None, *, draws: int | None = None) -> list[RankedTitle]:
         """Titles best first, each with what can be said about it; equal scores keep their order.
@@ -171,9 +172,9 @@ class Predictor:
         Raises:
             UserError: the run is a classifier, or there is nothing to rank.
         """
-        self._check_ranker()
+        self.check_command("rank")
         if not len(titles):
-            raise UserError("titles to rank", "none", "give at least one")
+            raise UserError("There are no titles to rank.", "Give at least one.")
         return self.ranked(titles, self.scores(titles, [context] * len(titles))[:, 0], draws=draws)
 
     def rank_groups(
@@ -184,7 +185,7 @@ class Predictor:
         Raises:
             UserError: the run is a classifier.
         """
-        self._check_ranker()
+        self.check_command("rank")
         groups = iter(groups)
         while window := list(_window(groups)):
             texts = [text for group in window for text in group.texts]
@@ -193,18 +194,14 @@ class Predictor:
             for group, own in zip(window, each, strict=True):
                 yield group, self.ranked(group.texts, own, draws=draws)
 
-    def _check_ranker(self) -> None:
-        if self.task.kind != "rank":
-            raise UserError("a ranker", f"a classifier in {self.folder}", "use predict")
-
     def ranked(self, titles: Sequence[str], scores: np.ndarray, *, draws: int | None = None) -> list[RankedTitle]:
         """``rank`` of titles whose scores ``[N]`` are known."""
         order = np.argsort(-scores, kind="stable")
         scores = scores[order].astype(np.float64)
-        if self.spread is None or len(titles) < 2:
+        if self.calibration is None or len(titles) < 2:
             return [RankedTitle(titles[i], float(s), index=int(i)) for i, s in zip(order, scores, strict=True)]
-        compared = win_probability(scores, self.spread) if len(titles) <= COMPARED else [None] * len(titles)
-        lifts = expected_lift(scores, self.spread, draws=draws)
+        compared = win_probability(scores, self.calibration) if len(titles) <= COMPARED else [None] * len(titles)
+        lifts = expected_lift(scores, self.calibration, draws=draws)
         return [
             RankedTitle(
                 titles[i],
@@ -228,8 +225,10 @@ def _window(groups: Iterator[RankGroup]) -> Iterator[RankGroup]:
 
 
 def score_window(predictor: Predictor, texts: list[str | None], contexts: list[str | None]) -> np.ndarray:
-    """Probabilities of each label, ``float64 [N, C]``; a row of NaN for each text that is None."""
-    known = [i for i, text in enumerate(texts) if text is not None]
-    out = np.full((len(texts), len(predictor.task.label_names)), np.nan)
-    out[known] = predictor.predict_proba([texts[i] or "" for i in known], [contexts[i] for i in known])
+    """Values ``float64 [N, K]`` of each text (``Predictor.values``); a row of NaN where the text is None."""
+    present = [i for i, text in enumerate(texts) if text is not None]
+    scores = predictor.scores([texts[i] or "" for i in present], [contexts[i] for i in present])
+    values = predictor.values(scores)
+    out = np.full((len(texts), values.shape[1]), np.nan)
+    out[present] = values
     return out

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loracle.runs.batch import Job
 
 
-def probabilities(job: Job, first: int) -> Iterator[np.ndarray]:
+def score_windows(job: Job, first: int) -> Iterator[np.ndarray]:
     """Of each window of the job from the ``first`` on, ``float64 [rows, C]``, as ``Job.probabilities`` has it.
 
     Raises:
@@ -52,7 +52,7 @@ def probabilities(job: Job, first: int) -> Iterator[np.ndarray]:
         for index, row in enumerate(scored.iter_rows(), first):
             if row["window"] != index:
                 raise RuntimeError(f"window {row['window']} came back in place of {index}")
-            yield np.frombuffer(row["probabilities"]).reshape(-1, len(job.info.task.label_names))
+            yield np.frombuffer(row["values"]).reshape(row["shape"])
     except ray.exceptions.RayError as error:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
         raise UserError("workers that can score", reason, "see that run and base model are on every node") from error
@@ -69,8 +69,9 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (window,) = batch["texts"]
-        proba = score_window(self.predictor, *json.loads(window))
-        return {"window": batch["window"], "probabilities": np.array([proba.tobytes()], dtype=object)}
+        values = score_window(self.predictor, *json.loads(window))
+        packed = np.array([values.tobytes()], dtype=object)
+        return {"window": batch["window"], "values": packed, "shape": np.array([values.shape])}
 
 
 def _windows_source(job: Job, first: int) -> Any:

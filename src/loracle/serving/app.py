@@ -30,7 +30,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import loracle
 from loracle.config import ServeConfig
 from loracle.errors import UserError
-from loracle.evaluation.classification import probabilities
 from loracle.models.build import score
 from loracle.runs.predictor import Predictor
 from loracle.serving import schemas
@@ -93,8 +92,8 @@ class InferenceService:
             with suppress(Failed):  # which the log says
                 self.batcher.submit(name, texts).result()
 
-    def pick(self, name: str | None, kind: str | None = None) -> str:
-        """The run that is asked; ``kind``: rank or classify, if only one of them has an answer.
+    def pick(self, name: str | None, command: str | None = None) -> str:
+        """The run that is asked. ``command``: predict or rank, if only one of them has an answer.
 
         Raises:
             HTTPException: there is no such run, or it does something else.
@@ -105,9 +104,9 @@ class InferenceService:
         name = next(iter(self.predictors)) if name is None else name
         if name not in self.predictors:
             raise HTTPException(404, f"no such run here; there is {known}")
-        does = "rank" if self.predictors[name].task.kind == "rank" else "classify"
-        if kind not in (None, does):
-            raise HTTPException(422, f"a run that can {kind}; {name} can {does}")
+        answers = self.predictors[name].task.output.command
+        if command not in (None, answers):
+            raise HTTPException(422, f"{name} does not {command}; it answers {answers}")
         return name
 
     async def scores(
@@ -185,8 +184,8 @@ class InferenceService:
         """Encoded texts, probabilities ``[E, C]`` and labels."""
         predictor = self.predictors[run]
         encoded, scores = await self.scores(run, texts, contexts)
-        proba = probabilities(scores, predictor.task, predictor.calibration)
-        labels = [[name] if isinstance(name, str) else name for name in predictor.names(proba)]
+        proba = predictor.values(scores)
+        labels = predictor.names(proba)
         self.metrics.classified(run, proba, labels)
         return encoded, proba, labels
 
@@ -233,7 +232,7 @@ def _add_routes(app: FastAPI, desk: InferenceService) -> None:
     @app.post("/v1/classify")
     async def classify(asked: schemas.Texts) -> schemas.Classified:
         """Label and probabilities of each text, as `loracle predict`."""
-        run = desk.pick(asked.run, "classify")
+        run = desk.pick(asked.run, "predict")
         encoded, proba, labels = await desk.classify(run, asked.texts, asked.contexts)
         names = desk.predictors[run].task.label_names
         results = [
@@ -276,7 +275,7 @@ def _add_routes(app: FastAPI, desk: InferenceService) -> None:
         """The runs that are served."""
         return schemas.Models(
             data=[
-                schemas.Model(id=name, kind=p.task.kind, labels=list(p.task.label_names), base=p.info.base["source"])
+                schemas.Model(id=name, task=p.task.name, labels=list(p.task.label_names), base=p.info.base["source"])
                 for name, p in desk.predictors.items()
             ]
         )
@@ -286,7 +285,7 @@ def _add_vllm_routes(app: FastAPI, desk: InferenceService) -> None:
     @app.post("/classify")
     async def classify(asked: schemas.VllmClassify) -> schemas.VllmClassified:
         """As vLLM's, for texts."""
-        run = desk.pick(asked.model, "classify")
+        run = desk.pick(asked.model, "predict")
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         encoded, proba, _ = await desk.classify(run, texts)
         names, tokens = desk.predictors[run].task.label_names, sum(e.tokens for e in encoded)

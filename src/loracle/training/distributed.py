@@ -61,8 +61,8 @@ def start(device: torch.device) -> PartialState:
     return state
 
 
-def main_says(log: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
-    """``say`` in the main process, silence in the others; the first thing that a run on ``device`` does."""
+def log_on_main(log: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
+    """``log`` in the main process, and a function that prints nothing in the others. A run on ``device`` calls this first."""
     return log if start(device).is_main_process else lambda line: None
 
 

@@ -1,10 +1,10 @@
-"""What is minimised: pure functions from scores to ``(sum, count)``.
+"""Losses: pure functions from scores to ``(sum, count)``, and ``LOSSES``, the registry of their names.
 
-The sum goes backward; the count says how much evidence was summed. Whoever accumulates (micro-batches, processes) adds both
-up and divides once, so that the gradient does not depend on how a batch was cut.
+The sum goes backward. The count is the amount of evidence in it. Accumulation steps and processes add both up and divide
+once, so the gradient does not depend on how a batch was cut.
 
-A ``Loss`` is first bound to its examples, then called with their scores, as often as one likes: the loop calls once a round,
-the baselines' optimizer hundreds of times. docs/clicks.md says which loss is for what; benchmarks/losses.py compares them.
+A ``Loss`` is first bound to its examples, then called with their scores, as often as needed: the training loop calls once a
+micro-batch, the baselines' optimizer hundreds of times. docs/how-it-works.md says which loss is for what.
 
 Shapes: E texts, C labels, P pairs, G groups. Ranking scores are flat, ``[E]``: the titles of group 0, then of group 1, …
 """
@@ -12,6 +12,7 @@ Shapes: E texts, C labels, P pairs, G groups. Ranking scores are flat, ``[E]``: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,20 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from torch import Tensor
 
-from loracle.config import SATURATING
-from loracle.errors import UserError
+from loracle.config import TrainConfig
+from loracle.errors import UserError, near
+from loracle.evaluation.click_model import fit_click_model
 from loracle.evaluation.pairs import grade_gains, group_pairs
-from loracle.examples import LabeledText, RankGroup, Task
+from loracle.examples import LabeledText, RankGroup
+from loracle.tasks.base import LinearFit
+from loracle.tasks.click_ranking import click_rate
+from loracle.tasks.dataset import Data
 
 Bound = Callable[[Tensor], tuple[Tensor, float]]  # scores of the examples it was bound to -> (sum, count)
-Loss = Callable[[Sequence[Any]], Bound]  # all LabeledText, or all RankGroup
+Loss = Callable[[Sequence[Any]], Bound]  # examples of one task
 
-FREQUENT = 0.1  # click rate above which clicks are no longer rare, and the list likelihood no longer exact
-SATURATION = (1.0, 1e7)  # clicks between which m0 is looked for; at the upper end nothing saturates
-NEWTON = 30  # steps to a group's intercept; quadratic, so a dozen is plenty
+SATURATION = (1.0, 1e7)  # clicks between which m0 is searched; at the upper end nothing saturates
+NEWTON = 30  # steps to a group's intercept; convergence is quadratic, so a dozen is plenty
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, float]:
@@ -113,7 +117,7 @@ def binomial(scores: Tensor, owner: Tensor, clicks: Tensor, shown: Tensor, group
 def soft_bradley_terry(distance: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, float]:
     """``-Σ w [q log σ(d) + (1 - q) log σ(-d)]`` over P pairs: q is the chance that the first is truly the better one.
 
-    A pair that noise could have turned round pulls with half a heart, where the hard target takes it at its word. Counts Σ w.
+    Ambiguous pairs get a smaller gradient than with a hard target. Counts Σ w.
     """
     each = target * F.logsigmoid(distance) + (1 - target) * F.logsigmoid(-distance)
     return -(weights * each).sum(), float(weights.sum())
@@ -127,64 +131,80 @@ def _log_softmax(logits: Tensor, owner: Tensor, groups: int) -> Tensor:
     return logits - top[owner] - total.log()[owner]
 
 
-def class_weights(examples: Sequence[LabeledText], task: Task, how: str) -> np.ndarray:
-    """Weight of each class, ``float64 [C]``; ``balanced`` is N / (C · count), as in scikit-learn, absent classes 1."""
-    classes = len(task.label_names)
+def class_weights(examples: Sequence[LabeledText], classes: int, how: str) -> np.ndarray:
+    """Weight of each class, ``float64 [C]``. ``balanced`` is N / (C · count), as in scikit-learn; absent classes get 1."""
     if how == "none":
         return np.ones(classes)
     counts = np.bincount([label for e in examples for label in e.labels], minlength=classes)
     return np.where(counts > 0, counts.sum() / (classes * np.maximum(counts, 1)), 1.0)
 
 
-def click_rate(groups: Sequence[RankGroup]) -> float:
-    """Clicks per impression over all groups; 0 where nothing was shown."""
-    clicks, shown = (sum(sum(getattr(g, name) or ()) for g in groups) for name in ("clicks", "impressions"))
-    return clicks / shown if shown else 0.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """What a loss may depend on beside the examples that it is bound to."""
+
+    class_weights: np.ndarray | None = None  # [C], of tasks with labels
+    margin: float = 1.0  # of pairs that name none (margin loss)
+    saturation: float = 200.0  # m0: a group with m clicks weighs m / (1 + m / m0)
 
 
-PAIRWISE, CLICKWISE = ("bradley-terry", "margin"), (*SATURATING, "soft-bradley-terry")
+@dataclass(frozen=True, slots=True)
+class LossType:
+    """An entry of ``LOSSES``: a factory, and the evidence that it needs, any of these.
+
+    ``saturates``: whether it has a saturation m0 where it learns from clicks.
+    """
+
+    make: Callable[[LossSettings], Loss]
+    needs: frozenset[str]
+    saturates: bool = False
 
 
-def resolve_loss(task: Task, name: str = "auto", rate: float = 0.0) -> str:
-    """The loss that ``name`` means for a task; ``rate`` is the click rate of a click log.
+def choose_loss(data: Data, settings: TrainConfig) -> tuple[Loss, dict[str, Any]]:
+    """The loss of a run, and what was settled about it: its name and, of clicks, the saturation m0.
+
+    m0 is fitted on the validation groups, around the scores of a TF-IDF ranker that has not seen them. What words leave
+    unexplained is close to what a model leaves, and it takes a second.
 
     Raises:
-        UserError: the task's evidence cannot feed it.
+        UserError: the loss does not fit the task, or a setting does not fit the loss.
     """
-    by_evidence = {"pairs": PAIRWISE, "grades": ("list", *PAIRWISE), "clicks": (*CLICKWISE, *PAIRWISE)}
-    fits: tuple[str, ...] = {"single": ("cross-entropy",), "multi": ("binary",)}.get(task.kind) or by_evidence[
-        task.evidence or "pairs"
-    ]
-    if name != "auto" and name not in fits:
-        what = f"ranking from {task.evidence}" if task.kind == "rank" else f"{task.kind}-label classification"
-        raise UserError(f"a loss for {what} ({', '.join(fits)})", repr(name), "leave out --loss, or pick one of these")
+    learning = data.task.learning
+    evidence, name = learning.evidence(data.train), settings.loss
+    fitting = [known for known, loss in LOSSES.items() if loss.needs & evidence]
     if name == "auto":
-        return "binomial" if task.evidence == "clicks" and rate > FREQUENT else fits[0]
-    return name
+        name = learning.default_loss(data.train)
+    elif name not in fitting:
+        raise UserError(
+            f"Loss '{name}' does not fit this task ({data.task.reading.description}){near(name, fitting)}.",
+            f"Leave out --loss, or pick one of: {', '.join(fitting)}.",
+        )
+    if settings.target_precision is not None and not learning.sets_thresholds:
+        raise UserError("--target-precision needs a task with several labels a text.", "Leave it out.")
+    loss, saturates = LOSSES[name], LOSSES[name].saturates and learning.saturates
+    if settings.saturation is not None and not saturates:
+        raise UserError(f"Loss '{name}' has no saturation here.", "Leave --saturation out.")
+    if not saturates:
+        labels = len(data.task.label_names)
+        weights = class_weights(data.train, labels, settings.class_weights) if labels else None
+        return loss.make(LossSettings(class_weights=weights, margin=settings.margin)), {"name": name}
+    m0 = settings.saturation or _fit_m0(name, data, settings.seed)
+    return loss.make(LossSettings(saturation=m0)), {"name": name, "saturation": m0}
 
 
-def make_loss(
-    task: Task, *, name: str = "auto", weights: np.ndarray | None = None, margin: float = 1.0, saturation: float = 200.0
-) -> Loss:
-    """The loss of a task, to be bound to examples: ``loss(examples)(scores) -> (sum, count)``.
+def _fit_m0(name: str, data: Data, seed: int) -> float:
+    fit = LinearFit(numpy_objective(LOSSES["list"].make(LossSettings())), seed)
+    scores = [s[:, 0] for s in data.task.learning.fit_words(data.train, data.validation, data.task, fit)]
+    return _saturation_of_odds(scores, data) if name == "binomial" else fit_saturation(scores, data.validation)
 
-    Args:
-        name: ``auto`` or one that fits the task. weights: ``[C]``, of the classes. margin: of pairs that name none (margin
-            loss only). saturation: m0; a group with m clicks weighs m / (1 + m / m0).
 
-    Raises:
-        UserError: a loss that the task's evidence cannot feed.
-    """
-    chosen = resolve_loss(task, name)
-    if chosen in ("cross-entropy", "binary"):
-        return _classification(task, np.ones(len(task.label_names)) if weights is None else weights)
-    if chosen == "list":
-        return _lists(saturation)
-    if chosen in ("dirichlet", "binomial"):
-        return _counts(chosen, saturation)
-    if chosen == "soft-bradley-terry":
-        return _soft_pairs()
-    return _pairs(bradley_terry, 0.0) if chosen == "bradley-terry" else _pairs(margin_ranking, margin)
+def _saturation_of_odds(scores: list[np.ndarray], data: Data) -> float:
+    """m0 where clicks are not rare: n titles with c clicks at rate p know their log-odds to 1 / (c (1 - p)), against τ²."""
+    model, rate = fit_click_model(data.validation, scores), click_rate(data.validation)
+    if not model.groups:
+        return SATURATION[1]
+    titles = float(np.mean([len(g.texts) for g in data.validation]))
+    return float(np.clip(titles / (model.spread**2 * (1 - rate)), *SATURATION))
 
 
 def numpy_objective(loss: Loss) -> Callable[[Sequence[Any]], Callable[[np.ndarray], tuple[float, np.ndarray]]]:
@@ -223,18 +243,35 @@ def fit_saturation(scores: Sequence[np.ndarray], groups: Sequence[RankGroup]) ->
     return float(np.exp(found.x))
 
 
-def _classification(task: Task, weights: np.ndarray) -> Loss:
+def _one_label(settings: LossSettings) -> Loss:
     def bind(examples: Sequence[LabeledText]) -> Bound:
-        hot = np.zeros((len(examples), len(task.label_names)))
-        for row, e in zip(hot, examples, strict=True):
-            row[list(e.labels)] = 1.0
-        own = np.array([e.weight for e in examples])
-        if task.kind == "single":
-            labels, weigh = hot.argmax(1), own * (hot @ weights)
-            return lambda scores: cross_entropy(scores, _to(labels, scores), _to(weigh, scores))
-        # A text with several labels weighs what they weigh on average, one without any weighs 1.
-        mean = own * np.where(hot.any(1), hot @ weights / np.maximum(hot.sum(1), 1), 1.0)
-        return lambda scores: binary(scores, _to(hot, scores), _to(mean, scores))
+        labels = np.array([e.labels[0] for e in examples])
+        weights = np.array([e.weight for e in examples])
+        if settings.class_weights is not None:
+            weights = weights * settings.class_weights[labels]
+        return lambda scores: cross_entropy(scores, _to(labels, scores), _to(weights, scores))
+
+    return bind
+
+
+def _any_labels(settings: LossSettings) -> Loss:
+    """A text with several labels weighs their mean class weight, one without any weighs 1."""
+
+    def bind(examples: Sequence[LabeledText]) -> Bound:
+        rows = np.repeat(np.arange(len(examples)), [len(e.labels) for e in examples])
+        columns = np.array([label for e in examples for label in e.labels], dtype=np.int64)
+        weights = np.array([e.weight for e in examples])
+        if settings.class_weights is not None:
+            totals = np.bincount(rows, settings.class_weights[columns], minlength=len(examples))
+            counts = np.bincount(rows, minlength=len(examples))
+            weights = weights * np.where(counts, totals / np.maximum(counts, 1), 1.0)
+
+        def bound(scores: Tensor) -> tuple[Tensor, float]:
+            targets = torch.zeros_like(scores)
+            targets[_to(rows, scores), _to(columns, scores)] = 1.0
+            return binary(scores, targets, _to(weights, scores))
+
+        return bound
 
     return bind
 
@@ -359,3 +396,16 @@ def _to(array: np.ndarray, like: Tensor) -> Tensor:
     """An array beside the scores: integers stay int64, the rest takes the scores' dtype."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.to(like.device, like.dtype if tensor.is_floating_point() else torch.int64)
+
+
+# To add a loss, write the function above and register it here.
+LOSSES: dict[str, LossType] = {
+    "cross-entropy": LossType(_one_label, frozenset({"label"})),
+    "binary": LossType(_any_labels, frozenset({"labels"})),
+    "bradley-terry": LossType(lambda s: _pairs(bradley_terry, 0.0), frozenset({"pairs"})),
+    "margin": LossType(lambda s: _pairs(margin_ranking, s.margin), frozenset({"pairs"})),
+    "list": LossType(lambda s: _lists(s.saturation), frozenset({"grades", "clicks"}), saturates=True),
+    "dirichlet": LossType(lambda s: _counts("dirichlet", s.saturation), frozenset({"clicks"}), saturates=True),
+    "binomial": LossType(lambda s: _counts("binomial", s.saturation), frozenset({"clicks"}), saturates=True),
+    "soft-bradley-terry": LossType(lambda s: _soft_pairs(), frozenset({"clicks"})),
+}

@@ -1,6 +1,6 @@
-"""From examples to scores and from scores to metrics, in the order of the examples: what every step of a run shares.
+"""From examples to scores, and from scores to metrics, in the order of the examples.
 
-Legend of shapes: n texts of an example (1, or the titles of a group), C labels (1 when ranking).
+Legend of shapes: n texts of an example (1, or the titles of a group), C outputs of a text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import as_json, classification_metrics, headline_metric, target_array
-from loracle.evaluation.ranking import rank_metrics
-from loracle.examples import Example, Task, texts_of
+from loracle.evaluation.intervals import as_json
+from loracle.examples import Example, texts_of
 from loracle.models import build
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
+from loracle.tasks import Task
+from loracle.tasks.base import by_example
 from loracle.text.tokenize import Encoded, Encoder
 from loracle.training import distributed
 from loracle.training.losses import Loss
@@ -27,13 +27,8 @@ from loracle.training.losses import Loss
 SCORES = "scores.safetensors"
 
 
-def by_example(values: np.ndarray, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Values of texts ``[n, …]``, all after each other, to those of each example."""
-    return np.split(values, np.cumsum([len(texts_of(e)) for e in examples])[:-1])
-
-
 def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[Encoded]]:
-    """The encoded texts of each example: one of a labelled text, all titles of a group."""
+    """The encoded texts of each example."""
     texts = [t for e in examples for t in texts_of(e)]
     contexts = [e.context for e in examples for _ in texts_of(e)]
     encoded = iter(encoder(texts, contexts))
@@ -41,7 +36,7 @@ def encode_examples(encoder: Encoder, examples: Sequence[Example]) -> list[list[
 
 
 def encode_texts(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]:
-    """The same one after the other."""
+    """``encode_examples``, flat."""
     return [e for unit in encode_examples(encoder, examples) for e in unit]
 
 
@@ -51,7 +46,7 @@ def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequ
 
 
 def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
-    """``score_examples``, a share of them in each process, which then has them all."""
+    """``score_examples`` with a part of the examples in each process; every process returns all scores."""
     if scorer.sharded:
         return distributed.on_main(lambda: score_examples(scorer, encoder, examples), along=scorer)
     world = distributed.start(scorer.device)
@@ -61,33 +56,29 @@ def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example
     return [by_place[i] for i in range(len(examples))]
 
 
-def look(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
-    """The validation metric that is watched, and the loss."""
+def validate(scorer: Scorer, encoder: Encoder, examples: Sequence[Example], task: Task, loss: Loss) -> dict[str, float]:
+    """The metric of early stopping and the loss on validation examples: ``{"metric", "loss"}``."""
     scores = _score_together(scorer, encoder, examples)
     if not all(np.isfinite(s).all() for s in scores):
         return {"metric": -np.inf, "loss": np.nan}
     summed, count = loss(examples)(torch.from_numpy(np.concatenate(scores)))
-    metric = measure(scores, examples, task)[headline_metric(task)]["value"]
-    # None: nothing in the validation side tells right from wrong, so the loss alone decides.
+    metric = measure(scores, examples, task)[task.evaluation.headline]["value"]
+    # None: nothing in the validation examples tells right from wrong, so the loss alone decides.
     return {"metric": 0.0 if metric is None else metric, "loss": float(summed) / max(count, 1e-12)}
 
 
 def measure(
-    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, calibration: Calibration | None = None
+    scores: Sequence[np.ndarray], examples: Sequence[Any], task: Task, calibration: Any = None
 ) -> dict[str, Any]:
-    """Metrics with intervals, as JSON has them; a classifier's at its calibration."""
-    if task.kind == "rank":
-        return as_json(rank_metrics([s[:, 0] for s in scores], examples))
-    same = [e.identity for e in examples]
-    targets = target_array(examples, task)
-    return as_json(classification_metrics(np.concatenate(scores), targets, task, groups=same, calibration=calibration))
+    """Metrics with intervals as plain JSON, at the calibration."""
+    return as_json(task.evaluation.metrics(scores, examples, task, calibration))
 
 
 def write_scores(folder: Path, scores: Sequence[np.ndarray]) -> None:
-    """Keep the test scores in full, for tests in pairs."""
+    """Write the test scores in full, for paired tests."""
     save_file({"scores": np.ascontiguousarray(np.concatenate(scores))}, folder / SCORES)
 
 
 def read_scores(folder: Path, examples: Sequence[Example]) -> list[np.ndarray]:
-    """What ``write_scores`` kept, by example."""
+    """Scores that ``write_scores`` wrote, by example."""
     return by_example(load_file(folder / SCORES)["scores"], examples)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from loracle.errors import UserError
-from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import given_labels, probabilities
+from loracle.evaluation.calibration import Calibration, temperature_of
 from loracle.models import openvino
 from loracle.models.build import load_merged
 from loracle.models.loading import head_names, load_tokenizer
@@ -70,7 +69,7 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, log: Log =
             for path in run.glob(pattern):
                 shutil.copy2(path, out)
         if to == "transformers":
-            _fold(model, run_folder.read_calibration(run))
+            _fold(model, run_folder.read_calibration(run, info.task))
             model.save_pretrained(out)
             del model
             apart = _try_transformers(run, out, base)
@@ -125,7 +124,7 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> float:
     words = " ".join(texts)
     texts.append(words * (1 + info.config.model.max_length // max(1, len(words.split()))))
     contexts.append(contexts[0])
-    ours = predictor.scores(texts, contexts) / predictor.calibration.temperature
+    ours = predictor.scores(texts, contexts) / temperature_of(predictor.calibration)
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
     asked = list(zip(texts, contexts, strict=True))
     as_it_is = load_tokenizer(out)
@@ -146,7 +145,7 @@ def _try_transformers(run: Path, out: Path, base: str | None) -> float:
     worst = _apart(ours, theirs)
     if not worst <= TOLERANCE:  # by which large models round
         each = np.concatenate([predictor.scores([text], [c]) for text, c in asked])
-        rounding = _apart(ours, each / predictor.calibration.temperature)
+        rounding = _apart(ours, each / temperature_of(predictor.calibration))
         if not worst <= min(ROUNDINGS * rounding, AT_MOST):
             raise RuntimeError(f"{out} does not score as {run}: {worst:.2g} apart; this is a bug in loracle")
     return worst
@@ -169,30 +168,7 @@ def _compare_int8(run: Path, out: Path, base: str | None) -> str:
     if not rows:
         moved = np.abs(a - b).mean() / max(float(np.abs(a).mean()), 1e-12)
         return f"int8 moves scores by {moved:.1%} on made-up texts, as the run keeps none: let evaluate say what that costs"
-    if exact.task.kind == "rank":
-        same = _pairs_in_order(a[:, 0], b[:, 0], [row["group"] for row in rows])
-        return f"int8 orders {same:.1%} of the pairs of titles as the run does"
-    labels = [
-        given_labels(probabilities(s, exact.task, exact.calibration), exact.task, exact.calibration) for s in (a, b)
-    ]
-    same = (labels[0] == labels[1]).all(1).mean()
-    line = f"int8 gives the labels of the run to {same:.1%} of {len(texts):,} test texts"
-    if exact.task.kind == "multi":
-        return line
-    right = [np.mean([exact.task.label_names[i] == row["label"] for i, row in zip(s.argmax(1), rows, strict=True)])
-             for s in (a, b)]  # fmt: skip
-    return f"{line}; accuracy {right[0]:.1%} before, {right[1]:.1%} with it"
-
-
-def _pairs_in_order(a: np.ndarray, b: np.ndarray, groups: list[str]) -> float:
-    """Share of the pairs within groups that both scores put into the same order."""
-    same = together = 0
-    for group in dict.fromkeys(groups):
-        at = np.array([g == group for g in groups])
-        first, second = np.triu_indices(int(at.sum()), 1)
-        agree = np.sign(a[at][first] - a[at][second]) == np.sign(b[at][first] - b[at][second])
-        same, together = same + int(agree.sum()), together + len(agree)
-    return same / together if together else 1.0
+    return exact.task.output.agreement(a, b, rows, exact.task, exact.calibration)
 
 
 def _asked(run: Path, predictor: Predictor, most: int) -> tuple[list[str], list[str | None], list[dict[str, str]]]:
@@ -227,10 +203,8 @@ def _lost(info: Any, to: str) -> list[str]:
     lost = []
     if to == "transformers" and info.config.model.long == "chunk":
         lost.append("texts over --max-length are cut there, not scored in chunks")
-    if to == "transformers" and info.task.kind == "multi":
-        lost.append("pipelines give probabilities, not labels: config.json (thresholds) says from where each is given")
-    if to == "transformers" and info.task.evidence == "clicks":
-        lost.append("win probabilities and lifts are not in it: it gives scores")
+    if to == "transformers":
+        lost += info.task.output.lost_in_transformers()
     if to == "openvino":
         lost.append(
             "texts are padded there and an instruction is computed for each: bf16 may be faster behind a long one"

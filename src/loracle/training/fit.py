@@ -1,0 +1,60 @@
+"""The training step of a run: the loop, with tracking and validation around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from loracle.config import RunConfig
+from loracle.models.loading import pick_device
+from loracle.tasks.dataset import Data
+from loracle.training import tracking
+from loracle.training.loop import Fit, Schedule, fit
+from loracle.training.prepare import PreparedModel
+from loracle.training.scoring import encode_examples, validate
+
+
+def fit_model(
+    config: RunConfig,
+    model: PreparedModel,
+    data: Data,
+    folder: Path,
+    *,
+    quiet: bool = False,
+    after_validation: Callable[[dict[str, float]], None] = lambda result: None,
+) -> Fit:
+    """Train the scorer in place. It ends with the weights of its best validation.
+
+    ``after_validation`` gets each validation result; what it raises ends the training.
+
+    Raises:
+        UserError: a loss that is no number, or too little memory. Interrupted: Ctrl-C.
+    """
+    accelerator = None
+    if service := config.train.track:
+        accelerator = tracking.tracked(service, cpu=pick_device(config.model.device).type == "cpu")
+        settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
+        tracking.begin(accelerator, service, folder.name, settings)
+
+    def validation() -> dict[str, float]:
+        result = validate(model.scorer, model.encoder, data.validation, data.task, model.loss)
+        after_validation(result)
+        return result
+
+    return fit(
+        model.scorer,
+        data.train,
+        lambda examples: encode_examples(model.encoder, examples),
+        model.loss,
+        validation,
+        schedule=schedule_of(config, model.lr),
+        folder=folder,
+        accelerator=accelerator,
+        quiet=quiet,
+    )
+
+
+def schedule_of(config: RunConfig, lr: float) -> Schedule:
+    names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
+    return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})
