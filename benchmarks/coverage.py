@@ -12,10 +12,10 @@ import numpy as np
 from scipy.special import softmax
 
 from loracle.evaluation.classification import calibration_band, calibration_error, classification_metrics, lead
-from loracle.examples import Task
+from loracle.tasks import Task
 
 PRIOR = np.array([0.5, 0.25, 0.15, 0.1])
-TASK = Task(kind="single", label_names=("a", "b", "c", "d"))
+TASK = Task(name="single_label", label_names=("a", "b", "c", "d"))
 MEASURED = ("accuracy", "macro_f1", "log_loss")
 LARGE = 400_000
 SIZES, RUNS = (50, 100, 200, 500, 2000), 600

@@ -17,12 +17,12 @@ from results import SHARED, write_table
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
-from loracle.evaluation.classification import as_json
+from loracle.evaluation.intervals import as_json
 from loracle.evaluation.significance import compare
 from loracle.examples import LabeledText
 from loracle.reporting.terminal import figure
+from loracle.tasks.dataset import read_examples
 from loracle.training import scoring
 
 EPOCHS = {1: 8, 5: 4, 10: 3}  # by examples a class
@@ -57,7 +57,7 @@ def main() -> None:
         for how in ("random", "names"):
             with tempfile.TemporaryDirectory() as scratch:
                 config = RunConfig.from_flat({**SETTINGS, "epochs": float(epochs), "head_init": how, "seed": SEED})
-                run = pipeline.learn(config, data, Path(scratch) / "run", keep_scores=True)
+                run = pipeline.train_on(config, data, Path(scratch) / "run", keep_scores=True)
                 metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
                 scores.append(scoring.read_scores(run, data.test))
             looks.append(f"{100 * metrics['validation']['accuracy']:.1f}")

@@ -78,7 +78,7 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
     def encode(some: Any) -> list[list[Any]]:
         return [[encoded[int(e.text)]] for e in some]
 
-    task = Task(kind="single", label_names=tuple(map(str, range(LABELS))))
+    task = Task(name="single_label", label_names=tuple(map(str, range(LABELS))))
     schedule = Schedule(
         epochs=1, batch=batch, lr=1e-4, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
     )

@@ -13,8 +13,9 @@ import csv
 import numpy as np
 from results import SHARED, write_table
 
-from loracle.evaluation.label_errors import margins, out_of_fold, suspects
-from loracle.examples import LabeledText, Task
+from loracle.evaluation.label_errors import margins, out_of_fold
+from loracle.examples import LabeledText
+from loracle.tasks import Task
 
 SHARE, SEEDS = 0.05, 3
 
@@ -22,7 +23,7 @@ SHARE, SEEDS = 0.05, 3
 def main() -> None:
     with (SHARED / "data" / "banking77" / "train.csv").open(encoding="utf-8", newline="") as f:
         texts, names = zip(*((row["text"], row["category"]) for row in csv.DictReader(f)), strict=True)
-    task = Task(kind="single", label_names=tuple(sorted(set(names))))
+    task = Task(name="single_label", label_names=tuple(sorted(set(names))))
     true = np.array([task.label_names.index(name) for name in names])
     rows = [["seed", "planted", "in the top 5 %", "of the first 100", "called suspect", "of these planted"]]
     for seed in range(SEEDS):
@@ -35,7 +36,7 @@ def main() -> None:
         ]
         proba = out_of_fold(examples, task, seed=seed)
         doubtful = np.argsort(margins(proba, given), kind="stable")
-        called = suspects(proba, given)
+        called = label_errors(proba, given)
         found = [np.isin(some, wrong) for some in (doubtful[: len(wrong)], doubtful[:100], called)]
         rows.append(
             [

@@ -13,7 +13,7 @@ from results import write_table
 from upworthy import divided, figures, folds, minilm, read_groups
 
 from loracle.evaluation.linear_models import frozen_ranker
-from loracle.evaluation.ranking import paired_difference, rank_metrics
+from loracle.evaluation.ranking import rank_metrics, ranking_differences
 from loracle.training.losses import fit_saturation, make_loss, numpy_objective
 
 NEVER = 1e9  # an m0 at which nothing saturates
@@ -52,7 +52,7 @@ def main() -> None:
     for label, of_groups in scores.items():
         found = rank_metrics(of_groups, held)
         lead = (
-            "" if label == first else figures(paired_difference(of_groups, scores[first], held), ["pair_accuracy"])[0]
+            "" if label == first else figures(ranking_differences(of_groups, scores[first], held), ["pair_accuracy"])[0]
         )
         rows.append([label, *figures(found, SHOWN), lead])
     notes = [

@@ -21,14 +21,14 @@ from results import SHARED, write_table
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.evaluation import linear_models
 from loracle.evaluation.classification import target_array
-from loracle.examples import Task
 from loracle.models import build
 from loracle.models.loading import load_tokenizer, pick_device
 from loracle.reporting.terminal import result_rows
+from loracle.tasks import Task
+from loracle.tasks.dataset import read_examples
 from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 from loracle.training import scoring

@@ -24,12 +24,12 @@ from results import write_table
 
 from loracle import pipeline
 from loracle.config import CompareConfig, RunConfig
-from loracle.data.splits import Data
-from loracle.evaluation.classification import bootstrap
+from loracle.evaluation.intervals import bootstrap
 from loracle.evaluation.significance import credit
 from loracle.experiments import compare
-from loracle.experiments.runner import learn_once, place
+from loracle.experiments.runner import place, train_once
 from loracle.runs.folder import METRICS
+from loracle.tasks.dataset import Data
 from loracle.training import scoring
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
@@ -80,7 +80,7 @@ def encoder_look(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float
         train=dataclasses.replace(plain.train, lr=lr),
         baselines=False,
     )
-    folder = learn_once(config, data, place(SCRATCH, "minilm", config, data), log=print, quiet=False)
+    folder = train_once(config, data, place(SCRATCH, "minilm", config, data), log=print, quiet=False)
     return json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]["accuracy"]
 
 

@@ -69,7 +69,7 @@ def ours() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     titles = sorted({t for g in groups for t in g.texts})
     ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
-    task = Task(kind="rank", evidence="clicks")
+    task = Task(name="click_ranking")
     scorer = new_scorer(
         demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),
         lora={"r": 16, "alpha": 32, "dropout": 0.0},

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loracle.reporting.terminal import markdown_table
+from loracle.formatting import markdown_table
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("LORACLE_SHARED", HERE.parent.parent / "shared"))

@@ -48,7 +48,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
             openvino.convert(model, Path(folder), pooling="last")
             scorer = openvino.Int8Scorer(Path(folder), pad_token_id=0)
     else:
-        task, cpu = Task(kind="single", label_names=names), torch.device("cpu")
+        task, cpu = Task(name="single_label", label_names=names), torch.device("cpu")
         scorer = new_scorer(base, task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=cpu, lora=None)
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))

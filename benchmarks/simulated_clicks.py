@@ -15,7 +15,8 @@ from results import write_table
 from scipy.special import expit, logit
 
 from loracle.evaluation.linear_models import frozen_ranker
-from loracle.examples import RankGroup, Task
+from loracle.examples import RankGroup
+from loracle.tasks import Task
 from loracle.training.losses import fit_saturation, make_loss, numpy_objective
 
 SEEDS, GROUPS, FRESH, FEATURES = 20, 300, 500, 20
@@ -25,7 +26,7 @@ LOSSES = {
     "Bradley-Terry, hard pairs": "bradley-terry", "Bradley-Terry, soft pairs": "soft-bradley-terry",
     "margin ranking": "margin",
 }  # fmt: skip
-TASK = Task(kind="rank", evidence="clicks")
+TASK = Task(name="click_ranking")
 
 
 def draw(seed: int, count: int, weights: np.ndarray) -> tuple[list[RankGroup], list[np.ndarray], list[np.ndarray]]:

@@ -65,7 +65,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     before = instruction(prefix)
     ids = {t: tuple(i) for t, i in zip(texts, tokenizer([before + t for t in texts]).input_ids, strict=True)}
     start = len(tokenizer(before).input_ids) if before else 0
-    task = Task(kind="single", label_names=tuple(str(i) for i in range(24)))
+    task = Task(name="single_label", label_names=tuple(str(i) for i in range(24)))
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
     scorer = new_scorer(
         demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),

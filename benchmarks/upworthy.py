@@ -30,14 +30,14 @@ from results import SHARED, write_table
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
-from loracle.evaluation.classification import as_json
+from loracle.evaluation.intervals import as_json
 from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
-from loracle.evaluation.ranking import paired_difference, rank_metrics
+from loracle.evaluation.ranking import rank_metrics, ranking_differences
 from loracle.examples import RankGroup
 from loracle.reporting.terminal import figure
+from loracle.tasks.dataset import read_examples
 from loracle.training.losses import numpy_objective
 
 ROTATIONS = 5
@@ -75,12 +75,12 @@ def rotation(number: int, groups: list[RankGroup]) -> Path:
     learnt_from, held = [*data.train, *data.validation], data.test  # the baselines choose by folds of their own
     scores = {
         "length": length_ranker(learnt_from, held, objective),
-        "tf-idf": tfidf_ranker(learnt_from, held, objective),
+        "tfidf": tfidf_ranker(learnt_from, held, objective),
         "frozen MiniLM": frozen_ranker(minilm(learnt_from), learnt_from, minilm(held), objective),
     }
     run = SCRATCH / f"run-{number}"
     shutil.rmtree(run, ignore_errors=True)
-    pipeline.learn(config(), data, run)
+    pipeline.train_on(config(), data, run)
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
         own = np.array([float(row["score"]) for row in csv.DictReader(f)])
     scores["loracle"] = np.split(own, np.cumsum([len(g.texts) for g in held])[:-1])
@@ -104,7 +104,7 @@ def folds(groups: list[RankGroup]) -> list[Split]:
 def divided(side: Split) -> pipeline.Data:
     """A rotation's three sides."""
     inner = split_groups([_undated(g) for g in side.train], 0.1, 1)
-    task = pipeline.Task(kind="rank", evidence="clicks")
+    task = pipeline.Task(name="click_ranking")
     return pipeline.Data(task=task, train=inner.train, validation=inner.held, test=side.held)
 
 
@@ -136,7 +136,7 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
     folder = minilm_folder()
     tokenizer = install_template(load_tokenizer(folder), None, 128, encoder=True)
     scorer = new_scorer(
-        folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
+        folder, Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
         device=torch.device("cpu"), lora=None,
     )  # fmt: skip
     return features(scorer, Encoder(tokenizer, encoder=True)(titles))
@@ -163,9 +163,9 @@ def main(only: int | None) -> None:
         for name, scores in pooled.items():
             found = rank_metrics([scores[i] for i in chosen], part)
             rows.append([f"{name}, {title}", *figures(found, SHOWN)])
-        for other in ("frozen MiniLM", "tf-idf"):
+        for other in ("frozen MiniLM", "tfidf"):
             theirs, ours = ([pooled[n][i] for i in chosen] for n in (other, "loracle"))
-            lead = paired_difference(ours, theirs, part)
+            lead = ranking_differences(ours, theirs, part)
             rows.append([f"loracle less {other}, {title}", *figures(lead, SHOWN)])
         rows.append([f"noise ceiling, {title}", *figures(found, ("ceiling", "significant_ceiling")), "", "", ""])
     saturations = [f"{r['loss']['saturation']:.0f}" for r in results]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,26 @@ def clicked(n: int = 20) -> list[dict[str, Any]]:
         for i in range(n)
         for c, word in enumerate(("bad", "so", "good"))
     ]  # fmt: skip
+
+
+LOSS_OF = {"label": "cross-entropy", "labels": "binary", "pairs": "bradley-terry", "grades": "list", "clicks": "list"}
+
+
+def make_loss(evidence: str, name: str = "auto", *, weights=None, margin: float = 1.0, saturation: float = 200.0):
+    """A loss by name; ``auto`` is what such evidence gets by default."""
+    from loracle.training.losses import LOSSES, LossSettings
+
+    settings = LossSettings(class_weights=weights, margin=margin, saturation=saturation)
+    return LOSSES[LOSS_OF[evidence] if name == "auto" else name].make(settings)
+
+
+def facts(*words: str) -> str:
+    """A pattern for ``pytest.raises(match=…)``: the message has all of these words, in any order."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
+
+
+def has_facts(message: str, *words: str) -> bool:
+    """Whether a message has all of these words; what is missing is printed."""
+    missing = [word for word in words if word not in message]
+    print(f"missing {missing} in: {message}" if missing else "")
+    return not missing

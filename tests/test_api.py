@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small import WORDS, labelled
+from small import WORDS, facts, labelled
 
 import loracle
 from loracle import TextClassifier, TextRanker, UserError
@@ -49,7 +49,7 @@ def test_a_ranker(tiny_model, tmp_path, evidence):
 def test_what_cannot_be_used_is_said(tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"settings that config.py knows; found learning_rate"):
         TextClassifier(learning_rate=1)
-    with pytest.raises(UserError, match="a label for every text; found 2 texts and 1 labels"):
+    with pytest.raises(UserError, match=facts("2", "1")):
         TextClassifier(**settings(tiny_model, tmp_path)).fit(["a", "b"], ["x"])
     ranker = TextRanker(**settings(tiny_model, tmp_path))
     with pytest.raises(UserError, match="evidence about the titles of group 1"):

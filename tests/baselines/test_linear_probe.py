@@ -5,11 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loracle.baselines.linear_probe import Depth, by_depth, choose, lines, ridge, verdict
 from loracle.errors import UserError
-from loracle.examples import Task
+from loracle.evaluation.linear_models import ridge_classifier
+from loracle.examples import LabeledText
+from loracle.tasks import Task
+from loracle.tasks.base import LinearFit
+from loracle.tasks.dataset import Data
+from loracle.training.probe import Depth, choose, lowest_good_depth, probe_layers, probe_table
 
-SINGLE = Task(kind="single", label_names=("a", "b", "c"))
+DATA = Data(task=Task(name="single_label", label_names=("a", "b", "c")), train=[], validation=[], test=[])
+FIT = LinearFit(None, 0)  # classifiers need no objective
+
+
+def examples_of(labels) -> list[LabeledText]:
+    return [LabeledText(text=f"text {i}", labels=(int(c),), row=i) for i, c in enumerate(labels)]
 
 
 def layered(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -21,31 +30,22 @@ def layered(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return states, labels
 
 
-def accuracy(labels: np.ndarray):
-    def judge(scores: np.ndarray) -> dict[str, float]:
-        value = float((scores.argmax(1) == labels).mean())
-        error = 1.96 * np.sqrt(max(value * (1 - value), 1e-4) / len(labels))
-        return {"value": value, "low": value - error, "high": value + error}
-
-    return judge
-
-
 def test_the_lowest_layer_that_knows_as_much_as_any():
     rng = np.random.default_rng(0)
     (seen, labels), (unseen, hidden) = layered(400, rng), layered(300, rng)
-    depths = by_depth(seen, unseen, lambda a, b: ridge(a, labels, b, SINGLE), accuracy(hidden))
+    depths = probe_layers((seen, unseen), examples_of(labels), examples_of(hidden), DATA, FIT)
     assert [d.layers for d in depths] == [1, 2, 3, 4]
     assert depths[0].value < 0.45 < depths[1].value < 0.8 < 0.97 < depths[2].value
     assert choose(depths).layers == 3
-    assert "depth 3 of 4" in verdict(depths)
-    assert "25 % of the layers' work is saved" in verdict(depths)
-    assert lines(depths, "accuracy")[0].count("\n") == 4
+    layers, line = lowest_good_depth(depths)
+    assert (layers, "depth 3 of 4" in line, "25 %" in line) == (3, True, True)
+    assert probe_table(depths, "accuracy")[0].count("\n") == 4
 
 
 def test_several_labels():
     rng = np.random.default_rng(1)
     seen, unseen = rng.normal(size=(200, 5)), rng.normal(size=(100, 5))
-    scores = ridge(seen, seen[:, :3] > 0, unseen, Task(kind="multi", label_names=("a", "b", "c")))
+    scores = ridge_classifier(seen, seen[:, :3] > 0, unseen)
     assert ((scores > 0) == (unseen[:, :3] > 0)).mean() > 0.9
 
 
@@ -59,11 +59,8 @@ def test_one_standard_error(values, chosen):
     assert choose(depths).layers == chosen
 
 
-def test_nothing_to_judge_by_is_said():
-    with pytest.raises(UserError, match="held-out examples that tell depths apart; found 2 texts"):
-        by_depth(
-            np.zeros((4, 1, 2)),
-            np.zeros((2, 1, 2)),
-            lambda a, b: None,
-            lambda _: dict.fromkeys(("value", "low", "high")),
-        )
+def test_too_few_validation_examples_are_an_error():
+    pairs = Data(task=Task(name="multi_label", label_names=("a", "b", "c")), train=[], validation=[], test=[])
+    texts = [LabeledText(text=str(i), labels=(), row=i) for i in range(2)]
+    with pytest.raises(UserError, match="2 validation texts"):
+        probe_layers((np.zeros((2, 1, 2)), np.zeros((2, 1, 2))), texts, texts, pairs, FIT)

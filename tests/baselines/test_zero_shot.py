@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loracle.baselines.zero_shot import log_likelihood, name_scores, names_template
-from loracle.examples import Task
 from loracle.models.build import new_scorer
+from loracle.models.likelihood import log_likelihood, name_scores, names_template
 from loracle.models.loading import load_tokenizer
+from loracle.tasks import Task
 from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
@@ -39,7 +39,7 @@ def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template, de
     causal.save_pretrained(folder)
     tokenizer = install_template(load_tokenizer(source), template, 128)
     scorer = new_scorer(
-        folder, Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
+        folder, Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
         device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0}, depth=depth,
     )  # fmt: skip
     encoder = Encoder(tokenizer)
@@ -53,7 +53,7 @@ def test_it_is_that_of_the_causal_model(tiny_model, tmp_path, kind, template, de
 def test_an_encoder_has_none(tiny_model):
     tokenizer = install_template(load_tokenizer(tiny_model("bert")), None, 64, encoder=True)
     scorer = new_scorer(
-        tiny_model("bert"), Task(kind="rank", evidence="clicks"), pad_token_id=tokenizer.pad_token_id,
+        tiny_model("bert"), Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32, device=torch.device("cpu"), lora=None,
     )  # fmt: skip
     with pytest.raises(ValueError, match="bert has no likelihood of a next token"):
@@ -67,7 +67,7 @@ def test_names_are_scored_by_what_the_text_adds(tiny_model, kind):
     causal = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = install_template(load_tokenizer(source), names_template(names), 256)
     scorer = new_scorer(
-        source, Task(kind="single", label_names=tuple(names)), pad_token_id=tokenizer.pad_token_id,
+        source, Task(name="single_label", label_names=tuple(names)), pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32, device=torch.device("cpu"), lora={"r": 2, "alpha": 4, "dropout": 0.0},
     )  # fmt: skip
     encoder, texts = Encoder(tokenizer), TEXTS[:4]

@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from small import facts
 
-from loracle.data.checks import Audit, Spread, audit, check_trainable, without_leaks
+from loracle.data.checks import DataReport, Quantiles, remove_leaked_texts, remove_leaked_titles
 from loracle.data.columns import Columns
 from loracle.data.issues import Issue
-from loracle.data.reader import Examples
 from loracle.errors import UserError
-from loracle.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup
+from loracle.tasks import Task
+from loracle.tasks.dataset import Examples, check_examples
 
-TWO = Task(kind="single", label_names=("bad", "good"))
-CLICKS = Task(kind="rank", evidence="clicks")
+TWO = Task(name="single_label", label_names=("bad", "good"))
+CLICKS = Task(name="click_ranking")
 
 
 def examples(task: Task, items: list[Any], issues: tuple[Issue, ...] = ()) -> Examples:
@@ -42,17 +44,17 @@ def preferred(name: str, row: int, *pairs: str, context: str | None = None) -> R
     return RankGroup(group=name, texts=texts, rows=tuple(row for _ in texts), context=context, preferences=preferences)
 
 
-def noticed(found: Audit) -> dict[str, tuple[int, tuple[int, ...]]]:
+def issues_of(found: DataReport) -> dict[str, tuple[int, tuple[int, ...]]]:
     return {issue.kind: (issue.count, issue.rows) for issue in found.issues}
 
 
 class TestTexts:
     def test_duplicates_conflicts_and_rare_classes(self) -> None:
         items = labelled(("fine", 1), ("poor", 0), (" fine", 1), ("fine", 0), ("poor", 0), ("odd", 2))
-        task = Task(kind="single", label_names=("bad", "good", "rare", "never"))
-        found = audit(examples(task, items))
-        assert found.classes == {"bad": 3, "good": 2, "rare": 1, "never": 0}
-        assert noticed(found) == {
+        task = Task(name="single_label", label_names=("bad", "good", "rare", "never"))
+        found = check_examples(examples(task, items))
+        assert found.counts.values["classes"] == {"bad": 3, "good": 2, "rare": 1, "never": 0}
+        assert issues_of(found) == {
             "duplicate": (3, (4, 5, 6)),
             "conflict": (3, (2, 4, 5)),
             "rare-class": (1, (7,)),
@@ -60,62 +62,63 @@ class TestTexts:
 
     def test_equal_texts_of_different_contexts_are_different(self) -> None:
         items = [LabeledText(text="yes", labels=(i,), row=i, context=f"question {i}") for i in range(2)]
-        assert noticed(audit(examples(TWO, items)))["rare-class"] == (2, (0, 1))
-        assert set(noticed(audit(examples(TWO, items)))) == {"rare-class"}
+        assert issues_of(check_examples(examples(TWO, items)))["rare-class"] == (2, (0, 1))
+        assert set(issues_of(check_examples(examples(TWO, items)))) == {"rare-class"}
 
     def test_labels_of_a_multi_label_text_count_each(self) -> None:
         items = [LabeledText(text=f"{i}", labels=labels, row=i) for i, labels in enumerate([(0, 1), (0,), (), (1,)])]
-        found = audit(examples(Task(kind="multi", label_names=("x", "y")), items))
-        assert found.classes == {"x": 2, "y": 2}
-        assert noticed(found) == {"no-class": (1, (2,))}
+        found = check_examples(examples(Task(name="multi_label", label_names=("x", "y")), items))
+        assert found.counts.values["classes"] == {"x": 2, "y": 2}
+        assert issues_of(found) == {"no-class": (1, (2,))}
 
     def test_lengths_are_of_characters(self) -> None:
-        found = audit(examples(TWO, labelled(*[("x" * n, n % 2) for n in range(1, 101)])))
-        assert found.characters == Spread(low=1, median=51, p95=96, high=100)
+        found = check_examples(examples(TWO, labelled(*[("x" * n, n % 2) for n in range(1, 101)])))
+        assert found.characters == Quantiles(low=1, median=51, p95=96, high=100)
 
     def test_empty_and_very_long_texts_are_odd(self) -> None:
-        found = audit(examples(TWO, labelled(("x" * 100_000, 0), (" \n", 1), ("x" * 100_001, 0), ("fine", 1))))
-        assert noticed(found) == {"empty": (1, (3,)), "very-long": (1, (4,))}
+        found = check_examples(examples(TWO, labelled(("x" * 100_000, 0), (" \n", 1), ("x" * 100_001, 0), ("fine", 1))))
+        assert issues_of(found) == {"empty": (1, (3,)), "very-long": (1, (4,))}
 
     def test_only_the_first_rows_are_named(self) -> None:
-        (issue,) = audit(examples(TWO, labelled(*[("same", 0)] * 9, ("other", 1), ("another", 1)))).issues
+        (issue,) = check_examples(examples(TWO, labelled(*[("same", 0)] * 9, ("other", 1), ("another", 1)))).issues
         assert (issue.count, issue.rows) == (8, (3, 4, 5, 6, 7))
 
     def test_what_the_schema_noticed_comes_first(self) -> None:
         skipped = Issue("no-label", "rows without a label were skipped", 2, (8, 9))
-        found = audit(examples(TWO, labelled(("a", 0), ("a", 0), ("b", 1), ("c", 1)), (skipped,)))
+        found = check_examples(examples(TWO, labelled(("a", 0), ("a", 0), ("b", 1), ("c", 1)), (skipped,)))
         assert [issue.kind for issue in found.issues] == ["no-label", "duplicate"]
 
     def test_leaks_name_the_rows_of_the_training_side(self) -> None:
         train, test = labelled(("a", 0), ("b", 1), ("a ", 1), ("c", 0)), labelled(("a", 0), ("x", 1))
-        found = audit(examples(TWO, train), examples(TWO, test))
+        found = check_examples(examples(TWO, train), examples(TWO, test))
         assert found.test_examples == 2
-        assert noticed(found)["leak"] == (2, (2, 4))
-        kept, (issue,) = without_leaks(train, test)
+        assert issues_of(found)["leak"] == (2, (2, 4))
+        kept, (issue,) = remove_leaked_texts(train, test)
         assert [item.row for item in kept] == [3, 5]
         assert (issue.kind, issue.count, issue.rows) == ("leak", 2, (2, 4))
-        assert without_leaks(kept, test) == (kept, ())
+        assert remove_leaked_texts(kept, test) == (kept, ())
 
 
 class TestGroups:
     def test_counts_of_a_click_log(self) -> None:
         groups = [clicked("1", 2, a=(5, 100), b=(9, 120)), clicked("2", 4, a=(1, 50), c=(1, 50), d=(1, 50))]
-        found = audit(examples(CLICKS, groups))
-        assert (found.examples, found.texts, found.clicks, found.impressions) == (2, 5, 17, 370)
-        assert found.titles == Spread(low=2, median=3, p95=3, high=3)
-        assert noticed(found) == {"several-groups": (1, (4,)), "no-difference": (1, (4,))}
+        found = check_examples(examples(CLICKS, groups))
+        assert (found.examples, found.texts) == (2, 5)
+        assert (found.counts.values["clicks"], found.counts.values["impressions"]) == (17, 370)
+        assert found.counts.values["titles"] == Quantiles(low=2, median=3, p95=3, high=3)
+        assert issues_of(found) == {"several-groups": (1, (4,)), "no-difference": (1, (4,))}
 
     def test_contradictions_between_groups_but_not_between_contexts(self) -> None:
         groups = [preferred("1", 1, "ab", "bc"), preferred("2", 2, "ba"), preferred("3", 3, "cb", context="other")]
-        found = audit(examples(Task(kind="rank", evidence="pairs"), groups))
-        assert found.preferences == 4
-        assert noticed(found)["contradiction-across"] == (2, (1, 2))
+        found = check_examples(examples(Task(name="ranking"), groups))
+        assert found.counts.values["preferences"] == 4
+        assert issues_of(found)["contradiction-across"] == (2, (1, 2))
 
     def test_leaking_titles_leave_their_training_groups(self) -> None:
         train = [clicked("1", 2, a=(1, 9), b=(2, 9), c=(3, 9)), clicked("2", 5, d=(1, 9), e=(2, 9))]
         test = [clicked("1", 2, a=(1, 9), e=(2, 9))]
-        assert noticed(audit(examples(CLICKS, train), examples(CLICKS, test)))["leak"] == (2, (2, 6))
-        kept, issues = without_leaks(train, test)
+        assert issues_of(check_examples(examples(CLICKS, train), examples(CLICKS, test)))["leak"] == (2, (2, 6))
+        kept, issues = remove_leaked_titles(train, test)
         assert kept == [RankGroup(group="1", texts=("b", "c"), rows=(3, 4), clicks=(2, 3), impressions=(9, 9))]
         assert [(issue.kind, issue.count, issue.rows) for issue in issues] == [
             ("leak", 2, (2, 6)),
@@ -123,26 +126,27 @@ class TestGroups:
         ]
 
 
-class TestRefuse:
+class TestUntrainable:
     @pytest.mark.parametrize(
         ("items", "message"),
         [
             (
                 labelled(("a", 1), ("b", 1)),
-                r"expected at least 2 classes; found 'good' on each of 2 texts \(rows 2 to 3\)",
+                "2 | 'good' | 3",
             ),
-            (labelled(("a", 1), ("a ", 0)), r"expected at least 2 distinct texts; found 1 in 2 rows\. Add examples\."),
-            ([], r"expected at least 2 distinct texts; found 0 in 0 rows"),
+            (labelled(("a", 1), ("a ", 0)), "2 | 1"),
+            ([], "2 | 0"),
         ],
     )
     def test_texts(self, items: list[LabeledText], message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            check_trainable(examples(TWO, items))
+        with pytest.raises(UserError, match=facts(*message.split(" | "))):
+            TWO.reading.check_trainable(items, TWO)
 
     def test_texts_without_any_label(self) -> None:
         items = [LabeledText(text=text, labels=(), row=2) for text in "ab"]
-        with pytest.raises(UserError, match="expected at least 2 classes; found no label on each of 2 texts"):
-            check_trainable(examples(Task(kind="multi", label_names=("x",)), items))
+        task = Task(name="multi_label", label_names=("x",))
+        with pytest.raises(UserError, match=facts("2")):
+            task.reading.check_trainable(items, task)
 
     @pytest.mark.parametrize(
         "group",
@@ -156,35 +160,38 @@ class TestRefuse:
         ids=["no clicks", "equal rates", "equal grades", "undecided", "no evidence"],
     )
     def test_groups_without_a_difference(self, group: RankGroup) -> None:
-        with pytest.raises(UserError, match="expected a group in which one title did better than another; found none"):
-            check_trainable(examples(CLICKS, [group]))
+        with pytest.raises(UserError, match=facts("another")):
+            CLICKS.reading.check_trainable([group], CLICKS)
 
     def test_no_groups(self) -> None:
-        with pytest.raises(UserError, match=r"expected groups of at least 2 titles; found none\. .* with --group\."):
-            check_trainable(examples(CLICKS, []))
+        with pytest.raises(UserError, match=facts("2", "--group")):
+            CLICKS.reading.check_trainable([], CLICKS)
 
     @pytest.mark.parametrize(
         ("task", "items"),
         [
             (TWO, labelled(("a", 0), ("b", 1))),
-            (Task(kind="multi", label_names=("x",)), [*labelled(("a", 0)), LabeledText(text="b", labels=(), row=3)]),
-            (CLICKS, [clicked("1", 2, a=(0, 9), b=(0, 9)), clicked("2", 4, a=(1, 9), b=(0, 9))]),
-            (Task(kind="rank", evidence="pairs"), [preferred("1", 2, "ab", "ba", "ab")]),
             (
-                Task(kind="rank", evidence="grades"),
+                Task(name="multi_label", label_names=("x",)),
+                [*labelled(("a", 0)), LabeledText(text="b", labels=(), row=3)],
+            ),
+            (CLICKS, [clicked("1", 2, a=(0, 9), b=(0, 9)), clicked("2", 4, a=(1, 9), b=(0, 9))]),
+            (Task(name="ranking"), [preferred("1", 2, "ab", "ba", "ab")]),
+            (
+                Task(name="ranking"),
                 [RankGroup(group="1", texts=("a", "b"), rows=(2, 3), grades=(0, 1))],
             ),
         ],
         ids=["single", "multi", "clicks", "pairs", "grades"],
     )
     def test_the_least_that_can_train_passes(self, task: Task, items: list[Any]) -> None:
-        check_trainable(examples(task, items))
+        task.reading.check_trainable(items, task)
 
 
 class TestLines:
     def test_of_texts(self) -> None:
         items = labelled(*[(f"text {i}", 1) for i in range(1234)], ("text 0", 0), ("text\n", 0))
-        found = audit(examples(TWO, items))
+        found = check_examples(examples(TWO, items))
         assert found.lines() == [
             "task        one label a text",
             "texts       1,236",
@@ -201,7 +208,9 @@ class TestLines:
         ]
 
     def test_of_a_click_log(self) -> None:
-        found = audit(examples(CLICKS, [clicked("1", 2, ant=(1000, 20_000), b=(300, 20_000))]), examples(CLICKS, []))
+        found = check_examples(
+            examples(CLICKS, [clicked("1", 2, ant=(1000, 20_000), b=(300, 20_000))]), examples(CLICKS, [])
+        )
         assert found.lines() == [
             "task              ranking from clicks",
             "groups            1",
@@ -217,7 +226,7 @@ class TestLines:
             "  what was clicked more was not shown more than chance has it (z = +0.0)",
             "  so click rates within a group can be compared",
             "",
-            "nothing unusual noticed",
+            "no issues found",
         ]
 
     def test_of_a_log_that_chance_did_not_deal_out(self) -> None:
@@ -225,13 +234,13 @@ class TestLines:
             replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500 if i == 3 else 1000)}), date=f"{i}")
             for i in range(2, 5)
         ]
-        assert noticed(audit(examples(CLICKS, groups))) == {"uneven-allocation": (1, (3,))}
+        assert issues_of(check_examples(examples(CLICKS, groups))) == {"uneven-allocation": (1, (3,))}
         groups = [
             replace(clicked(f"{i}", i, **{f"a{i}": (99, 1000), f"b{i}": (20, 1500)}), date=f"{201400 + i // 10}")
             for i in range(2, 52)
         ]
-        found = audit(examples(CLICKS, groups))
-        assert noticed(found) == {"uneven-allocation": (50, (2, 3, 4, 5, 6))}
+        found = check_examples(examples(CLICKS, groups))
+        assert issues_of(found) == {"uneven-allocation": (50, (2, 3, 4, 5, 6))}
         assert found.lines()[8:] == [
             "allocation",
             "  100.0% (50 of 50) of the groups of 2 titles or more were not shown in equal shares (p < 0.001)",
@@ -243,7 +252,7 @@ class TestLines:
             "  Leave the groups of these times out, or read figures with and without them.",
             "",
             "noticed",
-            "  groups not shown in equal shares, so that chance may not have dealt them out: 50 (rows 2, 3, 4, 5, 6, ...)",
+            "  groups not shown in equal shares, so allocation may not be random: 50 (rows 2, 3, 4, 5, 6, ...)",
         ]
         as_json = json.loads(json.dumps(found.to_json()))["allocation"]
         assert (as_json["groups"], as_json["failing"], len(as_json["dates"])) == (50, 50, 6)
@@ -251,25 +260,24 @@ class TestLines:
 
     def test_one_title_in_two_strata_of_a_group_is_in_one_group(self) -> None:
         groups = [replace(clicked("1", row, a=(5, 100), b=(9, 100)), stratum=f"{row}") for row in (2, 4)]
-        assert noticed(audit(examples(CLICKS, groups))) == {}
+        assert issues_of(check_examples(examples(CLICKS, groups))) == {}
 
     def test_many_classes_and_names_that_would_break_the_table(self) -> None:
         names = ("x" * 50, "two\nlines", *(f"c{i}" for i in range(18)))
         items = labelled(*[(f"{i}", i % 20) for i in range(40)])
-        lines = audit(examples(Task(kind="single", label_names=names), items)).lines()
-        table = lines[lines.index("texts per class") + 1 : lines.index("nothing unusual noticed") - 1]
+        lines = check_examples(examples(Task(name="single_label", label_names=names), items)).lines()
+        table = lines[lines.index("texts per class") + 1 : lines.index("no issues found") - 1]
         assert table[9] == "  ... 8 classes between"
         assert [line.split()[0] for line in table[10:]] == ["c15", "c16", "c17"]
         assert any(line.startswith(f"  {'x' * 39}…  ") for line in lines)
         assert any(line.startswith("  two lines  ") for line in lines)
 
     def test_json_holds_everything_in_plain_values(self) -> None:
-        found = audit(examples(TWO, labelled(("a", 0), ("a", 1), ("b", 1))))
+        found = check_examples(examples(TWO, labelled(("a", 0), ("a", 1), ("b", 1))))
         as_json = json.loads(json.dumps(found.to_json()))
-        assert as_json["task"] == {"kind": "single", "label_names": ["bad", "good"], "evidence": None}
+        assert as_json["task"] == "single_label"
         assert as_json["classes"] == {"bad": 1, "good": 2}
         assert as_json["characters"] == {"low": 1.0, "median": 1.0, "p95": 1.0, "high": 1.0}
-        assert as_json["titles"] is None
         assert [issue["kind"] for issue in as_json["issues"]] == ["duplicate", "conflict", "rare-class"]
         assert as_json["issues"][0]["rows"] == [3]
 

@@ -6,19 +6,24 @@ from scipy.special import expit, softmax
 from scipy.stats import norm
 from sklearn import metrics as reference
 
-from loracle.evaluation.calibration import Calibration, fit_calibration, fit_temperature, fit_threshold
+from loracle.evaluation.calibration import Calibration, fit_temperature, fit_threshold
 from loracle.evaluation.classification import (
     calibration_band,
     calibration_error,
+    classification_differences,
     classification_metrics,
-    given_labels,
-    lead,
-    probabilities,
 )
-from loracle.examples import Task
+from loracle.evaluation.labels import AnyLabels, OneLabel
 
-SINGLE = Task(kind="single", label_names=("a", "b", "c", "d"))
-MULTI = Task(kind="multi", label_names=("a", "b", "c"))
+SINGLE, MULTI = OneLabel(), AnyLabels()
+
+
+def temperature(logits, targets):
+    return fit_temperature(lambda scale: SINGLE.log_likelihood(logits * scale, targets))
+
+
+def lead(a, b, targets, groups=None):
+    return classification_differences((a, b), targets, SINGLE, groups=groups)["accuracy"]
 
 
 def drawn(proba, rng):
@@ -30,7 +35,7 @@ def drawn(proba, rng):
 def test_the_planted_temperature_is_found(planted):
     rng = np.random.default_rng(0)
     logits = 2 * planted * rng.normal(size=(20_000, 4))
-    found = fit_temperature(logits, drawn(softmax(logits / planted, axis=1), rng))
+    found = temperature(logits, drawn(softmax(logits / planted, axis=1), rng))
     assert found == pytest.approx(planted, rel=0.03)
 
 
@@ -39,23 +44,23 @@ def test_no_other_temperature_is_likelier():
     logits, targets = rng.normal(size=(60, 4)), rng.integers(4, size=60)
     logits[np.arange(60), targets] += 1
 
-    def loss(temperature):
-        told = 60 * reference.log_loss(targets, softmax(logits / temperature, axis=1))
-        return told - norm.logpdf(np.log(temperature), scale=0.5)
+    def loss(t):
+        summed = 60 * reference.log_loss(targets, softmax(logits / t, axis=1))
+        return summed - norm.logpdf(np.log(t), scale=0.5)
 
-    found = fit_temperature(logits, targets)
+    found = temperature(logits, targets)
     assert loss(found) <= min(map(loss, np.geomspace(0.1, 10, 400))) + 1e-9
 
 
 def test_a_few_texts_without_a_mistake_do_not_make_it_certain():
-    few, many = (fit_temperature(8 * np.eye(4)[np.arange(n) % 4], np.arange(n) % 4) for n in (8, 8000))
+    few, many = (temperature(8 * np.eye(4)[np.arange(n) % 4], np.arange(n) % 4) for n in (8, 8000))
     assert 0.8 < few < 1
     assert many < 0.75 * few
 
 
 def test_a_temperature_moves_no_label():
     scores = np.random.default_rng(2).normal(size=(50, 4))
-    cold, hot = (probabilities(scores, SINGLE, Calibration(temperature=t)) for t in (0.3, 3))
+    cold, hot = (SINGLE.probabilities(scores, Calibration(temperature=t)) for t in (0.3, 3))
     assert (cold.argmax(1) == hot.argmax(1)).all()
     assert (cold.max(1) > hot.max(1)).all()
 
@@ -89,15 +94,15 @@ def test_each_label_gets_its_own_threshold_and_labels_follow_it():
     rng = np.random.default_rng(3)
     targets = rng.random((300, 3)) < [0.5, 0.2, 0.1]
     logits = rng.normal(size=(300, 3)) + 1.5 * targets - [0, 1, 2]
-    found = fit_calibration(logits, targets, MULTI)
-    proba = probabilities(logits, MULTI, found)
-    assert (given_labels(proba, MULTI, found) == (proba > found.thresholds)).all()
+    found = MULTI.fit_calibration(logits, targets)
+    proba = MULTI.probabilities(logits, found)
+    assert (MULTI.assigned(proba, found) == (proba > found.thresholds)).all()
     own, half = (classification_metrics(logits, targets, MULTI, calibration=c)["macro_f1"].value
                  for c in (found, Calibration()))  # fmt: skip
     assert own == pytest.approx(reference.f1_score(targets, proba > found.thresholds, average="macro"))
     assert own > half + 0.02
-    strict = fit_calibration(logits, targets, MULTI, precision=0.75)
-    given = given_labels(proba, MULTI, strict)
+    strict = MULTI.fit_calibration(logits, targets, 0.75)
+    given = MULTI.assigned(proba, strict)
     assert min(reference.precision_score(targets, given, average=None)) >= 0.75
 
 
@@ -157,13 +162,13 @@ def test_too_sure_of_several_labels_is_mended_and_no_label_moves():
     rng = np.random.default_rng(13)
     logits = 2 * rng.normal(size=(3000, 3))
     targets = rng.random((3000, 3)) < expit(logits)
-    fitted = fit_calibration(3 * logits[:2000], targets[:2000], MULTI)
+    fitted = MULTI.fit_calibration(3 * logits[:2000], targets[:2000])
     assert fitted.temperature == pytest.approx(3, rel=0.1)
     found = classification_metrics(3 * logits[2000:], targets[2000:], MULTI, calibration=fitted)
     assert found["log_loss"].high < found["log_loss_uncalibrated"].low
     assert found["ece"].value < found["ece_if_calibrated"].high < found["ece_uncalibrated"].value
-    cold = probabilities(3 * logits, MULTI, fitted)
-    given = given_labels(cold, MULTI, fitted)
+    cold = MULTI.probabilities(3 * logits, fitted)
+    given = MULTI.assigned(cold, fitted)
     for c in range(3):
         assert logits[given[:, c], c].min() > logits[~given[:, c], c].max()
 
@@ -172,7 +177,7 @@ def test_calibration_brings_an_overconfident_scorer_into_the_band():
     rng = np.random.default_rng(6)
     logits = 2 * rng.normal(size=(4000, 4))
     targets = drawn(softmax(logits / 2, axis=1), rng)
-    fitted = fit_calibration(logits[:2000], targets[:2000], SINGLE)
+    fitted = SINGLE.fit_calibration(logits[:2000], targets[:2000])
     found = classification_metrics(logits[2000:], targets[2000:], SINGLE, calibration=fitted)
     assert found["log_loss"].high < found["log_loss_uncalibrated"].low
     assert found["ece_uncalibrated"].value > found["ece_if_calibrated"].high > found["ece"].value
@@ -188,7 +193,7 @@ def test_area_under_the_curve_agrees_with_scikit_learn_ties_included():
     logits = (rng.normal(size=(300, 4)) + np.eye(4)[targets]).round(1)
     found = classification_metrics(logits, targets, SINGLE)["auc"]
     assert found.value == pytest.approx(
-        reference.roc_auc_score(targets, probabilities(logits, SINGLE), multi_class="ovr"), abs=1e-9
+        reference.roc_auc_score(targets, SINGLE.probabilities(logits), multi_class="ovr"), abs=1e-9
     )
     several = rng.random((300, 3)) < 0.3
     scores = (rng.normal(size=(300, 3)) + several).round(1)
@@ -201,8 +206,7 @@ def test_interval_of_the_area_is_that_of_the_plain_bootstrap():
     rng = np.random.default_rng(8)
     several = rng.random((200, 1)) < 0.4
     scores = rng.normal(size=(200, 1)) + several
-    task = Task(kind="multi", label_names=("a",))
-    found = classification_metrics(scores, several, task)["auc"]
+    found = classification_metrics(scores, several, MULTI)["auc"]
     drawn_rows = (rng.integers(200, size=200) for _ in range(400))
     plain = [reference.roc_auc_score(several[rows, 0], scores[rows, 0]) for rows in drawn_rows]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.012)
@@ -212,10 +216,10 @@ def test_lead_is_the_difference_and_copies_change_nothing():
     rng = np.random.default_rng(9)
     targets = rng.integers(4, size=80)
     good, poor = (rng.normal(size=(80, 4)) + k * np.eye(4)[targets] for k in (3, 1))
-    found = lead(good, poor, targets, SINGLE)
+    found = lead(good, poor, targets)
     assert found.value == pytest.approx((good.argmax(1) == targets).mean() - (poor.argmax(1) == targets).mean())
     assert found.low > 0
-    assert lead(good, good, targets, SINGLE).high == 0
+    assert lead(good, good, targets).high == 0
     copies = [np.tile(a, (5, 1)) for a in (good, poor)]
-    again = lead(*copies, np.tile(targets, 5), SINGLE, groups=list(range(80)) * 5)
+    again = lead(*copies, np.tile(targets, 5), groups=list(range(80)) * 5)
     assert (again.low, again.high) == pytest.approx((found.low, found.high))

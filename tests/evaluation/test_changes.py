@@ -7,8 +7,9 @@ import pytest
 
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.changes import class_changes, group_change, label_changes
-from loracle.evaluation.classification import classification_metrics, differences, lead
-from loracle.examples import Preference, RankGroup, Task
+from loracle.evaluation.classification import classification_differences, classification_metrics
+from loracle.evaluation.labels import AnyLabels, OneLabel
+from loracle.examples import Preference, RankGroup
 
 NAMES = ("neg", "pos", "mid")
 
@@ -19,12 +20,12 @@ def one_hot(*labels):
 
 def test_label_changes_by_hand():
     true, a, b = one_hot(0, 0, 1, 1, 2), one_hot(0, 1, 1, 0, 0), one_hot(0, 0, 2, 2, 0)
-    assert label_changes(a, b, true) == [None, "mended", "broken", "changed", None]
+    assert label_changes(a, b, true) == [None, "fixed", "broken", "changed", None]
     assert label_changes(a, b, None) == [None, "changed", "changed", "changed", None]
     assert class_changes(a, b, true, NAMES) == [
-        {"label": "neg", "given_a": 3, "given_b": 3, "texts": 2, "mended": 1, "broken": 0, "false_a": 2, "false_b": 1},
-        {"label": "pos", "given_a": 2, "given_b": 0, "texts": 2, "mended": 0, "broken": 1, "false_a": 1, "false_b": 0},
-        {"label": "mid", "given_a": 0, "given_b": 2, "texts": 1, "mended": 0, "broken": 0, "false_a": 0, "false_b": 2},
+        {"label": "neg", "given_a": 3, "given_b": 3, "texts": 2, "fixed": 1, "broken": 0, "false_a": 2, "false_b": 1},
+        {"label": "pos", "given_a": 2, "given_b": 0, "texts": 2, "fixed": 0, "broken": 1, "false_a": 1, "false_b": 0},
+        {"label": "mid", "given_a": 0, "given_b": 2, "texts": 1, "fixed": 0, "broken": 0, "false_a": 0, "false_b": 2},
     ]
     assert class_changes(a, a, true, NAMES) == []
 
@@ -33,43 +34,42 @@ def test_several_labels_are_right_together():
     true = np.array([[True, True, False]] * 3)
     a = np.array([[True, False, False], [True, True, False], [False, False, False]])
     b = np.array([[True, True, False], [True, True, True], [True, False, False]])
-    assert label_changes(a, b, true) == ["mended", "broken", "changed"]
+    assert label_changes(a, b, true) == ["fixed", "broken", "changed"]
 
 
 def test_group_change_by_hand():
-    """Ties are no order: a pair that is tied by one and not by the other has turned, and half of it is mended."""
+    """Ties are no order: a pair that is tied by one and not by the other has reversed, and half of it is fixed."""
     group = RankGroup(
         group="g", texts=("x", "y", "z"), rows=(1, 2, 3),
         preferences=(Preference(winner=0, loser=1), Preference(winner=2, loser=1), Preference(winner=0, loser=2)),
     )  # fmt: skip
     found = group_change(np.array([1.0, 2.0, 0.0]), np.array([3.0, 2.0, 2.0]), group)
     assert (found.order_a, found.order_b, found.pick_changed) == ((1, 0, 2), (0, 1, 2), True)
-    assert (found.pairs, found.turned, found.decided, found.mended, found.broken) == (3, 2, 3, 2, 0)
+    assert (found.pairs, found.reversed, found.decided, found.fixed, found.broken) == (3, 2, 3, 2, 0)
     back = group_change(np.array([3.0, 2.0, 2.0]), np.array([1.0, 2.0, 0.0]), group)
-    assert (back.turned, back.mended, back.broken) == (2, 0, 2)
+    assert (back.reversed, back.fixed, back.broken) == (2, 0, 2)
     same = group_change(np.array([1.0, 2.0, 0.0]), np.array([11.0, 12.0, 10.0]), group)
-    assert (same.turned, same.mended, same.broken, same.pick_changed) == (0, 0, 0, False)
+    assert (same.reversed, same.fixed, same.broken, same.pick_changed) == (0, 0, 0, False)
 
 
-@pytest.mark.parametrize("kind", ["single", "multi"])
-def test_differences_are_those_of_the_metrics_and_of_equal_scorers_nothing(kind):
-    rng = np.random.default_rng(0)
-    task, count = Task(kind=kind, label_names=NAMES), 80
-    targets = rng.integers(3, size=count) if kind == "single" else rng.random((count, 3)) < 0.4
-    true = np.eye(3)[targets] if kind == "single" else targets
+@pytest.mark.parametrize("labels", [OneLabel(), AnyLabels()])
+def test_differences_equal_those_of_the_metrics(labels):
+    rng, count = np.random.default_rng(0), 80
+    one = isinstance(labels, OneLabel)
+    targets = rng.integers(3, size=count) if one else rng.random((count, 3)) < 0.4
+    true = np.eye(3)[targets] if one else targets
     a, b = (true * strength + rng.normal(size=(count, 3)) for strength in (2.0, 0.5))
     kept = (
         (Calibration(temperature=2.0), Calibration(temperature=0.5))
-        if kind == "single"
+        if one
         else (Calibration(thresholds=(0.3, 0.5, 0.7)), Calibration(thresholds=(0.6, 0.4, 0.5)))
     )
-    found = differences(a, b, targets, task, calibrations=kept)
-    own, other = (classification_metrics(s, targets, task, calibration=c) for s, c in zip((a, b), kept, strict=True))
+    found = classification_differences((a, b), targets, labels, calibrations=kept)
+    own, other = (classification_metrics(s, targets, labels, calibration=c) for s, c in zip((a, b), kept, strict=True))
     assert {"accuracy", "macro_f1", "auc"} <= found.keys() <= own.keys()
     for name, gap in found.items():
         assert gap.value == pytest.approx(own[name].value - other[name].value, abs=1e-12)
         assert gap.low <= gap.value <= gap.high
     assert found["auc"].low > 0, "a scorer four times as strong is better"
-    assert all((g.value, g.low, g.high) == (0, 0, 0) for g in differences(a, a, targets, task).values())
-    headline = "accuracy" if kind == "single" else "map"
-    assert lead(a, b, targets, task) == differences(a, b, targets, task)[headline]
+    equal = classification_differences((a, a), targets, labels)
+    assert all((g.value, g.low, g.high) == (0, 0, 0) for g in equal.values())

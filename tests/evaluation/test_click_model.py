@@ -10,9 +10,9 @@ from scipy.stats import kstest, norm
 from loracle.evaluation.click_model import (
     LARGEST,
     SMALLEST,
-    Spread,
+    ClickModel,
     expected_lift,
-    fit_spread,
+    fit_click_model,
     posterior_log_odds,
     win_probability,
 )
@@ -42,7 +42,7 @@ def simulated(seed, groups, *, shown, level, slope=0.0, spread=0.3, arms=4):
 
 def fitted(slope=0.0, spread=0.3, **others):
     known = {"slope_se": 0.0, "spread_se": 0.0, "log_likelihood": 0.0} | others
-    return Spread(slope=slope, spread=spread, **known)
+    return ClickModel(slope=slope, spread=spread, **known)
 
 
 # --- integrals --------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_recovers_slope_and_spread(groups, shown, level, spread):
     off = []
     for seed in range(10, 18):
         made, scores, _ = simulated(seed, groups, shown=shown, level=level, slope=0.25, spread=spread)
-        found = fit_spread(made, scores)
+        found = fit_click_model(made, scores)
         off.append([(found.slope - 0.25) / found.slope_se, (found.spread - spread) / found.spread_se])
     off = np.array(off)
     assert np.abs(off).max() < 3.5
@@ -144,7 +144,7 @@ def test_with_many_clicks_it_is_least_squares():
     s, t = (np.concatenate([x - x.mean() for x in each]) for each in (scores, truth))
     slope, freedom = s @ t / (s @ s), 60 * 3
     spread = np.sqrt(((t - slope * s) ** 2).sum() / freedom)
-    found = fit_spread(made, scores)
+    found = fit_click_model(made, scores)
     assert (found.slope, found.spread) == pytest.approx((slope, spread), rel=5e-3)
     assert found.slope_se == pytest.approx(spread / np.sqrt(s @ s), rel=5e-3)
     assert found.spread_se == pytest.approx(spread / np.sqrt(2 * freedom), rel=1e-2)
@@ -152,7 +152,7 @@ def test_with_many_clicks_it_is_least_squares():
 
 def test_without_scores_the_spread_is_all_that_titles_differ_by():
     made, scores, _ = simulated(0, 400, shown=5000, level=-3.0, slope=0.3, spread=0.2)
-    alone, explained = fit_spread(made), fit_spread(made, scores)
+    alone, explained = fit_click_model(made), fit_click_model(made, scores)
     assert (alone.slope, math.isnan(alone.slope_se)) == (0.0, True)
     assert alone.spread == pytest.approx(math.hypot(0.3, 0.2), rel=0.1)
     assert explained.spread == pytest.approx(0.2, rel=0.15)
@@ -162,25 +162,25 @@ def test_without_scores_the_spread_is_all_that_titles_differ_by():
 
 def test_titles_that_do_not_differ():
     made, _, _ = simulated(1, 200, shown=2000, level=-3.5, spread=0.0)
-    found = fit_spread(made)
+    found = fit_click_model(made)
     assert SMALLEST <= found.spread < 0.06
     assert 0 < found.spread_se < 0.1
 
 
 def test_scores_that_say_nothing():
     made, scores, _ = simulated(2, 60, shown=2000, level=-3.5)
-    alone, constant = fit_spread(made), fit_spread(made, [np.full(4, 1e6 + i / 3) for i in range(60)])
+    alone, constant = fit_click_model(made), fit_click_model(made, [np.full(4, 1e6 + i / 3) for i in range(60)])
     assert repr(constant) == repr(alone)  # not ==, as the slope's standard error is NaN
-    noise = fit_spread(made, scores)
+    noise = fit_click_model(made, scores)
     assert abs(noise.slope) < 3.5 * noise.slope_se
 
 
 def test_invariance_of_the_fit():
     made, scores, _ = simulated(3, 60, shown=2000, level=-3.5, slope=0.2)
-    rng, expected = np.random.default_rng(0), fit_spread(made, scores)
+    rng, expected = np.random.default_rng(0), fit_click_model(made, scores)
     orders = [rng.permutation(4) for _ in made]
     turned = [clicked(np.take(g.clicks, o), np.take(g.impressions, o)) for g, o in zip(made, orders, strict=True)]
-    found = fit_spread(turned, [5 + 10 * s[o] for s, o in zip(scores, orders, strict=True)])
+    found = fit_click_model(turned, [5 + 10 * s[o] for s, o in zip(scores, orders, strict=True)])
     fields = ("spread", "spread_se", "log_likelihood", "level")
     assert [getattr(found, f) for f in fields] == pytest.approx([getattr(expected, f) for f in fields], rel=1e-4)
     assert [10 * found.slope, 10 * found.slope_se] == pytest.approx([expected.slope, expected.slope_se], rel=1e-3)
@@ -196,15 +196,15 @@ def test_blocks_change_nothing():
 def test_groups_that_tell_nothing_are_left_out():
     made, scores, _ = simulated(5, 20, shown=2000, level=-3.5)
     silent = [clicked([0, 0], [50, 90]), clicked([9, 9], [9, 9]), clicked([0, 0], [0, 0])]
-    assert fit_spread([*made, *silent], [*scores, *[np.arange(2.0)] * 3]) == fit_spread(made, scores)
-    for nothing in (fit_spread(silent), fit_spread([])):
+    assert fit_click_model([*made, *silent], [*scores, *[np.arange(2.0)] * 3]) == fit_click_model(made, scores)
+    for nothing in (fit_click_model(silent), fit_click_model([])):
         assert (nothing.groups, nothing.slope) == (0, 0.0)
         assert math.isnan(nothing.spread)
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_one_group_is_enough_not_to_crash(group):
-    found = fit_spread([group], [SCORES[0][: len(group.texts)]])
+    found = fit_click_model([group], [SCORES[0][: len(group.texts)]])
     assert SMALLEST <= found.spread <= LARGEST
     assert np.isfinite([found.slope, found.log_likelihood, found.level]).all()
     assert np.isfinite(posterior_log_odds([group], found)[0]).all()
@@ -312,7 +312,7 @@ def test_coverage_and_calibration(shown, level):
     covered, claims, came = [], [], []
     for seed in range(2):
         made, scores, truth = simulated(seed, 600, shown=shown, level=level, slope=0.25, spread=0.25)
-        model = fit_spread(made[:300], scores[:300])
+        model = fit_click_model(made[:300], scores[:300])
         for s, log_odds in zip(scores[300:], truth[300:], strict=True):
             rates = expit(log_odds)
             _, low, high = expected_lift(s, model, draws=2000)

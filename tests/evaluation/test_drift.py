@@ -5,7 +5,7 @@ import pytest
 
 from loracle.evaluation.calibration import Calibration
 from loracle.evaluation.drift import BINS, Reference, histogram, limit, psi, reference
-from loracle.examples import Task
+from loracle.tasks import Task
 
 
 def test_the_index_of_a_case_by_hand():
@@ -45,19 +45,23 @@ def test_bins_are_filled_alike_and_ties_stay_together():
 
 def test_a_reference_has_calibrated_probabilities_and_the_labels_that_are_given():
     logits = np.array([[4.0, 0.0], [0.0, 2.0], [1.0, 0.0]], dtype=np.float32)
-    single = reference([3, 4], logits, Task(kind="single", label_names=("a", "b")), Calibration(temperature=2.0))
+
+    def of(name, calibration):
+        task = Task(name=name, label_names=("a", "b"))
+        return task.evaluation.reference([3, 4], [row[None] for row in logits], task, calibration)
+
+    single = of("single_label", Calibration(temperature=2.0))
     assert (single.labels, single.tokens.total) == ((2, 1), 7)
     assert single.scores.total == pytest.approx((1 / (1 + np.exp(-np.array([2.0, 1.0, 0.5])))).sum())
-    multi = reference([3], logits, Task(kind="multi", label_names=("a", "b")), Calibration(thresholds=(0.6, 0.4)))
+    multi = of("multi_label", Calibration(thresholds=(0.6, 0.4)))
     assert multi.labels == (2, 3)
-    assert reference([3], logits[:, :1], Task(kind="rank", evidence="pairs")).labels == ()
+    task = Task(name="ranking")
+    assert task.evaluation.reference([3], [logits[:, :1]], task, None).labels == ()
 
 
 def test_a_reference_survives_json():
     import dataclasses
     import json
 
-    known = reference(
-        range(100), np.random.default_rng(0).normal(size=(50, 2)), Task(kind="single", label_names=("a", "b"))
-    )
+    known = reference(range(100), np.random.default_rng(0).normal(size=50), [30, 20])
     assert Reference.from_json(json.loads(json.dumps(dataclasses.asdict(known)))) == known

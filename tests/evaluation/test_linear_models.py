@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from loracle.evaluation.classification import classification_metrics, probabilities
+from loracle.evaluation.classification import classification_metrics
+from loracle.evaluation.labels import AnyLabels, OneLabel
 from loracle.evaluation.linear_models import (
-    frozen_classifier,
-    frozen_ranker,
+    feature_classifier,
+    feature_ranker,
     length_ranker,
     linear_ranker,
-    majority,
     tfidf_classifier,
     tfidf_ranker,
 )
 from loracle.evaluation.ranking import rank_metrics
-from loracle.examples import Preference, RankGroup, Task
-from loracle.training.losses import make_loss, numpy_objective, resolve_loss
+from loracle.examples import Preference, RankGroup
+from loracle.training.losses import LOSSES, LossSettings, numpy_objective
 
-SINGLE = Task(kind="single", label_names=("a", "b", "c"))
-MULTI = Task(kind="multi", label_names=("a", "b", "c"))
+SINGLE, MULTI = OneLabel(), AnyLabels()
+DEFAULT = {"clicks": "list", "grades": "list", "pairs": "bradley-terry"}
 
 
 def group(texts=("x", "y", "z"), name="g", **evidence):
@@ -42,8 +42,8 @@ PAIRS = [
 
 
 def objective(evidence="clicks", loss="auto"):
-    task = Task(kind="rank", evidence=evidence)
-    return numpy_objective(make_loss(task, name=resolve_loss(task, loss)))
+    name = DEFAULT[evidence] if loss == "auto" else loss
+    return numpy_objective(LOSSES[name].make(LossSettings()))
 
 
 # --- rankers ----------------------------------------------------------------------------------------------------------
@@ -76,10 +76,10 @@ def test_linear_ranker_is_the_same_on_sparse_features():
 
 
 @pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
-def test_frozen_ranker_learns_with_each_loss_whatever_the_units(loss):
+def test_feature_ranker_learns_with_each_loss_whatever_the_units(loss):
     groups, features = click_log()
     features = [x * [1, 1000, 1, 1] + [0, 0, 5, 0] for x in features]
-    scores = frozen_ranker(features[:200], groups[:200], features[200:], objective(loss=loss))
+    scores = feature_ranker(features[:200], groups[:200], features[200:], objective(loss=loss))
     assert [s.shape for s in scores] == [(len(g.texts),) for g in groups[200:]]
     assert rank_metrics(scores, groups[200:])["pair_accuracy"].value > 0.85
 
@@ -90,8 +90,8 @@ def test_arm_order_does_not_matter():
         dataclasses.replace(g, texts=g.texts[::-1], clicks=g.clicks[::-1], impressions=g.impressions[::-1])
         for g in groups
     ]
-    expected = frozen_ranker(features, groups, features, objective())
-    found = frozen_ranker([x[::-1] for x in features], flipped, features, objective())
+    expected = feature_ranker(features, groups, features, objective())
+    found = feature_ranker([x[::-1] for x in features], flipped, features, objective())
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-3)
 
 
@@ -149,14 +149,14 @@ def test_rankers_survive_tiny_data_and_none(evidence, groups, loss):
     for scores in (
         length_ranker(groups, test, fit),
         tfidf_ranker(groups, test, fit),
-        frozen_ranker(features, groups, [np.ones((2, 2))], fit),
+        feature_ranker(features, groups, [np.ones((2, 2))], fit),
     ):
         assert [s.shape for s in scores] == [(2,)]
         assert np.isfinite(scores[0]).all()
 
 
 def test_without_evidence_the_scorer_is_constant():
-    scores = frozen_ranker([np.eye(2)], CLICKS[2:], [np.eye(2)], objective())[0]
+    scores = feature_ranker([np.eye(2)], CLICKS[2:], [np.eye(2)], objective())[0]
     assert scores.tolist() == [0, 0]
 
 
@@ -173,49 +173,46 @@ def labelled(count=300, seed=0):
 
 
 def test_majority_is_the_log_frequency():
-    scores = majority(np.array([0, 0, 2]), 4, SINGLE)
-    np.testing.assert_allclose(np.exp(scores), np.tile([3 / 6, 1 / 6, 2 / 6], (4, 1)))
-    several = majority(np.array([[True, False, True], [True, False, False]]), 1, MULTI)
-    np.testing.assert_allclose(probabilities(several, MULTI), [[3 / 4, 1 / 4, 2 / 4]])
+    np.testing.assert_allclose(np.exp(SINGLE.prior(np.array([0, 0, 2]), 3)), [3 / 6, 1 / 6, 2 / 6])
+    several = MULTI.prior(np.array([[True, False, True], [True, False, False]]), 3)
+    np.testing.assert_allclose(MULTI.probabilities(several), [3 / 4, 1 / 4, 2 / 4])
 
 
 def test_tfidf_classifier_learns_single_labels():
     texts, given = labelled()
     keep = given.sum(axis=1) == 1
     texts, targets = [t for t, k in zip(texts, keep, strict=True) if k], given[keep].argmax(axis=1)
-    scores = tfidf_classifier(texts[:60], targets[:60], texts[60:], SINGLE)
+    scores = tfidf_classifier(texts[:60], targets[:60], texts[60:], SINGLE, 3)
     assert classification_metrics(scores, targets[60:], SINGLE)["accuracy"].value == 1
 
 
 def test_tfidf_classifier_learns_several_labels():
     texts, targets = labelled()
-    scores = tfidf_classifier(texts[:200], targets[:200], texts[200:], MULTI)
+    scores = tfidf_classifier(texts[:200], targets[:200], texts[200:], MULTI, 3)
     assert classification_metrics(scores, targets[200:], MULTI)["subset_accuracy"].value > 0.98
 
 
 def test_tfidf_classifier_reads_chinese_without_spaces():
     texts = ["今天股市上涨", "明天股市下跌", "足球比赛开始", "今天足球比赛"] * 5
-    scores = tfidf_classifier(
-        texts, np.array([0, 0, 1, 1] * 5), ["看股市", "踢足球"], Task(kind="single", label_names=("a", "b"))
-    )
+    scores = tfidf_classifier(texts, np.array([0, 0, 1, 1] * 5), ["看股市", "踢足球"], SINGLE, 2)
     assert scores.argmax(axis=1).tolist() == [0, 1]
 
 
-def test_frozen_classifier_learns_whatever_the_units_of_a_feature():
+def test_feature_classifier_learns_whatever_the_units_of_a_feature():
     rng = np.random.default_rng(0)
     targets = rng.integers(3, size=400)
     features = (2.5 * np.eye(3)[targets] + rng.normal(size=(400, 3))) * [1e-4, 1, 1e4] + [0, 50, 0]
     features = np.column_stack([features, np.full(400, 0.1)]).astype(np.float32)  # and one that is constant
-    scores = frozen_classifier(features[:300], targets[:300], features[300:], SINGLE)
+    scores = feature_classifier((features[:300], features[300:]), targets[:300], SINGLE, 3)
     found = classification_metrics(scores, targets[300:], SINGLE)
     assert found["accuracy"].value > 0.85
     assert found["log_loss"].value < 0.5
 
 
-def test_frozen_classifier_chooses_strong_regularisation_on_noise():
+def test_feature_classifier_chooses_strong_regularisation_on_noise():
     rng = np.random.default_rng(0)
     features, targets = rng.normal(size=(120, 100)).astype(np.float32), rng.integers(3, size=120)
-    scores = frozen_classifier(features, targets, rng.normal(size=(50, 100)).astype(np.float32), SINGLE)
+    scores = feature_classifier((features, rng.normal(size=(50, 100)).astype(np.float32)), targets, SINGLE, 3)
     assert np.abs(scores - scores.mean(axis=0)).max() < 1  # a free fit to noise gives tens
 
 
@@ -225,8 +222,8 @@ def test_baselines_repeat_themselves(task):
     targets = given if task is MULTI else given.argmax(axis=1)
     features = np.random.default_rng(0).normal(size=(60, 5))
     for fit in (
-        lambda: tfidf_classifier(texts[:40], targets[:40], texts[40:], task),
-        lambda: frozen_classifier(features[:40], targets[:40], features[40:], task),
+        lambda: tfidf_classifier(texts[:40], targets[:40], texts[40:], task, 3),
+        lambda: feature_classifier((features[:40], features[40:]), targets[:40], task, 3),
     ):
         np.testing.assert_array_equal(fit(), fit())
 
@@ -247,9 +244,9 @@ def test_classifiers_survive_tiny_data(texts, single, multi):
     features, test = np.arange(len(texts), dtype=np.float32)[:, None], ["x", ""]
     for task, targets in ((SINGLE, np.array(single)), (MULTI, np.array(multi, dtype=bool))):
         for scores in (
-            majority(targets, 2, task),
-            tfidf_classifier(texts, targets, test, task),
-            frozen_classifier(features, targets, np.zeros((2, 1), dtype=np.float32), task),
+            np.tile(task.prior(targets, 3), (2, 1)),
+            tfidf_classifier(texts, targets, test, task, 3),
+            feature_classifier((features, np.zeros((2, 1), dtype=np.float32)), targets, task, 3),
         ):
             assert scores.shape == (2, 3)
             assert np.isfinite(scores).all()
@@ -257,9 +254,9 @@ def test_classifiers_survive_tiny_data(texts, single, multi):
 
 def test_a_label_never_seen_in_training_is_least_likely_but_not_impossible():
     texts, _ = labelled(30)
-    scores = tfidf_classifier(texts, np.array([0, 1] * 15), ["apple"], SINGLE)
+    scores = tfidf_classifier(texts, np.array([0, 1] * 15), ["apple"], SINGLE, 3)
     assert scores[0].argmin() == 2
-    assert 0 < probabilities(scores, SINGLE)[0, 2] < 0.1
+    assert 0 < SINGLE.probabilities(scores)[0, 2] < 0.1
 
 
 def test_the_click_likelihood_recovers_more_of_the_truth_than_hard_pairs():
@@ -277,7 +274,7 @@ def test_the_click_likelihood_recovers_more_of_the_truth_than_hard_pairs():
             features.append(x)
             truth.append(told - told.mean())
         for loss, found in recovered.items():
-            scores = frozen_ranker(features[:130], groups[:130], features[130:], objective(loss=loss))
+            scores = feature_ranker(features[:130], groups[:130], features[130:], objective(loss=loss))
             centred = np.concatenate([s - s.mean() for s in scores])
             found.append(np.corrcoef(centred, np.concatenate(truth[130:]))[0, 1])
     assert np.mean(recovered["list"]) > 0.9

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from loracle.evaluation.significance import compare, compare_rankers, credit, holm, mcnemar
-from loracle.examples import LabeledText, Preference, RankGroup, Task
-
-TASK = Task(kind="single", label_names=("a", "b"))
+from loracle.evaluation.labels import AnyLabels, OneLabel
+from loracle.evaluation.significance import compare_classifiers, compare_rankers, holm, mcnemar
+from loracle.examples import LabeledText, Preference, RankGroup
 
 
 def right_or_wrong(both, only_a, only_b, neither):
@@ -73,7 +72,7 @@ def test_classifiers_are_compared_by_what_accuracy_counts():
     truth = np.eye(2)[[e.labels[0] for e in items]]
     noise = np.repeat(rng.normal(size=(2, 60, 2)), 2, axis=1)
     good, poor = truth + 0.2 * noise[0], truth + 3 * noise[1]
-    found = compare(list(good[:, None]), list(poor[:, None]), items, TASK)
+    found = compare_classifiers((good, poor), items, OneLabel())
     accuracy = [np.mean(s.argmax(1) == truth.argmax(1)) for s in (good, poor)]
     assert found.difference.value == pytest.approx(accuracy[0] - accuracy[1])
     assert found.difference.low < found.difference.value < found.difference.high
@@ -84,10 +83,9 @@ def test_classifiers_are_compared_by_what_accuracy_counts():
 
 
 def test_credit_shares_ties_and_wants_whole_label_sets():
-    assert credit(np.array([[1.0, 1.0], [2.0, 0.0]]), texts(2), TASK).tolist() == [0.5, 0.0]
-    several = [LabeledText(text="x", labels=(0, 1), row=1), LabeledText(text="y", labels=(), row=2)]
-    multi = Task(kind="multi", label_names=("a", "b"))
-    assert credit(np.array([[1.0, -1.0], [-1.0, -1.0]]), several, multi).tolist() == [0.0, 1.0]
+    assert OneLabel().credit(np.array([[1.0, 1.0], [2.0, 0.0]]), np.array([0, 1])).tolist() == [0.5, 0.0]
+    several = np.array([[True, True], [False, False]])
+    assert AnyLabels().credit(np.array([[1.0, -1.0], [-1.0, -1.0]]), several).tolist() == [0.0, 1.0]
 
 
 def groups(n):

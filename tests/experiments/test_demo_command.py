@@ -18,7 +18,7 @@ def test_the_demo_trains_measures_and_uses_both(tmp_path, monkeypatch):
     assert done.exit_code == 0, (done.output, done.exception)
     assert "dequantised from a 4-bit GGUF file" in done.output
     said = done.output.splitlines()
-    for who in ("majority", "tf-idf", "frozen", "loracle", "length", "perfect knower"):
+    for who in ("majority", "tfidf", "linear-probe", "loracle", "length", "perfect knower"):
         assert any(line.startswith(who + " ") for line in said), who
     figures = [next(x for x in said if x.startswith(who)) for who in ("perfect knower", "length")]
     knower, length = (float(re.search(r"[\d.]+", line)[0]) for line in figures)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small import labelled, write
+from small import facts, labelled, write
 
 from loracle import pipeline
 from loracle.cli import main
@@ -137,5 +137,5 @@ def test_the_lower_states_are_read_from_the_cache(tiny_model, tmp_path, monkeypa
 
 def test_without_optuna_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"expected optuna for loracle tune; found none installed. Run: pip install"):
+    with pytest.raises(UserError, match=facts("installed")):
         tune.run(config_of(tmp_path, "unused"), TuneConfig(), log=lambda line: None)

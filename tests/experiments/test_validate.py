@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small import clicked, labelled, several, write
+from small import clicked, has_facts, labelled, several, write
 
 from loracle import pipeline
 from loracle.cli import main
@@ -108,17 +108,17 @@ def test_several_labels_a_text_go_the_same_way(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "expected --folds or --seeds; found neither"),
-        (["--folds", "2", "--seeds", "2"], "expected --folds or --seeds; found both"),
+        ([], "--folds | --seeds"),
+        (["--folds", "2", "--seeds", "2"], "--folds | --seeds"),
         (["--folds", "1"], "folds of 2 or more"),
-        (["--folds", "99"], "expected at least 99 distinct texts, for 99 folds; found 60"),
+        (["--folds", "99"], "99 | 60"),
         (["--folds", "2", "--test", "x.csv"], "found --test"),
     ],
 )
 def test_what_cannot_be_repeated_is_said_in_a_line(tmp_path, flags, words):
     data = write(tmp_path / "data.csv", labelled(60))
     done = validate(data, *flags, "-o", tmp_path / "out", code=2)
-    assert words in done.stderr
+    assert has_facts(done.stderr, *words.split(" | "))
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from small import QUICK, labelled, write
+from small import QUICK, labelled, make_loss, write
 from test_exact import LORA, SHAPES, assert_same, assert_same_gradients, gradients
 from test_flex import LONG
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.examples import LabeledText, Task
+from loracle.examples import LabeledText
 from loracle.models.attention import tree
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
@@ -28,7 +28,6 @@ from loracle.runs.predictor import Predictor
 from loracle.serving.server import load
 from loracle.text.tokenize import Encoded
 from loracle.training.loop import Schedule, fit
-from loracle.training.losses import make_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = {
@@ -136,7 +135,7 @@ def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule
     folder.mkdir()
     fit(
         made, examples, lambda some: [[texts[int(e.text)]] for e in some],
-        make_loss(Task(kind="single", label_names=("a", "b", "c"))), lambda: {"metric": 0.0, "loss": 0.0},
+        make_loss("label"), lambda: {"metric": 0.0, "loss": 0.0},
         schedule=plan, folder=folder, quiet=True,
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -10,19 +10,20 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from small import facts
 from transformers import AutoModelForSequenceClassification, masking_utils
 
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import build
 from loracle.models.attention import tree
 from loracle.models.loading import load_config, load_tokenizer
 from loracle.models.scorer import DECODERS, PACKABLE, Scorer
+from loracle.tasks import Task
 from loracle.text.packing import SHARE_FROM
 from loracle.text.template import install_template
 from loracle.text.tokenize import Encoded, Encoder
 
-TASK = Task(kind="single", label_names=("a", "b", "c"))
+TASK = Task(name="single_label", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 PAD = 1  # of every tiny model here: what random texts never hold
 BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta")
@@ -370,5 +371,5 @@ def _bf16_alone(made: Scorer, text: Encoded) -> torch.Tensor:
 def test_capped_attention_logits_are_refused():
     """Gemma 2 hands a cap over, which the tree's attention does not compute: no score is better than another one."""
     states = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(UserError, match="does not cap its attention logits; found a soft cap of 50"):
+    with pytest.raises(UserError, match=facts("50")):
         tree.tree_attention(torch.nn.Module(), states, states, states, None, tree=None, softcap=50.0)

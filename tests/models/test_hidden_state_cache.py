@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import build, hidden_state_cache
 from loracle.models.attention import tree
 from loracle.models.hidden_state_cache import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
+from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
 
-TASK = Task(kind="single", label_names=("a", "b", "c"))
+TASK = Task(name="single_label", label_names=("a", "b", "c"))
 BEFORE = tuple(range(20, 40))
 TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (5, 2, 9, 5)]
 OTHERS = [Encoded(chunks=((*BEFORE, *range(60, 60 + n)),), starts=(20,)) for n in (3, 7)]

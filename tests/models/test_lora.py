@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from transformers import AutoTokenizer
 
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import build, lora
 from loracle.models.loading import load_tokenizer
 from loracle.models.lora import LeanLinear, save_adapter
+from loracle.tasks import Task
 from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder
 
@@ -24,7 +24,7 @@ TEXTS = ["banks fall", "", "the quick brown fox " * 8, "你好 🙂", "<s></s> <
 
 
 def task(labels: int) -> Task:
-    return Task(kind="single", label_names=tuple(f"label {i}" for i in range(labels)))
+    return Task(name="single_label", label_names=tuple(f"label {i}" for i in range(labels)))
 
 
 def trained(folder, tokenizer, labels: int = 3, lora=LORA, **options):

@@ -10,13 +10,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from small import facts
 
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import build, memory
+from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
 
-TASK = Task(kind="single", label_names=("a", "b", "c"))
+TASK = Task(name="single_label", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 TEXTS = [Encoded(chunks=(tuple(range(3, 3 + n)),), starts=(0,)) for n in (5, 9, 30, 7, 12, 4, 21, 8)]
 
@@ -54,7 +55,7 @@ def test_scoring_goes_on_in_smaller_rounds(tiny_model):
     assert max(seen) == sum(t.tokens for t in TEXTS)
     assert sum(n > 40 for n in seen) <= 2  # once it is known, no round fails again
     forward, _ = short_of(made, 20)
-    with pytest.raises(UserError, match="expected memory for a text of"):  # one text alone does not fit
+    with pytest.raises(UserError, match=facts("memory")):  # one text alone does not fit
         build.in_rounds(made, forward, TEXTS)
 
 

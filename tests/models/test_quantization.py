@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small import QUICK, labelled, write
+from small import QUICK, facts, labelled, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.models import build, memory
 from loracle.models.build import new_scorer
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
+from loracle.tasks import Task
 
 pytest.importorskip("bitsandbytes", reason="the extra nf4 is not installed")
-TASK = Task(kind="single", label_names=("a", "b", "c"))
+TASK = Task(name="single_label", label_names=("a", "b", "c"))
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 
 
@@ -42,7 +42,7 @@ def test_it_learns_and_says_so_after_a_reload(run):
 
 
 def test_adapters_are_not_added_to_four_bits(run):
-    with pytest.raises(UserError, match=r"not in 4 bits for --merge; found nf4 in "):
+    with pytest.raises(UserError, match=facts("4", "--merge")):
         Predictor(run, merged=True)
 
 

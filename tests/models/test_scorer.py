@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from loracle.examples import Task
 from loracle.models import build
 from loracle.models.attention import tree
+from loracle.tasks import Task
 from loracle.text.packing import pack
 from loracle.text.tokenize import Encoded
 
-TASK = Task(kind="single", label_names=("a", "b", "c"))
+TASK = Task(name="single_label", label_names=("a", "b", "c"))
 BEFORE = tuple(range(20, 40))
 TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (5, 2, 9, 5)]
 

@@ -5,40 +5,38 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from reports import results_of
 
-from loracle.evaluation.calibration import Calibration, fit_calibration
-from loracle.evaluation.classification import as_json, classification_metrics, target_array
-from loracle.evaluation.ranking import rank_metrics
-from loracle.examples import LabeledText, RankGroup, Task
+from loracle.evaluation.calibration import Calibration
+from loracle.examples import LabeledText, RankGroup
 from loracle.reporting.html import render
-from loracle.reporting.report import build_report, training_suspects
+from loracle.reporting.report import build_report
+from loracle.tasks import Task
 
 HOSTILE = "<script>console.error('run')</script> & \"quoted\" <img src=x onerror=alert(1)> {{ 7 * 7 }}"
 RUN = {
     "name": "a <b>run</b>", "unit": "texts", "counts": {"train": 200, "validation": 50, "test": 200},
-    "facts": [["base model", "tiny"], ["data", "/a/very/long/path/" * 6 + "reviews.csv"]], "noticed": ["empty texts: 3"],
+    "facts": [["base model", "tiny"], ["data", "/a/very/long/path/" * 6 + "reviews.csv"]], "issues": ["empty texts: 3"],
     "settings": {"lr": 0.1}, "versions": {"loracle": "0"},
 }  # fmt: skip
 CURVES = {
     "steps": [{"step": i, "loss": 1 / i} for i in range(1, 30)],
-    "looks": [{"step": i, "validation_metric": 0.8, "validation_loss": 0.5} for i in (10, 20)],
+    "validation": [{"step": i, "validation_metric": 0.8, "validation_loss": 0.5} for i in (10, 20)],
 }
 
 
-def classified(c=3, kind="single", n=200):
+def classified(c=3, name="single_label", n=200):
     rng = np.random.default_rng(0)
-    task = Task(kind=kind, label_names=tuple(f"class number {i}" for i in range(c)))
+    task = Task(name=name, label_names=tuple(f"class number {i}" for i in range(c)))
     labels = [(int(i),) for i in rng.integers(c, size=n)]
     examples = [
         LabeledText(text=f"{HOSTILE} {'word ' * (i % 12)}{i}", labels=given, row=i) for i, given in enumerate(labels)
     ]
-    targets = target_array(examples, task)
     logits = 3 * rng.normal(size=(n, c)) + 2 * np.eye(c)[[given[0] for given in labels]]
-    calibration = fit_calibration(logits, targets, task)
-    scores, rivals = list(logits[:, None]), {"tf-idf": list(rng.normal(size=(n, 1, c)))}
-    report = reported(scores, rivals, examples, task, calibration)
-    report["suspects"]["train"] = training_suspects(examples, task, seed=0)
-    return report
+    scores, baselines = list(logits[:, None]), {"tfidf": list(rng.normal(size=(n, 1, c)))}
+    calibration = task.evaluation.fit_calibration(scores, examples, task)
+    training = task.output.training_report(examples, task, seed=0)
+    return reported(scores, baselines, examples, task, calibration, training)
 
 
 def ranked():
@@ -49,26 +47,16 @@ def ranked():
         for i in range(40)
     ]  # fmt: skip
     scores, rivals = ([rng.normal(size=(3, 1)) for _ in groups] for _ in range(2))
-    return reported(scores, {"length": rivals}, groups, Task(kind="rank", evidence="clicks"), None)
+    return reported(scores, {"length": rivals}, groups, Task(name="click_ranking"), None)
 
 
-def reported(scores, rivals, examples, task, calibration: Calibration | None):
-    def measured(given, how):
-        if task.kind == "rank":
-            return as_json(rank_metrics([s[:, 0] for s in given], examples))
-        targets = target_array(examples, task)
-        return as_json(classification_metrics(np.concatenate(given), targets, task, calibration=how))
-
-    metrics = {
-        "test": measured(scores, calibration),
-        "baselines": {name: measured(rival, None) for name, rival in rivals.items()},
-        "validation": {"best_step": 10},
-    }
-    return build_report(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": CURVES}
+def reported(scores, baselines, examples, task, calibration, training=None):
+    results, data = results_of(task, examples, scores, baselines, calibration, training)
+    return build_report(results, data) | {"run": RUN, "curves": CURVES}
 
 
 REPORTS = {
-    "single": classified, "many": lambda: classified(c=30), "multi": lambda: classified(kind="multi"), "rank": ranked
+    "single": classified, "many": lambda: classified(c=30), "multi": lambda: classified(name="multi_label"), "rank": ranked
 }  # fmt: skip
 
 
@@ -116,8 +104,8 @@ def test_the_page_is_small_and_holds_the_figures_of_the_report(report, page):
 
 def test_a_run_without_looks_baselines_or_mistakes_has_a_page():
     examples = [LabeledText(text=f"t{i}", labels=(i % 2,), row=i) for i in range(4)]
-    task = Task(kind="single", label_names=("a", "b"))
+    task = Task(name="single_label", label_names=("a", "b"))
     report = reported(list(np.eye(2)[[0, 1, 0, 1]][:, None]), {}, examples, task, Calibration())
-    page = render(report | {"curves": {"steps": [], "looks": []}})
+    page = render(report | {"curves": {"steps": [], "validation": []}})
     assert "Not compared: no baseline was measured." in page
     assert "None on the test side." in page

@@ -7,32 +7,29 @@ import re
 
 import numpy as np
 import pytest
+from reports import results_of
 from sklearn import metrics as reference
 
 from loracle.evaluation.calibration import Calibration
-from loracle.evaluation.classification import (
-    as_json,
-    classification_metrics,
-    confidence_of,
-    given_labels,
-    probabilities,
-    target_array,
-)
-from loracle.examples import LabeledText, RankGroup, Task
-from loracle.reporting import report as of
+from loracle.evaluation.labels import AnyLabels, OneLabel
+from loracle.examples import LabeledText, RankGroup
 from loracle.reporting.html import render
+from loracle.reporting.report import build_report
+from loracle.tasks import Task
+from loracle.tasks import label_report as of
+from loracle.tasks.group_report import example_groups
 
 NAMES = tuple(f"label {i}" for i in range(15))
 RUN = {
     "name": "a run", "unit": "texts", "counts": {"train": 9, "validation": 9, "test": 300}, "facts": [["data", "<b>.csv"]],
-    "noticed": ["1 row <skipped>"], "settings": {"lr": 1e-3}, "versions": {"loracle": "0"},
+    "issues": ["1 row <skipped>"], "settings": {"lr": 1e-3}, "versions": {"loracle": "0"},
 }  # fmt: skip
 
 
 def made(n=300, c=4, *, strength=2.0, seed=0):
     """Texts, their task, scores of a model of that strength."""
     rng = np.random.default_rng(seed)
-    task = Task(kind="single", label_names=NAMES[:c])
+    task = Task(name="single_label", label_names=NAMES[:c])
     has = np.eye(c, dtype=bool)[rng.integers(c, size=n)]
     texts = [f"{'текст' if i % 5 == 0 else 'text'} {i} {'long ' * (i % 7)}" for i in range(n)]
     examples = [
@@ -42,18 +39,11 @@ def made(n=300, c=4, *, strength=2.0, seed=0):
     return task, examples, list((rng.normal(size=(n, c)) + strength * has)[:, None])
 
 
-def report(task, examples, scores, rivals, calibration=None):
-    def measured(some):
-        return as_json(
-            classification_metrics(np.concatenate(some), target_array(examples, task), task, calibration=calibration)
-        )
-
-    metrics = {"test": measured(scores), "baselines": {name: measured(some) for name, some in rivals.items()},
-               "validation": {"best_step": 2}}  # fmt: skip
-    looks = [{"step": k, "validation_metric": 0.5 + k / 10, "validation_loss": 1 / k} for k in (1, 2)]
-    found = of.build_report(scores, examples, task, metrics, rivals, calibration) | {"run": RUN, "curves": {
-        "steps": [{"step": k, "loss": 1 / k} for k in range(1, 9)], "looks": looks}}  # fmt: skip
-    return json.loads(json.dumps(found))
+def report(task, examples, scores, baselines, calibration=None):
+    validation = [{"step": k, "validation_metric": 0.5 + k / 10, "validation_loss": 1 / k} for k in (1, 2)]
+    curves = {"steps": [{"step": k, "loss": 1 / k} for k in range(1, 9)], "validation": validation}
+    results, data = results_of(task, examples, scores, baselines, calibration)
+    return json.loads(json.dumps(build_report(results, data) | {"run": RUN, "curves": curves}))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -69,7 +59,7 @@ def report(task, examples, scores, rivals, calibration=None):
 )
 def test_the_verdict_is_the_paired_interval(strength, beats, words):
     task, examples, scores = made(strength=strength)
-    targets, rng = target_array(examples, task), np.random.default_rng(5)
+    targets, rng = OneLabel().targets(examples, 4), np.random.default_rng(5)
     poor, rival = (list((rng.normal(size=(300, 4)) + k * np.eye(4)[targets])[:, None]) for k in (0, 1.5))
     found = report(task, examples, scores, {"poor": poor, "other": rival})["verdict"]
     own, others = ((np.concatenate(s).argmax(1) == targets).mean() for s in (scores, rival))
@@ -88,7 +78,7 @@ def test_without_baselines_nothing_is_claimed():
 
 def test_labels_agree_with_scikit_learn():
     task, examples, scores = made()
-    targets, predicted = target_array(examples, task), np.concatenate(scores).argmax(1)
+    targets, predicted = OneLabel().targets(examples, 4), np.concatenate(scores).argmax(1)
     precision, recall, f1, support = reference.precision_recall_fscore_support(targets, predicted)
     rows = report(task, examples, scores, {})["classes"]
     assert [row["texts"] for row in rows] == sorted(support, reverse=True)
@@ -138,15 +128,14 @@ def test_a_threshold_as_it_is_printed_labels_what_is_printed():
 
 def test_of_several_labels_the_one_that_is_doubted_most_counts():
     """A text that surely has none of them is no doubtful one."""
-    task = Task(kind="multi", label_names=("a", "b"))
     proba = np.array([[0.01, 0.02], [0.9, 0.4], [0.3, 0.02]])
-    given = given_labels(proba, task, Calibration(thresholds=(0.2, 0.5)))
-    assert confidence_of(proba, given, task).tolist() == pytest.approx([0.98, 0.6, 0.3])
+    assigned = AnyLabels().assigned(proba, Calibration(thresholds=(0.2, 0.5)))
+    assert AnyLabels().confidence(proba, assigned).tolist() == pytest.approx([0.98, 0.6, 0.3])
 
 
 def test_slices_by_counting():
     task, examples, scores = made()
-    right = np.concatenate(scores).argmax(1) == target_array(examples, task)
+    right = np.concatenate(scores).argmax(1) == OneLabel().targets(examples, 4)
     found = report(task, examples, scores, {})["slices"]
     lengths = [part for part in found if part["by"] == "length"]
     assert sum(part["texts"] for part in lengths) == 300
@@ -160,7 +149,7 @@ def test_slices_by_counting():
 
 def test_slices_by_the_columns_that_the_data_name():
     task, examples, scores = made()
-    right = np.concatenate(scores).argmax(1) == target_array(examples, task)
+    right = np.concatenate(scores).argmax(1) == OneLabel().targets(examples, 4)
     source = ["web" if i % 3 else "print" if i % 2 else f"rare {i}" for i in range(300)]
     examples = [dataclasses.replace(e, slices=(("source", s),)) for e, s in zip(examples, source, strict=True)]
     found = report(task, examples, scores, {}, Calibration())
@@ -179,7 +168,7 @@ def test_slices_by_the_columns_that_the_data_name():
 
 
 def test_the_calibration_of_several_labels_is_over_pairs():
-    task = Task(kind="multi", label_names=("a", "b"))
+    task = Task(name="multi_label", label_names=("a", "b"))
     rng = np.random.default_rng(3)
     has = rng.random((300, 2)) < 0.4
     examples = [
@@ -193,7 +182,7 @@ def test_the_calibration_of_several_labels_is_over_pairs():
         assert sum(b["texts"] for b in bins) == 600
         assert sum(b["texts"] * b["confidence"] for b in bins) == pytest.approx(sure.sum())
         assert sum(b["texts"] * b["accuracy"] for b in bins) == pytest.approx(has.sum())
-    assert found["suspects"]["test"]["of"] == 600
+    assert found["label_errors"]["test"]["of"] == 600
     page = render(found)
     assert "over every pair of a text and a label" in page
     assert f"{found['metrics']['test']['ece_uncalibrated']['value']:.3f}" in page
@@ -210,7 +199,7 @@ def test_script(text, name):
 def test_the_groups_shown_are_those_that_lost_most_and_least():
     groups = [RankGroup(group=str(i), texts=("a", "b"), rows=(1, 2), clicks=(10, 10 + i), impressions=(100, 100))
               for i in range(8)]  # fmt: skip
-    shown = of.example_groups([np.array([1.0, 0.0])] * 8, groups)
+    shown = example_groups([np.array([1.0, 0.0])] * 8, groups)
     assert [s["group"] for s in shown] == ["7", "6", "5", "3", "2", "1"]  # group 0 tells nothing
     first = {"text": "a", "row": 1, "score": 1.0, "impressions": 100, "clicks": 10, "rate": 0.1}
     assert shown[0]["titles"][0] == first
@@ -239,7 +228,7 @@ def test_before_and_after_differ_by_the_temperature_alone():
     found = report(task, examples, scores, {}, Calibration(temperature=2.0))["reliability"]
     logits = np.concatenate(scores)
     for name, temperature in (("before", 1.0), ("after", 2.0)):
-        sure = probabilities(logits, task, Calibration(temperature=temperature)).max(1)
+        sure = OneLabel().probabilities(logits, Calibration(temperature=temperature)).max(1)
         assert np.average(
             [b["confidence"] for b in found[name]], weights=[b["texts"] for b in found[name]]
         ) == pytest.approx(sure.mean())

@@ -3,6 +3,7 @@
 import pytest
 
 from loracle.reporting.terminal import FIGURES, ceiling_line, figure, result_rows
+from loracle.tasks import Task
 
 
 def interval(value, low=None, high=None):
@@ -42,12 +43,12 @@ def test_columns_of_a_ranker():
         "kendall_tau",
         "ceiling",
     )
-    header, row = result_rows({"test": {name: interval(0.25, 0.2, 0.3) for name in names}}, "rank")
+    header, row = result_rows({"test": {name: interval(0.25, 0.2, 0.3) for name in names}}, Task(name="click_ranking"))
     assert header == ["", "pair_accuracy", "significant_pair_accuracy", "ctr_lift", "top1", "regret"]
     assert len(header) == FIGURES + 1
     assert row == ["loracle", *["25.0 [20.0, 30.0]"] * 2, "+25.0 % [+20.0 %, +30.0 %]", *["25.0 [20.0, 30.0]"] * 2]
     graded, _ = result_rows(
-        {"test": {name: interval(0.5) for name in ("pair_accuracy", "kendall_tau", "ndcg")}}, "rank"
+        {"test": {name: interval(0.5) for name in ("pair_accuracy", "kendall_tau", "ndcg")}}, Task(name="ranking")
     )
     assert graded == ["", "pair_accuracy", "ndcg", "kendall_tau"]
 

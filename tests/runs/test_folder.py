@@ -13,8 +13,8 @@ from small import QUICK, labelled, write
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import UserError
-from loracle.examples import Task
 from loracle.runs.folder import RunInfo, read_info, verify, write_info, write_manifest
+from loracle.tasks import Task
 
 FILES = (
     "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "log.jsonl", "metrics.json",
@@ -63,7 +63,7 @@ def test_provenance_says_where_it_came_from(trained):
     assert info.provenance["counts"] == {"train": 38, "validation": 10, "test": 12}
     assert {"torch", "transformers", "peft", "loracle"} <= info.provenance["versions"].keys()
     assert info.load_kwargs == {"num_labels": 3, "pad_token_id": info.load_kwargs["pad_token_id"], "dtype": "float32"}
-    assert info.task == Task(kind="single", label_names=("mid", "neg", "pos"))
+    assert info.task == Task(name="single_label", label_names=("mid", "neg", "pos"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -139,7 +139,7 @@ def test_run_toml_gives_every_field_back(tmp_path, left_out):
     for section in sections.values():
         for f in dataclasses.fields(section):
             assert getattr(section, f.name) != f.default or f.name in left_out, f"{f.name} is not tried"
-    task = Task(kind="single", label_names=("1", "ö 标", "", 'a"b'))
+    task = Task(name="single_label", label_names=("1", "ö 标", "", 'a"b'))
     info = RunInfo(
         config=config,
         task=task,
@@ -153,7 +153,7 @@ def test_run_toml_gives_every_field_back(tmp_path, left_out):
 
 def test_the_defaults_come_back_too(tmp_path):
     config = RunConfig(out=str(tmp_path))
-    task = Task(kind="rank", evidence="clicks")
+    task = Task(name="click_ranking")
     write_info(tmp_path, RunInfo(config=config, task=task, base={}, load_kwargs={}, provenance={}))
     assert read_info(tmp_path).config == config
     assert read_info(tmp_path).task == task

@@ -15,7 +15,6 @@ from small import CHINESE, ENGLISH, QUICK, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
-from loracle.evaluation.classification import probabilities
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
 from loracle.training import scoring
@@ -60,7 +59,7 @@ def trained(tiny_model, tmp_path_factory):
         config |= {"test": str(write(folder / "test.jsonl", rows(kind, [t for some in ASKED.values() for t in some])))}
         config = RunConfig.from_flat(config)
         data = pipeline.read_data(config, lambda line: None)
-        run = pipeline.learn(config, data, folder / "run", log=lambda line: None, quiet=True, keep_scores=True)
+        run = pipeline.train_on(config, data, folder / "run", log=lambda line: None, quiet=True, keep_scores=True)
         scores = np.concatenate(scoring.read_scores(run, data.test))
         texts = [t for e in data.test for t in (e.texts if kind == "ranker" else (e.text,))]
         return run, texts, answers(Predictor(run), scores)
@@ -98,7 +97,7 @@ def found(trained, tmp_path_factory):
 
 
 def answers(predictor, scores):
-    return scores if predictor.task.kind == "rank" else probabilities(scores, predictor.task, predictor.calibration)
+    return predictor.values(scores)
 
 
 def merged(predictor, folder, texts):
@@ -110,7 +109,7 @@ def merged(predictor, folder, texts):
     given = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
     with torch.inference_mode():
         logits = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**given).logits.numpy()
-    return logits if predictor.task.kind == "rank" else probabilities(logits, predictor.task)
+    return predictor.task.output.values(logits, predictor.task, None)
 
 
 def piped(predictor, folder, texts):

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from small import facts
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loracle.errors import UserError
@@ -162,8 +163,8 @@ def test_an_encoder_keeps_its_own_frame(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("family", "template", "max_length", "message"),
     [
-        ("llama3", "chat", 64, "expected a model with a chat template; found a tokenizer without one"),
-        ("qwen", CUE, 12, "expected room for the text beside its template; found a template of"),
+        ("llama3", "chat", 64, "tokenizer"),
+        ("qwen", CUE, 12, "template"),
         ("mistral", None, 5, "--max-length 5"),
     ],
 )
@@ -173,7 +174,7 @@ def test_what_cannot_be_baked(tiny_tokenizer, family, template, max_length, mess
 
 
 def test_an_encoder_has_no_chat_template(tiny_tokenizer):
-    with pytest.raises(UserError, match="expected a decoder with a chat template"):
+    with pytest.raises(UserError, match=facts("template")):
         install_template(tiny_tokenizer("bert"), "chat", MAX_LENGTH, encoder=True)
 
 
@@ -183,7 +184,7 @@ def test_a_cue_may_not_end_in_the_pad_token(tiny_tokenizer):
     ends_in_pad = PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat
     )
-    with pytest.raises(UserError, match="expected a cue that does not end in the padding token"):
+    with pytest.raises(UserError, match=facts("padding")):
         install_template(ends_in_pad, "chat", MAX_LENGTH)
 
 
@@ -191,7 +192,7 @@ def test_a_tokenizer_without_any_special_token_is_refused(tiny_tokenizer):
     from tokenizers import Tokenizer, models
 
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"x": 0}, [])))
-    with pytest.raises(UserError, match="expected a tokenizer with a pad token"):
+    with pytest.raises(UserError, match=facts("tokenizer")):
         install_template(bare, None, MAX_LENGTH)
 
 

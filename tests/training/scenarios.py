@@ -16,14 +16,13 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from small import QUICK, labelled, write
+from small import QUICK, labelled, make_loss, write
 from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, schedule, texts
 
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import Interrupted, UserError
 from loracle.training import distributed, loop
-from loracle.training.losses import make_loss
 
 PLAIN = {"lr": 0.01, "tokens_per_micro_batch": 10}
 
@@ -40,7 +39,16 @@ def train(folder, examples, task=SINGLE, *, loss=None, encode=encode, look=None,
         return {"metric": -size, "loss": size}
 
     encode_all, plan = globals()["encode"], schedule(**(PLAIN | changes))
-    loop.fit(scorer, examples, encode, loss or make_loss(task), look or seen, schedule=plan, folder=folder, quiet=True)
+    loop.fit(
+        scorer,
+        examples,
+        encode,
+        loss or make_loss("label" if task.label_names else "pairs"),
+        look or seen,
+        schedule=plan,
+        folder=folder,
+        quiet=True,
+    )
     if PartialState().is_main_process:
         save_file(loop.trainable_state(scorer), folder / "left.safetensors")
 
@@ -102,7 +110,7 @@ def short_of_memory(folder):
 
 def diverged(folder):
     """The loss of one text is no number, and only one process has it."""
-    plain = make_loss(SINGLE)
+    plain = make_loss("label")
 
     def loss(examples):
         bound, bad = plain(examples), any(e.row == 9 for e in examples)
@@ -113,7 +121,7 @@ def diverged(folder):
 
 def interrupted(folder):
     """The last process is told to stop."""
-    plain, calls = make_loss(SINGLE), []
+    plain, calls = make_loss("label"), []
 
     def loss(examples):
         calls.append(None)

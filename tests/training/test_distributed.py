@@ -93,7 +93,7 @@ def test_a_whole_run_is_that_of_one_process(roots, name):
         assert {**found, "probability": 0} == {**expected, "probability": 0}
         assert float(found["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-4)
     of_one, of_two = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
-    assert of_one["baselines"].keys() == of_two["baselines"].keys() > {"majority", "tf-idf", "frozen"}
+    assert of_one["baselines"].keys() == of_two["baselines"].keys() > {"majority", "tfidf", "linear-probe"}
     assert of_one["train"]["steps"] == of_two["train"]["steps"]
 
 

@@ -15,19 +15,20 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from small import make_loss
 
 from loracle.errors import Interrupted, UserError
-from loracle.examples import LabeledText, Preference, RankGroup, Task
+from loracle.examples import LabeledText, Preference, RankGroup
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
+from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
 from loracle.training import loop
 from loracle.training.checkpoint import load_checkpoint, trainable_state
 from loracle.training.loop import Schedule, fit
-from loracle.training.losses import make_loss
 
-SINGLE = Task(kind="single", label_names=("even", "odd"))
-PAIRS = Task(kind="rank", evidence="pairs")
+SINGLE = Task(name="single_label", label_names=("even", "odd"))
+PAIRS = Task(name="ranking")
 VOCABULARY, READ = 40, 2
 
 
@@ -81,7 +82,7 @@ def run(folder, scorer=None, examples=None, *, encode=encode, loss=None, look=no
     folder.mkdir(exist_ok=True)
     scorer = scorer or new_scorer(dropout=0.3)
     result = fit(
-        scorer, examples or texts(), encode, loss or make_loss(SINGLE), look,
+        scorer, examples or texts(), encode, loss or make_loss("label"), look,
         schedule=schedule(**changes), folder=folder, quiet=True,
     )  # fmt: skip
     return result, trainable_state(scorer)
@@ -100,7 +101,7 @@ def losses_of(folder) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "total", "looks"),
+    ("changes", "total", "validation"),
     [
         ({}, 8, {4, 8}),  # 20 examples in batches of 6: 4 steps an epoch
         ({"epochs": 0.5}, 2, {2}),
@@ -154,7 +155,7 @@ def gradients(examples, loss, labels: int, tokens_per_micro_batch: int) -> tuple
 @pytest.mark.parametrize("kind", ["texts", "weighted", "pairs"])
 def test_ragged_rounds_are_one_batch(kind, tokens_per_micro_batch):
     weights = np.array([1.0, 5.0]) if kind == "weighted" else None
-    loss = make_loss(PAIRS if kind == "pairs" else SINGLE, weights=weights)
+    loss = make_loss("pairs" if kind == "pairs" else "label", weights=weights)
     examples, labels = (groups(), 1) if kind == "pairs" else (texts(), 2)
     whole, value, rounds = gradients(examples, loss, labels, 10**6)
     cut, cut_value, cut_rounds = gradients(examples, loss, labels, tokens_per_micro_batch)
@@ -166,8 +167,8 @@ def test_ragged_rounds_are_one_batch(kind, tokens_per_micro_batch):
 
 
 def test_a_text_twice_in_a_batch_counts_twice():
-    once, _, _ = gradients(texts(4), make_loss(SINGLE), 2, 10**6)
-    twice, _, _ = gradients(texts(4) * 2, make_loss(SINGLE), 2, 10**6)
+    once, _, _ = gradients(texts(4), make_loss("label"), 2, 10**6)
+    twice, _, _ = gradients(texts(4) * 2, make_loss("label"), 2, 10**6)
     for name, gradient in once.items():
         torch.testing.assert_close(twice[name], gradient, rtol=1e-5, atol=1e-5)
 
@@ -175,7 +176,7 @@ def test_a_text_twice_in_a_batch_counts_twice():
 def test_rows_with_weight_two_are_rows_given_twice():
     given = [*texts(4), *texts(2)]
     weighed = [dataclasses.replace(e, weight=2.0) for e in texts(2)] + texts(4)[2:]
-    one, other = (gradients(examples, make_loss(SINGLE), 2, 10**6)[0] for examples in (given, weighed))
+    one, other = (gradients(examples, make_loss("label"), 2, 10**6)[0] for examples in (given, weighed))
     for name, gradient in one.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5)
 
@@ -307,7 +308,7 @@ def test_the_weights_of_the_best_look_are_left(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("looks", "best"),
+    ("validation", "best"),
     [([(0.5, 1.0), (0.5, 0.5)], 8), ([(0.5, 0.5), (0.5, 1.0)], 4), ([(0.5, 0.5), (0.5, 0.5)], 4)],
 )
 def test_ties_are_broken_by_the_loss_then_by_coming_first(tmp_path, looks, best):
@@ -404,7 +405,7 @@ def test_patience_and_the_best_look_survive_a_cut(tmp_path, step):
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
     _, expected = run(tmp_path / "whole")
-    plain, calls = make_loss(SINGLE), []
+    plain, calls = make_loss("label"), []
 
     def press(examples):
         calls.append(None)
@@ -444,7 +445,7 @@ def test_it_runs_in_a_thread(tmp_path):
 
 
 def spoilt(step: int, spoil):
-    plain, calls = make_loss(SINGLE), []
+    plain, calls = make_loss("label"), []
 
     def loss(examples):
         calls.append(None)

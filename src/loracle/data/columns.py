@@ -115,7 +115,7 @@ def infer_text_column(table: Table, data: DataConfig) -> Columns:
 def assumptions(columns: Columns) -> tuple[str, ...]:
     """One line for each role: the columns that it was read from."""
     lines = [
-        f"{role} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}"
+        f"{role.replace('_', '-')} column{'s' if len(names) > 1 else ''}: {', '.join(map(repr, names))}"
         for role, names in columns.named().items()
     ]
     if columns.clicked:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loracle.config import DataConfig, RunConfig
 from loracle.data.checks import DataReport, Quantiles, text_issues
-from loracle.data.columns import Columns, assumptions, check_flags, check_flags_used
+from loracle.data.columns import Columns, assumptions, check_flags, check_flags_used, group_columns
 from loracle.data.issues import Issue, IssueLog
 from loracle.data.reader import ISSUES
 from loracle.data.sources import fingerprint, open_splits, open_table
@@ -63,11 +63,12 @@ def infer_task(table: Table, data: DataConfig) -> tuple[Task, Columns]:
         task = Task(name=name)
         columns = task.reading.infer(table, data)
         if columns is not None and (data.task != AUTO or task.reading.fits(table, columns, data)):
-            if data.group and not columns.group:
+            if data.group and not columns.group and group_columns(table, data):
                 break
             return task, _checked(task, columns, data)
     raise UserError(
-        f"Nothing in {table.name} says which text is better (columns: {', '.join(map(repr, table.columns))}).",
+        f"With --group, {table.name} needs a column that tells which text is better "
+        f"(columns: {', '.join(map(repr, table.columns))}).",
         "Name it with --clicks and --impressions, --clicked, or --grade.",
     )
 
@@ -112,7 +113,8 @@ def read_examples(table: Table, data: DataConfig, *, task: Task | None = None) -
     if not result.items:
         reasons = "; ".join(map(str, issues.issues()))
         raise UserError(f"No example is left of {table.name}: {reasons}.", "Correct or add rows.")
-    task = dataclasses.replace(task, label_names=result.label_names)
+    if not task.label_names:
+        task = dataclasses.replace(task, label_names=result.label_names)
     return Examples(task=task, items=result.items, columns=columns, issues=issues.issues(), arms=result.arms)
 
 

