@@ -18,15 +18,20 @@ from safetensors.torch import load_file, save_file
 from small import QUICK, facts, labelled, pairs, write
 
 from loracle import pipeline
-from loracle.baselines import fit
-from loracle.config import RunConfig
+from loracle.baselines import base, linear_probe, zero_shot
+from loracle.config import RunConfig, TrainConfig
 from loracle.errors import UserError
 from loracle.examples import RankGroup
+from loracle.experiments.probe import probe_data
 from loracle.models.scorer import Scorer
-from loracle.runs import sharing
+from loracle.runs import save, sharing
 from loracle.runs.folder import read_info
 from loracle.runs.predictor import Predictor
 from loracle.tasks import Task
+from loracle.tasks.dataset import Data, prepare_data
+from loracle.training import preflight, prepare
+from loracle.training.losses import choose_loss
+from loracle.training.prepare import make_model, open_base, probe_base
 
 STEPS = 24
 
@@ -44,20 +49,20 @@ def train(config):
 
 
 def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_model, tmp_path, monkeypatch):
-    need = pipeline.training_need
+    need = preflight.training_need
     said = []
 
     def free(device):
-        return int((needs[-1].bytes(70) if needs else 1e9) / pipeline.USABLE) + 1
+        return int((needs[-1].bytes(70) if needs else 1e9) / preflight.USABLE) + 1
 
     needs = []
-    monkeypatch.setattr(pipeline, "free_memory", free)
-    monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    monkeypatch.setattr(preflight, "free_memory", free)
+    monkeypatch.setattr(preflight, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40)
     run = pipeline.train(config, log=said.append, quiet=True)
-    assert any("note: rounds of 70 tokens instead; steps and results stay the same" in line for line in said)
-    assert any(line.startswith("an epoch: ") and "padding every text" in line for line in said)
-    assert any(line.startswith("about ") and "for 2 steps, at the " in line for line in said)
+    assert any("micro-batches of 70 tokens instead" in line for line in said)
+    assert any(line.startswith("an epoch: ") and "padding" in line for line in said)
+    assert any(line.startswith("about ") and "for 2 steps" in line for line in said)
     assert read_info(run).config.train.tokens_per_micro_batch == 70
 
 
@@ -74,23 +79,23 @@ def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_pa
     monkeypatch.setattr(Scorer, "forward", forward)
     pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2, batch=40), log=said.append, quiet=True)
     assert seen[0] > 100
-    assert any(line.startswith("how long 2 steps take is not known") for line in said)
+    assert any("time of 2 steps is unknown" in line for line in said)
 
 
 def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkeypatch):
     """It is an estimate, so the run is tried; but nothing is promised."""
-    said, need = [], pipeline.training_need
+    said, need = [], preflight.training_need
     needs = []
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
-    monkeypatch.setattr(pipeline, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
+    monkeypatch.setattr(preflight, "free_memory", lambda device: int(needs[-1].fixed if needs else 1e9))
+    monkeypatch.setattr(preflight, "training_need", lambda *given: needs.append(need(*given)) or needs[-1])
     pipeline.train(config_of(tmp_path, tiny_model("qwen2"), max_steps=1), log=said.append, quiet=True)
-    assert any("there may be too little even for rounds of 64 tokens" in line for line in said)
+    assert any("too small even for micro-batches of 64 tokens" in line for line in said)
     assert not any("results stay the same" in line for line in said)
 
 
-@pytest.mark.parametrize("begin", [pipeline.train, pipeline.probe])
+@pytest.mark.parametrize("begin", [pipeline.train, probe_data])
 def test_weights_that_do_not_fit_are_not_read(tiny_model, tmp_path, monkeypatch, begin):
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=facts("0.0")):
         begin(config_of(tmp_path, tiny_model("qwen2")), log=lambda line: None)
     assert not (tmp_path / "run").exists()
@@ -160,21 +165,21 @@ def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
         pipeline.resume(run)
     (run / "manifest.json").unlink()
     write(tmp_path / "data.jsonl", labelled(81))
-    with pytest.raises(UserError, match=facts("other")):
+    with pytest.raises(UserError, match="have changed"):
         pipeline.resume(run, log=lambda line: None)
 
 
 def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, monkeypatch):
     """The head is spoilt between training and the check, as several tools have done to their users."""
-    honest = pipeline.save_adapter
+    honest = save.save_adapter
 
     def spoilt(model, folder, **how):
         honest(model, folder, **how)
         path = folder / "adapter_model.safetensors"
         save_file({k: v * 0.5 if "score" in k else v for k, v in load_file(path).items()}, path)
 
-    monkeypatch.setattr(pipeline, "save_adapter", spoilt)
-    with pytest.raises(RuntimeError, match="does not reproduce itself"):
+    monkeypatch.setattr(save, "save_adapter", spoilt)
+    with pytest.raises(RuntimeError, match="does not reproduce"):
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     assert not (tmp_path / "run" / "manifest.json").exists()
 
@@ -214,7 +219,7 @@ def test_a_second_run_of_the_same_file_gets_its_own_folder(tiny_model, tmp_path,
 
 def test_the_three_sides_share_no_text(tmp_path):
     write(tmp_path / "data.jsonl", [*labelled(60), *labelled(20)])
-    sides = pipeline.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    sides = prepare_data(config_of(tmp_path, "unused"), lambda line: None)
     texts = [{e.text for e in side} for side in (sides.train, sides.validation, sides.test)]
     assert all(texts)
     assert len(set().union(*texts)) == sum(map(len, texts))
@@ -223,7 +228,7 @@ def test_the_three_sides_share_no_text(tmp_path):
 def test_what_a_test_file_holds_is_taken_out_of_training_and_counted(tmp_path):
     write(tmp_path / "test.jsonl", labelled(12))
     said = []
-    data = pipeline.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), said.append)
+    data = prepare_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), said.append)
     assert len(data.test) == 12
     assert not {e.text for e in data.test} & {e.text for e in [*data.train, *data.validation]}
     assert any("test" in line and line.startswith("note:") for line in said)
@@ -233,7 +238,7 @@ def test_what_the_audit_sees_is_said_while_training(tmp_path):
     rows = [*labelled(60), {"text": labelled(1)[0]["text"], "label": "neg"}]
     write(tmp_path / "data.jsonl", rows)
     said = []
-    pipeline.read_data(config_of(tmp_path, "unused"), said.append)
+    prepare_data(config_of(tmp_path, "unused"), said.append)
     assert any("repeat an earlier text" in line for line in said)
     assert any("label" in line and "61" in line for line in said)
 
@@ -241,7 +246,7 @@ def test_what_the_audit_sees_is_said_while_training(tmp_path):
 def test_pairs_of_one_title_stay_on_one_side(tmp_path):
     rows = [*pairs(20), *({"chosen": f"good title {i}", "rejected": f"worse title {i}"} for i in range(20))]
     write(tmp_path / "data.jsonl", rows)
-    sides = pipeline.read_data(config_of(tmp_path, "unused"), lambda line: None)
+    sides = prepare_data(config_of(tmp_path, "unused"), lambda line: None)
     titles = [{t for g in side for t in g.texts} for side in (sides.train, sides.test)]
     assert not titles[0] & titles[1]
 
@@ -254,7 +259,7 @@ def test_the_test_side_is_on_no_other_side_whoever_made_the_splits(tmp_path):
     for name, some in (("train", rows[:60]), ("validation", rows[60:80]), ("test", rows[70:90])):
         write(folder / f"{name}.jsonl", some)
     said = []
-    sides = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    sides = prepare_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
     assert not {e.text for e in sides.validation} & {e.text for e in sides.test}
     assert (len(sides.train), len(sides.validation), len(sides.test)) == (60, 10, 20)
     assert any("left out: 10" in line for line in said)
@@ -264,8 +269,8 @@ def test_a_test_file_that_takes_a_whole_class_away_is_said(tmp_path):
     rows = [{"text": f"text {i}", "label": "x" if i < 30 else "y"} for i in range(36)]
     write(tmp_path / "data.jsonl", rows)
     write(tmp_path / "test.jsonl", rows[30:])
-    with pytest.raises(UserError, match="at least 2 classes"):
-        pipeline.read_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), lambda line: None)
+    with pytest.raises(UserError, match="same label"):
+        prepare_data(config_of(tmp_path, "unused", test=str(tmp_path / "test.jsonl")), lambda line: None)
 
 
 def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
@@ -274,7 +279,7 @@ def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
     write(folder / "train.jsonl", labelled(60))
     write(folder / "test.jsonl", [{"text": r["text"] + "!", "label": None} for r in labelled(20)])
     said = []
-    sides = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
+    sides = prepare_data(config_of(tmp_path, "unused", data=str(folder)), said.append)
     assert sides.test
     assert any("(test) is not used" in line for line in said)
 
@@ -282,7 +287,7 @@ def test_a_test_split_without_labels_is_said_and_another_one_made(tmp_path):
 def test_equal_texts_of_other_contexts_are_other_texts(tmp_path):
     rows = [{"text": "yes", "context": f"question {i}", "label": "xy"[i % 2]} for i in range(60)]
     write(tmp_path / "data.jsonl", rows)
-    sides = pipeline.read_data(config_of(tmp_path, "unused", context="context"), lambda line: None)
+    sides = prepare_data(config_of(tmp_path, "unused", context="context"), lambda line: None)
     assert len(sides.train) + len(sides.validation) + len(sides.test) == 60
 
 
@@ -333,7 +338,7 @@ def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
 
 def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeypatch):
     """The manifest says that a run is whole; until then the checkpoint is all there is."""
-    monkeypatch.setattr(pipeline.run_folder, "write_manifest", lambda folder: 1 / 0)
+    monkeypatch.setattr(save.run_folder, "write_manifest", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config_of(tmp_path, tiny_model("qwen2"), max_steps=2))
     monkeypatch.undo()
@@ -359,9 +364,9 @@ def test_data_of_a_folder_that_changed_are_seen(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", labelled(60))
-    first = pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
+    first = prepare_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums
     write(folder / "train.jsonl", labelled(63))
-    assert pipeline.read_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first
+    assert prepare_data(config_of(tmp_path, "unused", data=str(folder)), lambda line: None).checksums != first
 
 
 def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
@@ -375,39 +380,38 @@ def test_the_saturation_of_frequent_clicks_is_that_of_log_odds():
                       clicks=tuple(clicks.tolist()), impressions=(2000,) * 4)
         )  # fmt: skip
     task = Task(name="click_ranking")
-    data = pipeline.Data(task=task, train=groups[:200], validation=groups[200:], test=groups[200:])
-    _, chosen = pipeline.choose_loss(RunConfig(), data)
+    data = Data(task=task, train=groups[:200], validation=groups[200:], test=groups[200:])
+    _, chosen = choose_loss(data, TrainConfig())
     assert chosen["name"] == "binomial"
     assert chosen["saturation"] == pytest.approx(4 / (0.09 * 0.5), rel=0.2)
 
 
-def test_frozen_features_are_those_of_the_layer_that_does_best_on_validation_texts(tiny_model, tmp_path):
-    """The probe's own choice; the states are those of a pass for that layer alone, and the test side has no say."""
+def test_linear_probe_reads_the_best_layer(tiny_model, tmp_path):
+    """The choice equals the probe's own; the states equal those of a pass for that layer alone."""
     config = config_of(tmp_path, tiny_model("qwen2"))
-    data = pipeline.read_data(config, lambda line: None)
-    loss, _ = pipeline.choose_loss(config, data)
-    base, _, tokenizer, _ = pipeline.open_base(config, data, lambda line: None)
-    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
-    layer, seen, watched = fit.best_layer(data, data.train, data.validation, scorer, encoder, loss, 0)
-    depths = fit.probe_depths(config, data, loss, base, tokenizer)
-    assert depths[layer].value == max(d.value for d in depths)
-    for found, side in ((seen, data.train), (watched, data.validation)):
-        for one, again in zip(found, fit.mean_features(scorer, encoder, side, layer), strict=True):
-            np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other rounds
-    assert fit.best_layer(data, data.train, [], scorer, encoder, loss, 0)[0] is None
+    data = prepare_data(config, lambda line: None)
+    loss = choose_loss(data, config.train)
+    opened = open_base(config, data, lambda line: None)
+    model = make_model(config, data, opened, None, loss)
+    inputs = base.BaselineInputs(data=data, model=model, seed=0)
+    chosen = linear_probe.choose_layer(model, data, data.train, data.validation, inputs)
+    depths = probe_base(config, data, loss[0], opened)
+    assert depths[chosen.layer].value == max(d.value for d in depths)
+    for states, examples in ((chosen.train, data.train), (chosen.validation, data.validation)):
+        for one, again in zip(states, linear_probe.mean_states(model, examples, chosen.layer), strict=True):
+            np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other micro-batches
 
 
-def test_what_baselines_do_without_is_in_the_report(tiny_model, tmp_path, monkeypatch):
-    """A share of nothing: no model is run for them, TF-IDF stays, and the page says what is missing."""
-    for name in ("SHARE", "FREE"):
-        monkeypatch.setattr(fit.budget, name, 1.0 if name == "FREE" else 1e-9)
+def test_baselines_above_their_caps_are_noted(tiny_model, tmp_path, monkeypatch):
+    """TF-IDF stays, and the page says what is missing."""
+    monkeypatch.setattr(linear_probe, "TEST_TEXTS", 1)
+    monkeypatch.setattr(zero_shot, "QUESTIONS_ASKED", 1)
     said = []
     run = pipeline.train(
         config_of(tmp_path, tiny_model("qwen2"), max_steps=2, baselines=True), log=said.append, quiet=True
     )
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["baselines"]) == {"majority", "tfidf"}
-    assert [line for line in said if "no frozen features" in line] == [f"note: {metrics['notes'][0]}"]
-    assert "The untuned model is not asked: that would take" in (run / "report.html").read_text()
-    assert "label_errors" in json.loads((run / "report.json").read_text())
-    assert "train" not in json.loads((run / "report.json").read_text())["label_errors"]
+    assert [line for line in said if "no linear probe" in line] == [f"note: {metrics['notes'][0]}"]
+    assert "No zero-shot: " in (run / "report.html").read_text()
+    assert set(json.loads((run / "report.json").read_text())["label_errors"]) == {"train", "test"}

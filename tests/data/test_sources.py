@@ -242,10 +242,10 @@ def test_an_unclosed_quote_does_not_swallow_the_file(tmp_path, monkeypatch):
 
 
 def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(json, "CHUNK", 64)
+    monkeypatch.setattr(json_format, "CHUNK", 64)
     read = []
-    chunks = json._chunks
-    monkeypatch.setattr(json, "_chunks", lambda file: (read.append(len(c)) or c for c in chunks(file)))
+    chunks = json_format._chunks
+    monkeypatch.setattr(json_format, "_chunks", lambda file: (read.append(len(c)) or c for c in chunks(file)))
     with pytest.raises(UserError, match="line 2"):
         open_table(write(tmp_path, "x.json", '[{"a": 1},\n{"a": oops},\n' + '{"a": 1},\n' * 10_000))
     assert sum(read) < 1000

@@ -20,6 +20,7 @@ from loracle.examples import LabeledText
 from loracle.experiments import compare as comparing
 from loracle.runs.folder import read_info
 from loracle.tasks import Task
+from loracle.tasks.dataset import Data
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
 ROOT = Path(__file__).parents[2]
@@ -146,13 +147,13 @@ def test_names_that_cannot_be_had_are_said_before_anything_is_trained(tiny_model
 def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_path):
     flat = {"model": str(tiny_model("qwen2")), "depth": 2, "adapt_top": 1, "template": "chat", "head": "mlp"}
     said = []
-    settings = CompareConfig(against=f"{tiny_model('bert')},frozen:{tiny_model('bert')}", encoder_lr=3e-5)
-    _, bert, frozen = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
+    settings = CompareConfig(against=f"{tiny_model('bert')},linear-probe:{tiny_model('bert')}", encoder_lr=3e-5)
+    _, bert, probe = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
     assert any("is an encoder, which takes no --template, --depth, --head" in line for line in said)
     assert (bert.config.model.depth, bert.config.model.head, bert.config.lora.full) == (None, "linear", True)
     assert (bert.config.lora.adapt_top, bert.config.train.lr) == (None, 3e-5)
-    assert (frozen.method, frozen.config.model.model) == ("linear-probe", str(tiny_model("bert")))
-    assert frozen.name.startswith("frozen:bert")
+    assert (probe.method, probe.config.model.model) == ("linear-probe", str(tiny_model("bert")))
+    assert probe.name.startswith("linear-probe:bert")
 
 
 def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
@@ -171,7 +172,7 @@ def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(("name", "words"), [
     ("@depth=deep", "--depth | 'deep'"),
-    ("frozen@depth=2", "2"),
+    ("linear-probe@depth=2", "linear-probe | trained"),
     ("tfidf@depth=2", "trained"),
 ])  # fmt: skip
 def test_depths_that_make_no_sense(tiny_model, name, words):
@@ -189,8 +190,8 @@ def test_a_contender_is_whole_beside_a_cut_model(tiny_model):
 def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model, tmp_path):
     flat = {"model": str(tiny_model("qwen2")), "quantize": "nf4"}
     said = []
-    settings = CompareConfig(against=f"{tiny_model('bert')},frozen")
-    four_bit, bert, frozen = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
+    settings = CompareConfig(against=f"{tiny_model('bert')},linear-probe")
+    four_bit, bert, probe = comparing.line_up(RunConfig.from_flat(flat), settings, said.append)
     assert any("takes no --quantize" in line for line in said)
     assert four_bit.config.model.quantize == "nf4"
     assert (bert.config.model.quantize, bert.config.lora.full) == (None, True)
@@ -198,9 +199,9 @@ def test_a_quantised_model_is_compared_with_what_cannot_be_quantised(tiny_model,
         LabeledText(text=f"{word} number {i}", labels=(c,), row=i) for i in range(12) for c, word in enumerate("ab")
     ]
     task = Task(name="single_label", label_names=("a", "b"))
-    data = pipeline.Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
-    rival, more = comparing._frozen(frozen, data, said.append)
-    assert np.concatenate(rival.scores).shape == (6, 2)
+    data = Data(task=task, train=texts[:12], validation=texts[12:18], test=texts[18:])
+    baseline, more = comparing._probe_all(probe, data, said.append)
+    assert np.concatenate(baseline.scores).shape == (6, 2)
     assert more["parameters"] > 0
 
 

@@ -7,13 +7,12 @@ import re
 
 from click.testing import CliRunner
 
-from loracle.baselines import budget, fit
 from loracle.cli import main
+from loracle.training import probe
 
 
 def test_the_demo_trains_measures_and_uses_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "FROZEN_TEXTS", 256)  # two cores, one thread: a baseline of less is one all the same
-    monkeypatch.setattr(budget, "FREE", 4e12)  # two steps alone would leave their baselines next to nothing
+    monkeypatch.setattr(probe.subsample, "__defaults__", (256,))  # two cores, one thread: fewer texts will do
     done = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "demo"), "--max-steps", "2"])
     assert done.exit_code == 0, (done.output, done.exception)
     assert "dequantised from a 4-bit GGUF file" in done.output

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loracle.config import DataConfig
-from loracle.data.click_logs.aggregation import sum_events
-from loracle.data.columns import Columns, click_columns, event_columns, pair_columns
-from loracle.data.groups import READERS
-from loracle.data.issues import IssueLog
+from loracle.data.columns import Columns
 from loracle.data.table import Table
 from loracle.evaluation.click_model import ClickModel, fit_click_model
 from loracle.examples import RankGroup
-from loracle.tasks.base import ReadResult, Scores, Task, TaskType
+from loracle.tasks.base import Scores, Task, TaskType
 from loracle.tasks.changes import GroupChanges
 from loracle.tasks.groups import GroupEvaluation, GroupLearning, GroupOutput, GroupReading
 
@@ -21,26 +18,17 @@ DESCRIPTION = "ranking from clicks"
 FREQUENT = 0.1  # click rate above which clicks are no longer rare, and the list likelihood no longer exact
 
 
-def infer(table: Table, data: DataConfig) -> Columns | None:
-    """Columns of a click log; None where there is none, labels are named, or pairs come first."""
-    if data.label or pair_columns(table, data):
-        return None
-    return click_columns(table, data) or event_columns(table, data)
-
-
-def read(
-    table: Table, columns: Columns, data: DataConfig, issues: IssueLog, label_names: tuple[str, ...]
-) -> ReadResult:
-    """Groups of titles with clicks and impressions."""
-    summed = sum_events(table, columns, issues) if columns.clicked else (table, columns)
-    groups, arms = READERS["clicks"](*summed, data, issues)
-    return ReadResult(items=groups, arms=arms)
-
-
 def click_rate(groups: Sequence[RankGroup]) -> float:
     """Clicks per impression over all groups; 0 without impressions."""
     clicks, impressions = (sum(sum(getattr(g, name) or ()) for g in groups) for name in ("clicks", "impressions"))
     return clicks / impressions if impressions else 0.0
+
+
+class ClickReading(GroupReading):
+    """A table is for this task when it has clicks."""
+
+    def fits(self, table: Table, columns: Columns, data: DataConfig) -> bool:
+        return bool(columns.clicks or columns.clicked)
 
 
 class ClickLearning(GroupLearning):
@@ -70,7 +58,7 @@ class ClickEvaluation(GroupEvaluation):
 
 CLICK_RANKING = TaskType(
     unit="groups",
-    reading=GroupReading(infer=infer, read=read, description=DESCRIPTION, needs="clicks and impressions columns"),
+    reading=ClickReading(description=DESCRIPTION),
     learning=ClickLearning(),
     evaluation=ClickEvaluation(),
     output=GroupOutput(

@@ -5,7 +5,7 @@ Legend of shapes: n titles of a group, T titles of all groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from loracle.data.checks import (
     group_issues,
     remove_leaked_titles,
 )
+from loracle.data.click_logs.aggregation import sum_events
 from loracle.data.click_logs.allocation import allocation
-from loracle.data.columns import Columns
-from loracle.data.issues import Issue
+from loracle.data.columns import Columns, click_columns, event_columns, grade_columns, pair_columns
+from loracle.data.groups import READERS
+from loracle.data.issues import Issue, IssueLog
 from loracle.data.reader import read_unlabeled_groups
 from loracle.data.splits import Split, group_folds, split_groups
 from loracle.data.table import Table
@@ -44,20 +46,30 @@ RANKING_TABLE = (
 
 
 class GroupReading:
-    """Groups of titles. A ranking task adds ``infer`` and ``read``."""
+    """Groups of titles with preferences, grades or clicks.
 
-    def __init__(
-        self,
-        *,
-        infer: Callable[[Table, DataConfig], Columns | None],
-        read: Callable[..., ReadResult],
-        description: str,
-        needs: str,
-    ):
-        self.infer, self.read, self.description, self.needs = infer, read, description, needs
+    A ranker may be evaluated on any of these, so every ranking task reads all. ``fits`` tells which task learns from them.
+    """
+
+    def __init__(self, *, description: str):
+        self.description = description
+
+    def infer(self, table: Table, data: DataConfig) -> Columns | None:
+        if data.label:
+            return None
+        kinds = (pair_columns, click_columns, event_columns, grade_columns)
+        return next((columns for kind in kinds if (columns := kind(table, data))), None)
 
     def fits(self, table: Table, columns: Columns, data: DataConfig) -> bool:
         return True
+
+    def read(
+        self, table: Table, columns: Columns, data: DataConfig, issues: IssueLog, label_names: tuple[str, ...]
+    ) -> ReadResult:
+        evidence = "pairs" if columns.chosen else "grades" if columns.grade else "clicks"
+        summed = sum_events(table, columns, issues) if columns.clicked else (table, columns)
+        groups, arms = READERS[evidence](*summed, data, issues)
+        return ReadResult(items=groups, arms=arms)
 
     def read_unlabeled(self, table: Table, columns: Columns) -> tuple[list[Any], tuple[str, ...]]:
         return read_unlabeled_groups(table, columns)
@@ -70,7 +82,7 @@ class GroupReading:
             if asked:
                 raise
             found = None
-        return None if found or asked else f"no {self.needs}"
+        return None if found or asked else "no columns with clicks, grades, or chosen and rejected titles"
 
     def check_trainable(self, items: Sequence[RankGroup], task: Task) -> None:
         check_groups(items)
