@@ -34,7 +34,7 @@ from gpu_train import SIZES
 from results import dtype_name, write_table
 
 HERE = Path(__file__).parent
-LORACLE = [sys.executable, "-m", "loracle.cli"]
+LORACLE = [sys.executable, "-m", "loracle"]
 USERS = (1, 8, 32)
 OVERLOAD = 10  # times the best throughput that a server showed
 CROWD = 800  # users of the overload

@@ -66,7 +66,7 @@ def test_what_cannot_be_used_is_said(tiny_model, tmp_path):
             ranker.fit([{"texts": ["a", "b"], "best": best}])
     with pytest.raises(UserError, match="titles that are not blank in group 1"):
         ranker.fit([{"texts": ["a", " "], "grades": [1, 2]}])
-    with pytest.raises(UserError, match="one kind of evidence"):
+    with pytest.raises(UserError, match="same evidence"):
         ranker.fit([{"texts": ["a", "b"], "grades": [1, 2]}, {"texts": ["c", "d"], "best": 0}])
 
 

@@ -112,7 +112,7 @@ def test_the_container_starts_is_healthy_and_not_once_it_is_gone(run):
         return subprocess.run(check, capture_output=True, check=False, timeout=30).returncode == 0
 
     environment = {**os.environ, "LORACLE_TOKEN": "a-token"}  # 0.0.0.0 wants one
-    command = [sys.executable, "-m", "loracle.cli", *args]
+    command = [sys.executable, "-m", "loracle", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:

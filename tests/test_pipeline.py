@@ -106,7 +106,7 @@ def command(config):
         ("model", config.model.model), ("out", config.out), ("epochs", 10), ("save-steps", 3), ("max-steps", STEPS),
         ("patience", 0), ("batch", 8), ("lr", 0.01), ("test-share", 0.2), ("validation-share", 0.2),
     )]  # fmt: skip
-    return [sys.executable, "-m", "loracle.cli", "train", config.data.data, *flags, "--no-baselines"]
+    return [sys.executable, "-m", "loracle", "train", config.data.data, *flags, "--no-baselines"]
 
 
 def result(run):
@@ -140,7 +140,7 @@ def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tiny_model, tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     if not (tmp_path / "run" / "manifest.json").exists():
-        resumed = [sys.executable, "-m", "loracle.cli", "train", "--resume", str(tmp_path / "run")]
+        resumed = [sys.executable, "-m", "loracle", "train", "--resume", str(tmp_path / "run")]
         done = subprocess.run(resumed, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run") == result(unbroken)
@@ -161,7 +161,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, un
 def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2)
     run = train(config)
-    with pytest.raises(UserError, match="which is finished"):
+    with pytest.raises(UserError, match="is finished"):
         pipeline.resume(run)
     (run / "manifest.json").unlink()
     write(tmp_path / "data.jsonl", labelled(81))

@@ -39,7 +39,7 @@ def served(args, environment):
         with running(app, given["port"]):
             yield
         return
-    command = [sys.executable, "-m", "loracle.cli", *args]
+    command = [sys.executable, "-m", "loracle", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

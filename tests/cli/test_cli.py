@@ -459,7 +459,7 @@ def test_short_names_and_long_delimiters_are_remembered(tiny_model, tmp_path):
 def test_no_network_is_said_in_one_line(tmp_path):
     data = write(tmp_path / "data.csv", labelled())
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "loracle.cli", "train", str(data), "--model", "nobody/nothing"]
+    command = [sys.executable, "-m", "loracle", "train", str(data), "--model", "nobody/nothing"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("loracle: expected ")
@@ -481,9 +481,7 @@ def test_help_is_quick_and_shows_the_defaults_of_config():
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "loracle.cli", "--help"], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-m", "loracle", "--help"], capture_output=True, text=True, timeout=60)
         times.append(time.perf_counter() - started)
         assert done.returncode == 0
     assert min(times) < 0.5

@@ -105,15 +105,15 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
     flat = {"data": str(data), "model": str(tiny_model("qwen2")), "epochs": 1, "batch": 8, "save_steps": 1, "lr": 0.01,
             "out": str(tmp_path / "table")}  # fmt: skip
     config, settings = RunConfig.from_flat(flat), CompareConfig(against=str(tiny_model("llama")))
-    learn, trained = pipeline.learn, []
+    train_on, trained = pipeline.train_on, []
 
     def stopped_in_the_second(config, data, folder, **how):
         trained.append(folder.name.split("-")[0])
         if len(trained) == 2:
             raise Interrupted("stopped after step 3 of 6; go on with: loracle train --resume x")
-        return learn(config, data, folder, **how)
+        return train_on(config, data, folder, **how)
 
-    monkeypatch.setattr(pipeline, "learn", stopped_in_the_second)
+    monkeypatch.setattr(pipeline, "train_on", stopped_in_the_second)
     with pytest.raises(Interrupted, match=r"stopped after step 3 of 6 in .*the same command goes on"):
         comparing.run(config, settings, log=lambda line: None, quiet=True)
     comparing.run(config, settings, log=lambda line: None, quiet=True)
@@ -135,12 +135,12 @@ def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
 
 def test_names_that_cannot_be_had_are_said_before_anything_is_trained(tiny_model, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", labelled(60))
-    monkeypatch.setattr(pipeline, "learn", None)
+    monkeypatch.setattr(pipeline, "train_on", None)
     flags = ["--model", tiny_model("qwen2"), "-o", tmp_path / "table"]
     done = compare(data, *flags, "--against", f"tfidf,{tmp_path}/no-such", code=2)
     assert "no-such" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "tfidf twice" in compare(data, *flags, "--against", "tfidf,tfidf", code=2).stderr
+    assert "tfidf is named twice" in compare(data, *flags, "--against", "tfidf,tfidf", code=2).stderr
     assert not (tmp_path / "table").exists()
 
 

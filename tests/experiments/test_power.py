@@ -208,7 +208,7 @@ def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
         (["--tests", "9" * 400], "12 | 9999"),
         (["--arms", "1001"], "1001"),
         (["--clicks", "c"], "--data | --clicks"),
-        (["--plot", "plan.xyz"], "file"),
+        (["--plot", "plan.xyz"], "plan.xyz"),
         (["--plot", "no/such/folder/plan.png"], "file"),
     ],
 )

@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small import facts, labelled, write
+from small import facts, has_facts, labelled, write
 
-from loracle import pipeline
 from loracle.cli import main
 from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, UserError
 from loracle.experiments import tune
 from loracle.runs.recipes import read_recipe
-from loracle.training import scoring
+from loracle.tasks.dataset import prepare_data
+from loracle.training import fit as training_fit
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.003", "--validation-share", "0.3"]
 
@@ -35,13 +35,13 @@ def config_of(folder, model, **more):
 
 def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     data, out = write(tmp_path / "data.csv", labelled(60)), tmp_path / "tune"
-    seen, look = [], scoring.look
+    seen, validate = [], training_fit.validate
 
-    def watched(scorer, encoder, examples, task, loss):
+    def recording(scorer, encoder, examples, task, loss):
         seen.extend(e.text for e in examples)
-        return look(scorer, encoder, examples, task, loss)
+        return validate(scorer, encoder, examples, task, loss)
 
-    monkeypatch.setattr(scoring, "look", watched)
+    monkeypatch.setattr(training_fit, "validate", recording)
     flags = [data, "--model", tiny_model("qwen2"), *FAST, "-o", out]
     said = loracle("tune", *flags, "--trials", "6").stdout
     lines = [line for line in said.splitlines() if line.startswith("trial ") and ": lr" in line]
@@ -52,7 +52,7 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     assert len({line.split("lr ")[1].partition(":")[0] for line in lines}) == 6
 
     config = RunConfig.from_flat({"data": str(data), "validation_share": 0.3})
-    sides = pipeline.read_data(config, lambda line: None)
+    sides = prepare_data(config, lambda line: None)
     assert set(seen) == {e.text for e in sides.validation}  # and no test text
 
     flat, _ = read_recipe(out / "recipe.toml")
@@ -74,15 +74,15 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monkeypatch):
-    config, fit, rates = config_of(tmp_path, tiny_model("qwen2")), tune.fit, []
+    config, fit_model, rates = config_of(tmp_path, tiny_model("qwen2")), tune.fit_model, []
 
-    def stopped(*args, schedule, **how):
-        rates.append(schedule.lr)
+    def stopped(config, model, *args, **how):
+        rates.append(model.lr)
         if len(rates) == 2:
             raise Interrupted("stopped after step 1 of 6; go on with: loracle train --resume x")
-        return fit(*args, schedule=schedule, **how)
+        return fit_model(config, model, *args, **how)
 
-    monkeypatch.setattr(tune, "fit", stopped)
+    monkeypatch.setattr(tune, "fit_model", stopped)
     with pytest.raises(Interrupted, match="stopped after step 1 of 6 of a trial; the same command goes on"):
         tune.run(config, TuneConfig(trials=9), log=lambda line: None)
     assert len(rates) == 2
@@ -100,14 +100,14 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
         looks.append(next(script))
         return {"metric": -np.inf if np.isnan(looks[-1]) else looks[-1], "loss": looks[-1]}
 
-    monkeypatch.setattr(scoring, "look", scripted)
+    monkeypatch.setattr(training_fit, "validate", scripted)
     config = config_of(tmp_path, tiny_model("qwen2"), evals_per_epoch=2)
     monkeypatch.setattr(tune, "LENGTHS", (1.0,))
     said = []
     path = tune.run(config, TuneConfig(trials=6), log=said.append)
     lines = [line for line in said if line.startswith("trial ")]
-    assert lines[3].endswith("stopped at look 1, below the median")
-    assert "stopped, a validation loss of nan at step" in lines[4]
+    assert lines[3].endswith("stopped at validation 1, below the median")
+    assert has_facts(lines[4], "stopped", "nan", "step")
     assert lines[5].endswith(": 0.9000")
     assert "validation accuracy 0.9000" in path.read_text()
     assert len(looks) == 10
@@ -116,8 +116,8 @@ def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, 
 def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
     def trials(kind, **more):
         config = config_of(tmp_path, tiny_model(kind), **more)
-        data = pipeline.read_data(config, lambda line: None)
-        return tune.Trials(config, data, tmp_path / "trial", lambda line: None, True)
+        data = prepare_data(config, lambda line: None)
+        return tune.Trials(config, data, tmp_path / "trial", lambda line: None)
 
     assert trials("bert", full=True).given == {"epochs": 1.0}
     assert trials("bert").space["targets"] == ("all-linear", "query,value")

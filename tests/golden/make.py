@@ -18,7 +18,9 @@ def main() -> None:
             compute(case, Path(folder))
             for name in FILES:
                 new = (Path(folder) / name).read_text(encoding="utf-8")
-                changed = list(differences(case / name, Path(folder) / name)) if (case / name).exists() else ["new file"]
+                changed = (
+                    list(differences(case / name, Path(folder) / name)) if (case / name).exists() else ["new file"]
+                )
                 print(f"{case.name}/{name}: {len(changed)} changed", *changed[:LISTED], sep="\n  ")
                 (case / name).write_text(new, encoding="utf-8")
 

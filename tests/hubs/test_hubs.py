@@ -79,7 +79,7 @@ def test_data_and_model_of_a_hub_train_and_predict(hubs, tiny_model, tmp_path, m
     run, new = tmp_path / "run", tmp_path / "new.csv"
     new.write_text("text\ngood day\n")
     flags = ["--epochs", "8", "--batch", "8", "--lr", "0.01", "--no-baselines", "--out", str(run)]
-    done = hubs.run("-m", "loracle.cli", "train", f"{where}tiny/table", "--model", f"{where}tiny/real", *flags)
+    done = hubs.run("-m", "loracle", "train", f"{where}tiny/table", "--model", f"{where}tiny/real", *flags)
     assert done.returncode == 0, done.stderr
     assert "2 test texts" in done.stdout
     base = tomllib.loads((run / "run.toml").read_text())["base"]
@@ -89,7 +89,7 @@ def test_data_and_model_of_a_hub_train_and_predict(hubs, tiny_model, tmp_path, m
         adapter = json.loads((run / "adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("tiny/real", SHA["main"])
     offline = {"HF_HUB_OFFLINE": "1"} if where == "hf:" else {}
-    done = hubs.run("-m", "loracle.cli", "predict", str(run), str(new), **offline)
+    done = hubs.run("-m", "loracle", "predict", str(run), str(new), **offline)
     assert done.returncode == 0, done.stderr
     with (run / "predictions.csv").open() as f:  # what so few texts teach a random model differs between machines
         label = next(row["predicted"] for row in csv.DictReader(f) if row["text"] == "good day")

@@ -17,7 +17,7 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 def loracle(*words):
-    command = [sys.executable, "-m", "loracle.cli", *map(str, words)]
+    command = [sys.executable, "-m", "loracle", *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -35,7 +35,7 @@ def run(tiny_model, tmp_path_factory):
 
 
 def test_a_process_bears_broken_requests_and_answers_what_is_at_work_at_sigterm(run):
-    command = [sys.executable, "-m", "loracle.cli", "serve", str(run), "--port", "0", "--round-tokens", "64"]
+    command = [sys.executable, "-m", "loracle", "serve", str(run), "--port", "0", "--round-tokens", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             found = re.fullmatch(r"serving moods at http://127\.0\.0\.1:(\d+)\n", line := process.stdout.readline())

@@ -75,7 +75,7 @@ class GroupReading:
         return read_unlabeled_groups(table, columns)
 
     def missing_evidence(self, table: Table, data: DataConfig) -> str | None:
-        asked = data.clicks or data.impressions or data.clicked or data.grade
+        asked = data.label or data.clicks or data.impressions or data.clicked or data.grade
         try:
             found = self.infer(table, data)
         except UserError:
