@@ -31,7 +31,7 @@ def main() -> None:
     """All runs, then the table."""
     from loracle.evaluation.classification import bootstrap
     from loracle.models import hidden_state_cache
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     base = str(demo_model_folder())
     right: dict[str, list[np.ndarray]] = {name: [] for name in WAYS}

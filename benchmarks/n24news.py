@@ -25,7 +25,8 @@ from loracle.data.sources import open_table
 from loracle.evaluation import linear_models
 from loracle.evaluation.classification import target_array
 from loracle.models import build
-from loracle.models.loading import load_tokenizer, pick_device
+from loracle.models.devices import pick_device
+from loracle.models.loading import load_tokenizer
 from loracle.reporting.terminal import result_rows
 from loracle.tasks import Task
 from loracle.tasks.dataset import read_examples

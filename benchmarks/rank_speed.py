@@ -54,7 +54,7 @@ def ours() -> dict[str, float]:
     from loracle.evaluation.pairs import group_pairs
     from loracle.examples import RankGroup, Task
     from loracle.models.build import new_scorer
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import Schedule, fit
     from loracle.training.losses import make_loss
@@ -93,7 +93,7 @@ def ours() -> dict[str, float]:
 
 def peer(batch: int) -> dict[str, float]:
     """One epoch of RewardTrainer + PEFT."""
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--tests", TESTS, "--batch", batch]
     return last_json([*command, "--dtype", dtype_name()])

@@ -59,7 +59,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
 
 def main(limit: int) -> None:
     """All in turn, several rounds."""
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     command = [
         sys.executable,

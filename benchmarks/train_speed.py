@@ -55,7 +55,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
 
     from loracle.examples import LabeledText, Task
     from loracle.models.build import new_scorer
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import Schedule, fit
     from loracle.training.losses import make_loss
@@ -98,7 +98,7 @@ def reference_way(dropout: float) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     texts, labels = texts_and_labels(REFERENCE_LIMIT)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
@@ -128,7 +128,7 @@ def reference_way(dropout: float) -> dict[str, float]:
 
 def peer(batch: int, prefix: int, limit: int) -> dict[str, float]:
     """One epoch of Trainer + PEFT."""
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     command = [sys.executable, PEER, "--model", demo_model_folder(), "--data", DATA, "--limit", limit, "--batch", batch]
     return last_json([*command, "--prefix-tokens", prefix, "--dtype", dtype_name()])

@@ -118,7 +118,7 @@ def tiny_tokenizer() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The embedded model, SmolLM2-135M, as a transformers folder."""
-    from loracle.models.loading import demo_model_folder
+    from loracle.models.gguf import demo_model_folder
 
     return demo_model_folder()
 

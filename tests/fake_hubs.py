@@ -220,7 +220,7 @@ class Hubs:
         script = (
             "import json, sys\nfrom loracle import hubs as hub\nfrom loracle.errors import UserError\n"
             "spec, kind, revision = json.loads(sys.argv[1])\n"
-            "try:\n    folder = hub.download(spec, kind=kind, revision=revision)\n"
+            "try:\n    folder = hub.download(spec, repo_type=kind, revision=revision)\n"
             "    print(json.dumps([str(folder), hub.revision_of(folder)]))\n"
             "except UserError as error:\n    print(json.dumps(str(error)))\n"
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 from loracle.baselines import fit_baselines
 from loracle.config import RunConfig
 from loracle.errors import Log, UserError
-from loracle.models.loading import pick_device, resolve_base
+from loracle.models.devices import pick_device
+from loracle.models.loading import resolve_base
 from loracle.reporting.results import evaluate
 from loracle.runs import folder as run_folder
 from loracle.runs.save import begin_run, new_folder, save_run

@@ -8,8 +8,9 @@ import numpy as np
 
 from loracle.baselines.base import Baseline, BaselineInputs, NotApplicableError
 from loracle.errors import UserError
+from loracle.models.architectures import positions
 from loracle.models.likelihood import NoLikelihoodError, log_likelihood, name_scores, names_template
-from loracle.models.loading import load_tokenizer, positions
+from loracle.models.loading import load_tokenizer
 from loracle.tasks.base import by_example
 from loracle.text.template import install_template
 from loracle.text.tokenize import Encoder

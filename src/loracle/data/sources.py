@@ -49,7 +49,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
     """
     if spec.startswith(("hf:", "modelscope:")):
         source, _, config = spec.partition("#")
-        return _open_folder(hubs.download(source, kind="dataset", revision=revision), spec, config)
+        return _open_folder(hubs.download(source, repo_type="dataset", revision=revision), spec, config)
     path = Path(spec)
     if path.is_dir():
         return _open_folder(path, spec, "")
@@ -63,7 +63,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
 def fingerprint(spec: str) -> str:
     """SHA-256 of what a spec stands for: of the file, or of names and contents of all files of a pattern, folder or hub id."""
     from_hub = spec.startswith(("hf:", "modelscope:"))
-    root = hubs.download(spec.partition("#")[0], kind="dataset") if from_hub else Path(spec)
+    root = hubs.download(spec.partition("#")[0], repo_type="dataset") if from_hub else Path(spec)
     if root.is_file():
         return hubs.checksum(root)
     if paths := _matching(spec):

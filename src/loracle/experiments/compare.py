@@ -28,8 +28,8 @@ from loracle.errors import Log, UserError
 from loracle.evaluation.significance import Paired, holm
 from loracle.experiments.runner import place, root_of, train_once
 from loracle.formatting import markdown_table, plain_table
+from loracle.models.architectures import is_encoder
 from loracle.models.loading import load_config, resolve_base
-from loracle.models.scorer import is_encoder
 from loracle.reporting.terminal import difference, figure
 from loracle.runs import folder as run_folder
 from loracle.tasks import Task

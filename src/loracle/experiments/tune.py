@@ -20,8 +20,7 @@ from loracle.config import RunConfig, TuneConfig
 from loracle.errors import Interrupted, Log, UserError
 from loracle.experiments.runner import place, root_of
 from loracle.formatting import plain_table
-from loracle.models.loading import load_config
-from loracle.models.scorer import DECODERS, ENCODERS
+from loracle.models.architectures import architecture_of
 from loracle.runs.recipes import write_recipe
 from loracle.tasks.dataset import Data, prepare_data
 from loracle.training.fit import fit_model
@@ -110,9 +109,8 @@ class Trials:
         self.space: dict[str, tuple[Any, ...]] = {"epochs": tuple(train.epochs * x for x in LENGTHS)}
         self.given: dict[str, Any] = {"epochs": train.epochs}
         if not config.lora.full:
-            architecture = load_config(self.base.source.folder).model_type
-            few = config.lora.targets
-            few = "q_proj,v_proj" if architecture in DECODERS else "query,value" if architecture in ENCODERS else few
+            architecture = architecture_of(self.base.config)
+            few = architecture.few_targets if architecture.packable else config.lora.targets
             self.space |= {
                 "r": tuple(sorted({*RANKS, config.lora.r})),
                 "targets": tuple(dict.fromkeys((config.lora.targets, "all-linear", few))),

@@ -288,11 +288,8 @@ def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> s
     found = {m[1] for n, mod in model.named_modules() if isinstance(mod, nn.Linear) and (m := inside.fullmatch(n))}
     wanted = found if targets == "all-linear" else {t.strip() for t in targets.split(",") if t.strip()}
     if not wanted or wanted - found:
-        raise UserError(
-            "names of linear layers to adapt",
-            ", ".join(sorted(wanted - found)) or "none",
-            f"pick from {', '.join(sorted(found))} for --targets",
-        )
+        unknown = ", ".join(sorted(wanted - found)) or "an empty list"
+        raise UserError(f"--targets names no linear layers of this model: {unknown}.", f"Pick from {', '.join(sorted(found))}.")
     number = r"\d+"
     if adapt_top is not None:
         layers = model.config.num_hidden_layers

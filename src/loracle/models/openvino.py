@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from loracle.errors import UserError
+from loracle.models.architectures import is_encoder
 from loracle.models.loading import load_config
-from loracle.models.scorer import by_text, is_encoder, rectangle
+from loracle.models.scorer import by_text, rectangle
 from loracle.text.packing import PackedBatch, pack
 from loracle.text.tokenize import Encoded
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from loracle.models.architectures import architecture_of, layers_of
 from loracle.models.attention import tree
 from loracle.models.attention.cuda_graphs import Recordings, recordable
 from loracle.models.attention.kernels import fuse
@@ -34,9 +34,6 @@ from loracle.text.tokenize import Encoded
 
 logger = logging.getLogger(__name__)
 
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
-ENCODERS = ("bert", "roberta", "xlm-roberta")
-PACKABLE = DECODERS + ENCODERS  # each proven in tests/models/test_exact.py
 HIDDEN = (1024, 512)  # the MLP head of the original recipe
 
 
@@ -55,9 +52,9 @@ class Scorer(nn.Module):
         self.model: Any = model
         self.pooling = pooling
         inner = self.inner
-        kind = inner.config.model_type
-        self.encoder = is_encoder(inner.config)
-        self.packed = kind in PACKABLE
+        architecture = architecture_of(inner.config)
+        self.encoder = not architecture.decoder
+        self.packed = architecture.packable
         if self.packed:
             inner.set_attn_implementation(tree.NAME)
             fuse(inner)
@@ -68,13 +65,12 @@ class Scorer(nn.Module):
         self._width = 0
         self.recordings: Recordings | None = None
         self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
-        if kind in DECODERS:
-            last = inner.base_model.layers[-1]
+        if architecture.decoder and architecture.packable:
+            last = layers_of(inner.base_model)[-1]
             for module in (last.self_attn.o_proj, last.mlp):
                 module.register_forward_pre_hook(self._take_rows)
                 module.register_forward_hook(self._put_rows)
-        # RoBERTa counts its positions from behind the padding id.
-        self.first_position = inner.config.pad_token_id + 1 if "roberta" in kind else 0
+        self.first_position = architecture.first_position(inner.config)
         self.share_from = None if self.encoder or not self.packed else SHARE_FROM
 
     @property
@@ -255,11 +251,6 @@ def rectangle(batch: PackedBatch, pad_token_id: int) -> dict[str, Tensor]:
     if batch.token_types is not None:
         inputs["token_type_ids"] = padded(batch.token_types, 0)
     return inputs
-
-
-def is_encoder(config) -> bool:
-    """Whether a model reads both ways, as BERT does: it can fill in masks."""
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def mlp_head(hidden: int, labels: int) -> nn.Sequential:

@@ -13,7 +13,8 @@ from loracle.evaluation.click_model import expected_lift, win_probability
 from loracle.examples import RankGroup
 from loracle.models import openvino
 from loracle.models.build import load_scorer, score
-from loracle.models.loading import BaseModel, load_tokenizer, pick_device, pick_dtype, resolve_base
+from loracle.models.devices import pick_device, pick_dtype
+from loracle.models.loading import BaseModel, load_tokenizer, resolve_base
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
 from loracle.runs.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify

@@ -40,7 +40,7 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
         log(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
         log(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
         licence = _licence(info)
-        return hubs.upload(staged, place, private=private, revision=revision, licence=licence)
+        return hubs.upload(staged, place, hubs.UploadOptions(private=private, revision=revision, licence=licence))
 
 
 def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str]:
@@ -96,7 +96,7 @@ def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
     if not place.startswith(("hf:", "modelscope:")):
         raise UserError("hf:owner/name or modelscope:owner/name to pull", repr(spec), "write for example hf:me/topics")
     out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "pick another one")
-    found = hubs.download(place, kind="run", revision=revision or None)
+    found = hubs.download(place, repo_type="run", revision=revision or None)
     if not (found / run_folder.MANIFEST).is_file() or not (found / run_folder.RUN).is_file():
         raise UserError(
             f"a run of loracle at {spec}", "no run.toml and manifest.json there", "push one with loracle push"

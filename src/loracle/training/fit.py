@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loracle.config import RunConfig
-from loracle.models.loading import pick_device
+from loracle.models.devices import pick_device
 from loracle.tasks.dataset import Data
 from loracle.training import tracking
 from loracle.training.loop import Fit, Schedule, fit

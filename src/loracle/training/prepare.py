@@ -17,18 +17,12 @@ from loracle.config import RunConfig
 from loracle.errors import Log, UserError
 from loracle.examples import texts_of
 from loracle.models import build
+from loracle.models.architectures import is_encoder, positions
+from loracle.models.devices import pick_device, pick_dtype
 from loracle.models.hidden_state_cache import LowerLayers, keep_lower
-from loracle.models.loading import (
-    BaseModel,
-    load_config,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    positions,
-    resolve_base,
-)
+from loracle.models.loading import BaseModel, load_config, load_tokenizer, resolve_base
 from loracle.models.memory import free_memory, weight_bytes
-from loracle.models.scorer import Scorer, is_encoder
+from loracle.models.scorer import Scorer
 from loracle.tasks import Task
 from loracle.tasks.dataset import Data
 from loracle.text.template import check_contexts, install_template
