@@ -1,5 +1,6 @@
-"""The tests of kills, as often as ``LORACLE_KILLS`` says, those of requests that no person would send, ``LORACLE_CASES`` of
-each kind, and those on Ray; a dated table of what was met.
+"""Run the tests marked ``repeated`` and ``soak`` and write a dated table of what happened.
+
+``LORACLE_KILLS`` sets the kills a test, ``LORACLE_CASES`` the random requests of each operation and kind.
 """
 
 from __future__ import annotations
@@ -13,24 +14,11 @@ from xml.etree import ElementTree
 
 from results import HERE, write_table
 
-TESTS = ["tests/test_kills.py", "tests/test_pipeline.py", "tests/runs/test_ray.py", "tests/serving/test_app.py",
-         "tests/test_docker.py"]  # fmt: skip
-CHOSEN = "kill or sigkill or ray or workers or allows_or_forbids or installs"
-
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            *TESTS,
-            "-k",
-            CHOSEN,
-            "--timeout",
-            "7200",
-        ]
+        command = [sys.executable, "-m", "pytest", "-m", "repeated or soak", "--timeout", "7200"]
         # The newer family of reports has no room for what a test records.
         command += ["-o", "junit_family=xunit1", "--junitxml", str(report)]
         failed = subprocess.run(command, cwd=HERE.parent).returncode

@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from kills import KILLS
 from small import QUICK, labelled, write
 
 from loracle import pipeline
@@ -55,7 +54,7 @@ def test_versions_are_those_of_the_tests():
     assert "-c constraints.txt" in "\n".join(LINES)
 
 
-@pytest.mark.skipif(KILLS <= 5, reason="it fetches and installs for minutes; `make soak` does")
+@pytest.mark.soak
 def test_what_it_copies_and_installs_is_all_that_serving_takes(run, tmp_path):
     """COPY and both RUN lines of pip as they stand, in an environment of their own; torch from where pip looks by itself."""
     app, venv = tmp_path / "app", tmp_path / "venv"

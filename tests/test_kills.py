@@ -16,6 +16,8 @@ from small import write
 from loracle.runs.batch import PartialResults
 from loracle.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.repeated
+
 ROWS = 3200
 
 

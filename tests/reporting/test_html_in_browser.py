@@ -10,6 +10,8 @@ from small import QUICK, clicked, labelled, several, write
 from loracle import pipeline
 from loracle.config import RunConfig
 
+pytestmark = pytest.mark.browser
+
 CLICKS = {"group": "site,day", "text": "headline", "clicks": "clicks", "impressions": "impressions"}
 HOSTILE = "<script>console.error(1)</script>"
 LONG = "wheelbarrow" * 30  # a word that is wider than a phone

@@ -23,6 +23,7 @@ def loracle(*words):
     )
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not HAS_RAY, reason="no Ray: pip install 'loracle[ray]'; `make soak` does")
 def test_two_workers_write_the_same_bytes(labelled_run, tmp_path):
     rows = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(5000)]  # three windows

@@ -311,6 +311,7 @@ def test_every_route_of_the_document_has_an_example_and_its_problems(client):
                 assert client.post(path, json=sent).status_code == 200, path
 
 
+@pytest.mark.repeated
 @pytest.mark.parametrize("run", ["moods", "clicks"])
 def test_nothing_that_the_document_allows_or_forbids_breaks_anything(predictors, run, record_property):
     """Schemathesis, cut to a few seconds: no answer is a 5xx, and each is one that the document describes. ``make soak`` asks
@@ -354,6 +355,7 @@ def test_the_page_is_one_file_that_asks_nobody_else(client):
     assert not re.search(r"https?:|innerHTML|insertAdjacentHTML|document\.write|eval\(", answer.text)
 
 
+@pytest.mark.browser
 def test_the_page_shows_hostile_labels_and_titles_as_they_are(browser, predictors, tiny_model, tmp_path):
     hostile = "<img src=x onerror=console.error(1)>"
     rows = [row | {"label": hostile if row["label"] == "pos" else row["label"]} for row in labelled()]
