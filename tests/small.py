@@ -104,3 +104,17 @@ def has_facts(message: str, *words: str) -> bool:
     missing = [word for word in words if word not in message]
     print(f"missing {missing} in: {message}" if missing else "")
     return not missing
+
+
+def new_scorer(base: Path, task: Any, *, lora: dict[str, Any] | None = None, seed: int = 0, **spec: Any) -> Any:
+    """``build.new_scorer`` of a spec with these fields."""
+    from loracle.models import build
+
+    return build.new_scorer(build.ScorerSpec(base=base, task=task, **spec), lora=lora, seed=seed)
+
+
+def load_scorer(base: Path, run: Path, task: Any, **spec: Any) -> Any:
+    """``build.load_scorer`` of a spec with these fields."""
+    from loracle.models import build
+
+    return build.load_scorer(build.ScorerSpec(base=base, task=task, **spec), run)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small import new_scorer
 from transformers import AutoModelForCausalLM
 
-from loracle.models.build import new_scorer
 from loracle.models.likelihood import log_likelihood, name_scores, names_template
 from loracle.models.loading import load_tokenizer
 from loracle.tasks import Task

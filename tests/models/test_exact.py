@@ -9,15 +9,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import small
 import torch
 from small import facts
 from transformers import AutoModelForSequenceClassification, masking_utils
 
 from loracle.errors import UserError
-from loracle.models import build
+from loracle.models.architectures import ARCHITECTURES
 from loracle.models.attention import tree
 from loracle.models.loading import load_config, load_tokenizer
-from loracle.models.scorer import DECODERS, PACKABLE, Scorer
+from loracle.models.scorer import Scorer
 from loracle.tasks import Task
 from loracle.text.packing import SHARE_FROM
 from loracle.text.template import install_template
@@ -26,13 +27,14 @@ from loracle.text.tokenize import Encoded, Encoder
 TASK = Task(name="single_label", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 PAD = 1  # of every tiny model here: what random texts never hold
+DECODERS = [name for name, row in ARCHITECTURES.items() if row.decoder]
 BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta")
 PADDED = ("distilbert", "gpt2")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 
 
 def scorer(folder, *, lora=None) -> Scorer:
-    made = build.new_scorer(folder, TASK, pad_token_id=PAD, dtype=torch.float32, device=CPU, lora=lora, seed=1)
+    made = small.new_scorer(folder, TASK, pad_token_id=PAD, dtype=torch.float32, device=CPU, lora=lora, seed=1)
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if "lora_B" in name:  # born zero, which would hide A
@@ -251,7 +253,7 @@ def test_encoders_packed_are_alone(tiny_model, kind):
     texts = encode(
         ["banks fall", "", "the quick brown fox " * 30, "news", "banks fall"], [None, "a", "b", "of foxes", None]
     )
-    made = build.new_scorer(
+    made = small.new_scorer(
         tiny_model(kind), TASK, pad_token_id=encode.tokenizer.pad_token_id, dtype=torch.float32, device=CPU, lora=LORA
     ).eval()
     found = made(made.pack(texts))
@@ -292,7 +294,7 @@ def test_encoders_gradients(tiny_model, kind):
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", PADDED)
 def test_unproven_architectures_are_padded_and_right(tiny_model, kind):
-    assert load_config(tiny_model(kind)).model_type not in PACKABLE
+    assert load_config(tiny_model(kind)).model_type not in ARCHITECTURES
     made = scorer(tiny_model(kind))
     assert not made.packed
     texts = [*SHAPES["flat"], SHAPES["flat"][0]]
@@ -310,7 +312,7 @@ def test_the_embedded_model(demo_folder, record_property):
     instruction = "Sort the headline below by the topic of the article that it stands above in the newspaper.\n{text}"
     tokenizer = install_template(load_tokenizer(demo_folder), instruction, 128)
     texts = Encoder(tokenizer)(HEADLINES)
-    made = build.new_scorer(
+    made = small.new_scorer(
         demo_folder, TASK, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU
     ).eval()
     batch = made.pack(texts)

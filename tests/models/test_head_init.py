@@ -17,7 +17,6 @@ from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
 from loracle.errors import UserError
 from loracle.examples import LabeledText
-from loracle.models import build
 from loracle.runs.predictor import Predictor
 from loracle.tasks import Task
 from loracle.training import scoring
@@ -83,7 +82,7 @@ def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
     sides = pipeline.read_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     texts = [e.text for e in sides.test]
-    np.testing.assert_allclose(Predictor(run).scores(texts), build.score(scorer, encoder(texts)), atol=1e-5)
+    np.testing.assert_allclose(Predictor(run).scores(texts), scoring.score(scorer, encoder(texts)), atol=1e-5)
     assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 1
 
 

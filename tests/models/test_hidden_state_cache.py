@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+import small
 import torch
 
 from loracle.errors import UserError
-from loracle.models import build, hidden_state_cache
+from loracle.models import hidden_state_cache, scoring
 from loracle.models.attention import tree
 from loracle.models.hidden_state_cache import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
 from loracle.tasks import Task
@@ -31,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def made(folder, *, top=1, lora=True, dtype=torch.float32, **options):
     adapters = {"r": 4, "alpha": 8.0, "dropout": 0.0, "adapt_top": top} if lora else None
-    scorer = build.new_scorer(
+    scorer = small.new_scorer(
         folder, TASK, pad_token_id=1, dtype=dtype, device=torch.device("cpu"), lora=adapters, **options
     )
     generator = torch.Generator().manual_seed(3)
@@ -108,7 +109,7 @@ def test_only_the_top_layers_have_adapters(tiny_model):
 def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
     """With the states that the whole model has there, through the final norm."""
     shallow, whole = (made(tiny_model(kind), depth=d, lora=False) for d in (1, None))
-    original = build.new_scorer(tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"))
+    original = small.new_scorer(tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"))
     for scorer in (shallow, whole):
         scorer.load_state_dict(original.state_dict(), strict=scorer is whole)
     batch, below = whole.pack(TEXTS), []
@@ -123,26 +124,26 @@ def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kind):
     whole = made(tiny_model(kind), lora=False)
-    found = build.layer_features(whole, TEXTS)
+    found = scoring.layer_features(whole, TEXTS)
     layers = whole.inner.config.num_hidden_layers
     assert found.shape[:2] == (len(TEXTS), layers)
     for kept in range(1, layers + 1):
         cut = made(tiny_model(kind), depth=kept, lora=False)
         cut.load_state_dict(whole.state_dict(), strict=False)
-        np.testing.assert_allclose(found[:, kept - 1], build.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[:, -1], build.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[:, kept - 1], scoring.features(cut, TEXTS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:, -1], scoring.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
 
 
 def test_features_of_some_layers_whatever_a_cache_holds(tiny_model):
     """Two of three layers are read from the cache by a training; asked for their features, they are run."""
     scorer = made(tiny_model("qwen2"))
-    wanted = build.layer_features(scorer, TEXTS)
+    wanted = scoring.layer_features(scorer, TEXTS)
     assert np.abs(wanted[:, 0] - wanted[:, 2]).max() > 1e-2
     cached(scorer)
     kept = scorer.lower
     for _ in range(2):
-        np.testing.assert_allclose(build.layer_features(scorer, TEXTS, [0, 2]), wanted[:, [0, 2]], atol=1e-6)
-        build.score(scorer, TEXTS)
+        np.testing.assert_allclose(scoring.layer_features(scorer, TEXTS, [0, 2]), wanted[:, [0, 2]], atol=1e-6)
+        scoring.score(scorer, TEXTS)
     assert scorer.lower is kept
 
 

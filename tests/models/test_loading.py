@@ -18,7 +18,8 @@ from small import has_facts
 
 from loracle import hubs
 from loracle.errors import UserError
-from loracle.models import loading
+from loracle.models import devices, loading
+from loracle.models import gguf as gguf_reading
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 DECODER = SMALL | {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": True}
@@ -230,7 +231,7 @@ def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(devices.pick_device(name)) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
-    assert "found 'cuda:2'" in refusal(devices.pick_device, "cuda:2")
+    assert "'cuda:2'" in refusal(devices.pick_device, "cuda:2")
 
 
 def test_pick_dtype():
@@ -239,7 +240,7 @@ def test_pick_dtype():
     assert devices.pick_dtype("bfloat16", True, cpu) == torch.bfloat16
     assert devices.pick_dtype("auto", False, torch.device("mps")) == torch.bfloat16
     assert has_facts(refusal(devices.pick_dtype, "float16", False, cpu), "--dtype")
-    assert "found 'int8'" in refusal(devices.pick_dtype, "int8", False, cpu)
+    assert "'int8'" in refusal(devices.pick_dtype, "int8", False, cpu)
 
 
 def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
@@ -280,7 +281,7 @@ def test_demo_model(capfd):
     base = loading.resolve_base("demo")
     capfd.readouterr()  # making it, once for a machine, may take a while and says so
     assert base == loading.BaseModel(
-        gguf.demo_model_folder(), "demo", None, "SmolLM2-135M-Instruct, dequantised from a 4-bit GGUF file"
+        gguf_reading.demo_model_folder(), "demo", None, "SmolLM2-135M-Instruct, dequantised from a 4-bit GGUF file"
     )
     assert base.checksum() == hubs.DEMO_SHA256
     model = load(base.folder, dtype=torch.bfloat16)
@@ -296,7 +297,7 @@ def test_demo_model(capfd):
 
 def test_demo_model_knows_the_capital_of_france():
     """Weights, tokenizer and rotary layout fit each other; a permuted head would babble."""
-    folder = gguf.demo_model_folder()
+    folder = gguf_reading.demo_model_folder()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = loading.load_tokenizer(folder)
     logits = model(torch.tensor([tokenizer("The capital of France is").input_ids])).logits
@@ -361,12 +362,12 @@ def test_any_gguf_file(tmp_path, cache):
     # Found again by its content under another name, and remade when the copy was damaged.
     renamed = path.rename(tmp_path / "other.gguf")
     made = (base.folder / "model.safetensors").stat().st_mtime_ns
-    assert gguf.gguf_model_folder(renamed) == base.folder
+    assert gguf_reading.gguf_model_folder(renamed) == base.folder
     assert (base.folder / "model.safetensors").stat().st_mtime_ns == made
     norm = model.model.norm.weight.clone()  # the loaded weights are the file's own pages
     weights = base.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2] + b"\0\1")
-    assert gguf.gguf_model_folder(renamed) == base.folder
+    assert gguf_reading.gguf_model_folder(renamed) == base.folder
     assert torch.equal(load(base.folder, dtype=torch.bfloat16).model.norm.weight, norm)
     assert loading.resolve_base(str(renamed)).checksum() == base.checksum()
 
@@ -374,16 +375,17 @@ def test_any_gguf_file(tmp_path, cache):
 def test_gguf_files_that_cannot_be_used(tmp_path, cache):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF and no more")
-    assert "transformers" in refusal(gguf.gguf_model_folder, broken)
+    assert "transformers" in refusal(gguf_reading.gguf_model_folder, broken)
     part = tmp_path / "big-00001-of-00003.gguf"
     part.touch()
-    assert has_facts(refusal(gguf.gguf_model_folder, part), "00001", "00003", "--merge")
+    assert has_facts(refusal(gguf_reading.gguf_model_folder, part), "00001", "00003", "--merge")
     assert not [p for p in (cache / "models").iterdir() if not p.name.endswith(".lock")]
 
 
 def test_two_processes_unpack_one_file(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny.gguf")
-    script = f"from loracle.models import loading as b; print(b.resolve_base({str(path)!r}).folder)"
+    script = f"from loracle.models import devices, loading
+from loracle.models import gguf as gguf_reading as b; print(b.resolve_base({str(path)!r}).folder)"
     command = [sys.executable, "-c", script]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
     folders = {process.communicate(timeout=120)[0] for process in running}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import small
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from peft.tuners.lora.layer import Linear as PeftLinear
 from transformers import AutoTokenizer
 
 from loracle.errors import UserError
-from loracle.models import build, lora
+from loracle.models import lora, scoring
 from loracle.models.loading import load_tokenizer
 from loracle.models.lora import LeanLinear, save_adapter
 from loracle.tasks import Task
@@ -29,7 +30,7 @@ def task(labels: int) -> Task:
 
 def trained(folder, tokenizer, labels: int = 3, lora=LORA, **options):
     """A scorer whose every trained weight has moved."""
-    made = build.new_scorer(
+    made = small.new_scorer(
         folder, task(labels), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU, lora=lora, **options
     )
     generator = torch.Generator().manual_seed(3)
@@ -53,7 +54,7 @@ def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, si
 
     tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24)
     made = trained(tiny_model(kind), tokenizer, labels)
-    wanted = build.score(made, Encoder(tokenizer)(TEXTS))
+    wanted = scoring.score(made, Encoder(tokenizer)(TEXTS))
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
     save_tokenizer(tokenizer, tmp_path)
     load_kwargs = {"num_labels": labels, "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}
@@ -69,9 +70,9 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     encoder = kind in ("bert", "roberta")
     tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24, encoder=encoder)
     made, texts = trained(tiny_model(kind), tokenizer), Encoder(tokenizer, encoder=encoder)(TEXTS)
-    wanted = build.score(made, texts)
+    wanted = scoring.score(made, texts)
     save_adapter(made.model, tmp_path, base=str(tiny_model(kind)), revision=None)
-    again = build.load_scorer(
+    again = small.load_scorer(
         tiny_model(kind), tmp_path, task(3), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU,
         pooling="last", head="linear",
     )  # fmt: skip
@@ -79,10 +80,10 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     moved = {n: p for n, p in made.named_parameters() if p.requires_grad}
     assert any("modules_to_save" in n for n in moved)
     assert all(torch.equal(p, kept[n]) for n, p in moved.items())
-    close(build.score(again, texts), wanted, 0)
+    close(scoring.score(again, texts), wanted, 0)
     again.model = again.model.merge_and_unload()
     assert not any("lora" in n for n, _ in again.named_parameters())
-    close(build.score(again, texts), wanted)
+    close(scoring.score(again, texts), wanted)
 
 
 def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
@@ -91,10 +92,10 @@ def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
     options = {"pooling": "mean", "head": "mlp"}
     made, texts = trained(folder, tokenizer, **options), Encoder(tokenizer)(TEXTS)
     save_adapter(made.model, tmp_path, base=str(folder), revision=None)
-    again = build.load_scorer(
+    again = small.load_scorer(
         folder, tmp_path, task(3), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=CPU, **options
     )
-    close(build.score(again, texts), build.score(made, texts), 0)
+    close(scoring.score(again, texts), scoring.score(made, texts), 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "roberta"])

@@ -9,11 +9,12 @@ import weakref
 
 import numpy as np
 import pytest
+import small
 import torch
 from small import facts
 
 from loracle.errors import UserError
-from loracle.models import build, memory
+from loracle.models import memory, scoring
 from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
 
@@ -23,7 +24,7 @@ TEXTS = [Encoded(chunks=(tuple(range(3, 3 + n)),), starts=(0,)) for n in (5, 9, 
 
 
 def scorer(folder, **lora):
-    return build.new_scorer(
+    return small.new_scorer(
         folder,
         TASK,
         pad_token_id=1,
@@ -48,15 +49,15 @@ def short_of(made, tokens: int):
 
 def test_scoring_goes_on_in_smaller_rounds(tiny_model):
     made = scorer(tiny_model("qwen2"))
-    wanted = build.score(made, TEXTS)
+    wanted = scoring.score(made, TEXTS)
     forward, seen = short_of(made, 40)
-    found = build.in_rounds(made, forward, TEXTS)
+    found = scoring.in_micro_batches(made, forward, TEXTS)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert max(seen) == sum(t.tokens for t in TEXTS)
     assert sum(n > 40 for n in seen) <= 2  # once it is known, no round fails again
     forward, _ = short_of(made, 20)
     with pytest.raises(UserError, match=facts("memory")):  # one text alone does not fit
-        build.in_rounds(made, forward, TEXTS)
+        scoring.in_micro_batches(made, forward, TEXTS)
 
 
 def test_a_sharded_model_is_not_asked_again(tiny_model):
@@ -65,7 +66,7 @@ def test_a_sharded_model_is_not_asked_again(tiny_model):
     made.sharded = True
     forward, seen = short_of(made, 40)
     with pytest.raises(torch.OutOfMemoryError):
-        build.in_rounds(made, forward, TEXTS)
+        scoring.in_micro_batches(made, forward, TEXTS)
     assert len(seen) == 1
 
 
@@ -92,7 +93,7 @@ def test_other_errors_are_not_taken_for_it(tiny_model):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        build.in_rounds(scorer(tiny_model("qwen2")), broken, TEXTS)
+        scoring.in_micro_batches(scorer(tiny_model("qwen2")), broken, TEXTS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")

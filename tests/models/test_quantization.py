@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small import QUICK, facts, labelled, write
+from small import QUICK, facts, labelled, new_scorer, write
 
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import UserError
-from loracle.models import build, memory
-from loracle.models.build import new_scorer
+from loracle.experiments.probe import probe_data
+from loracle.models import memory, scoring
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
 from loracle.tasks import Task
@@ -76,7 +76,7 @@ def test_an_export_holds_the_weights_that_it_was_trained_on(run, tmp_path):
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="a decoder for --quantize"):
+    with pytest.raises(UserError, match="--quantize needs a decoder"):
         scorer(tiny_model("bert"), "nf4", lora=None)
     with pytest.raises(UserError, match="4-bit weights do not train"):
         RunConfig.from_flat({"quantize": "nf4", "full": True})
@@ -92,10 +92,10 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
 
 def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, tmp_path, monkeypatch):
     read: dict[str | None, list[np.ndarray]] = {None: [], "nf4": []}
-    plain = build.layer_features
+    plain = scoring.layer_features
     for quantize, kept in read.items():
         flat = QUICK | {"data": str(write(tmp_path / "a.jsonl", labelled())), "model": str(tiny_model("qwen2"))}
-        monkeypatch.setattr(build, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1])
-        pipeline.probe(RunConfig.from_flat(flat | {"quantize": quantize}), log=lambda line: None)
+        monkeypatch.setattr(scoring, "layer_features", lambda *given, kept=kept: kept.append(plain(*given)) or kept[-1])
+        probe_data(RunConfig.from_flat(flat | {"quantize": quantize}), log=lambda line: None)
     assert read[None][0].shape == read["nf4"][0].shape
     assert not np.allclose(read[None][0], read["nf4"][0])

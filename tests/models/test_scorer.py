@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small
 import torch
 
-from loracle.models import build
+from loracle.models import scoring
 from loracle.models.attention import tree
 from loracle.tasks import Task
 from loracle.text.packing import pack
@@ -21,7 +22,7 @@ TEXTS = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in
 def scorer(tiny_model):
     def make(kind="qwen2", **options):
         options = {"pad_token_id": 1, "dtype": torch.float32, "device": torch.device("cpu")} | options
-        return build.new_scorer(tiny_model(kind), TASK, **options).eval()
+        return small.new_scorer(tiny_model(kind), TASK, **options).eval()
 
     return make
 
@@ -46,7 +47,7 @@ def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
 def test_rounds_change_nothing(scorer, kind):
     made = scorer(kind).train()
-    small, large = (build.score(made, TEXTS, tokens_per_micro_batch=n) for n in (1, 8192))
+    small, large = (scoring.score(made, TEXTS, tokens_per_micro_batch=n) for n in (1, 8192))
     assert small.dtype == np.float32
     assert made.training
     np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
@@ -55,15 +56,15 @@ def test_rounds_change_nothing(scorer, kind):
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
 def test_features_are_one_row_a_text(scorer, kind):
-    found = build.features(scorer(kind), TEXTS)
+    found = scoring.features(scorer(kind), TEXTS)
     assert found.shape == (4, 32)
-    np.testing.assert_allclose(found[:1], build.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:1], scoring.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_is_float32_over_a_bfloat16_base(scorer):
     made = scorer(dtype=torch.bfloat16)
     assert made.inner.score.weight.dtype == torch.float32
-    assert build.score(made, TEXTS).dtype == np.float32
+    assert scoring.score(made, TEXTS).dtype == np.float32
 
 
 def test_a_seed_makes_the_head(scorer):

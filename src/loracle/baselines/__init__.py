@@ -50,7 +50,9 @@ def fit_baselines(config: RunConfig, model: PreparedModel, data: Data, log: Log)
 
 
 def _fit_all(inputs: BaselineInputs) -> BaselineResults:
-    evidence, by_name, notes = inputs.data.task.learning.evidence(inputs.data.train), {}, []
+    evidence = inputs.data.task.learning.evidence(inputs.data.train)
+    by_name: dict[str, Baseline] = {}
+    notes: list[str] = []
     for name, baseline in BASELINES.items():
         if baseline.needs and not baseline.needs & evidence:
             continue

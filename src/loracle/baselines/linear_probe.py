@@ -10,7 +10,7 @@ import numpy as np
 from loracle.baselines.base import Baseline, BaselineInputs, NotApplicableError, calibrated
 from loracle.errors import UserError
 from loracle.examples import texts_of
-from loracle.models import build
+from loracle.models import scoring
 from loracle.tasks.base import by_example
 from loracle.tasks.dataset import Data
 from loracle.training.prepare import PreparedModel
@@ -63,7 +63,9 @@ def choose_layer(
         return ChosenLayer(None, mean_states(model, train), mean_states(model, validation))
     count = scorer.inner.config.num_hidden_layers
     layers = np.unique(np.linspace(count - 1, 0, min(count, LAYERS)).astype(int)).tolist()
-    states = [build.layer_features(scorer, encode_texts(model.encoder, items), layers) for items in (train, validation)]
+    states = [
+        scoring.layer_features(scorer, encode_texts(model.encoder, items), layers) for items in (train, validation)
+    ]
     chosen: int | None = None
     at = -1
     try:
@@ -78,5 +80,5 @@ def mean_states(model: PreparedModel, examples: list[Any], layer: int | None = N
     """Mean hidden states of each example's texts after a layer, by default the last: ``float32 [n, H]``."""
     texts = encode_texts(model.encoder, examples)
     if layer is None:
-        return by_example(build.features(model.scorer, texts), examples)
-    return by_example(build.layer_features(model.scorer, texts, [layer])[:, 0], examples)
+        return by_example(scoring.features(model.scorer, texts), examples)
+    return by_example(scoring.layer_features(model.scorer, texts, [layer])[:, 0], examples)

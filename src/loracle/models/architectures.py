@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from loracle.errors import UserError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -80,3 +82,10 @@ def positions(config: Any) -> int:
     """The number of tokens that a model has positions for."""
     known = getattr(config, "max_position_embeddings", None) or 2**31
     return known - architecture_of(config).first_position(config)
+
+
+def needs_decoder(setting: str, config: Any) -> UserError:
+    """The error for a setting that only decoders of the table can have."""
+    return UserError(
+        f"{setting} needs a decoder, and the model is a {config.model_type}.", f"Leave out {setting.split()[0]}."
+    )

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from loracle.models.build import in_rounds, new_scorer
+from loracle.models.build import ScorerSpec, new_scorer
 from loracle.models.loading import load_config
 from loracle.models.scorer import Scorer, by_text
+from loracle.models.scoring import in_micro_batches
 from loracle.tasks import Task
 from loracle.text.packing import ROOT, PackedBatch
 from loracle.text.tokenize import Encoded, Encoder
@@ -90,7 +91,8 @@ def _whole(scorer: Scorer, folder: Path) -> tuple[Scorer, Tensor]:
             raise NoLikelihoodError("the whole base may not fit where a part of each of its layers does")
         dtype = next(scorer.inner.base_model.parameters()).dtype
         pad = scorer.inner.config.pad_token_id
-        scorer = new_scorer(folder, Task(name="ranking"), pad_token_id=pad, dtype=dtype, device=scorer.device)
+        spec = ScorerSpec(base=folder, task=Task(name="ranking"), pad_token_id=pad, dtype=dtype, device=scorer.device)
+        scorer = new_scorer(spec)
     return scorer, output_embedding(scorer, folder)
 
 
@@ -98,7 +100,7 @@ def _likelihoods(scorer: Scorer, embedding: Tensor, texts: Sequence[Encoded], af
     def function(batch: PackedBatch) -> Tensor:
         return by_text(_segment_likelihood(scorer.states(batch), batch, embedding, after)[:, None], batch)
 
-    return in_rounds(scorer, function, texts)[:, 0]
+    return in_micro_batches(scorer, function, texts)[:, 0]
 
 
 def output_embedding(scorer: Scorer, folder: Path) -> Tensor:

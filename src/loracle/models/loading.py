@@ -10,19 +10,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from loracle import hubs
 from loracle.errors import UserError
 from loracle.models.architectures import SUPPORTED
 from loracle.models.gguf import demo_model_folder, gguf_model_folder, read_conversion
 from loracle.models.quiet import quiet_transformers
+from loracle.tasks import ProblemType
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
@@ -100,7 +99,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             raise ValueError(f"{type(found).__name__} has no fast version")
     except Exception as error:  # missing, broken and foreign tokenizers raise anything from OSError to pyo3's Exception
         raise UserError(
-            f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.", "Add the tokenizer.json of the model."
+            f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.",
+            "Add the tokenizer.json of the model.",
         ) from error
     specials = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
@@ -199,7 +199,9 @@ def load_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each config class checks its own fields and raises what it likes
         reason = hubs.first_line(error)
-        raise UserError(f"config.json of {folder} does not fit {model_type}: {reason}.", "Fetch the model again.") from error
+        raise UserError(
+            f"config.json of {folder} does not fit {model_type}: {reason}.", "Fetch the model again."
+        ) from error
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:

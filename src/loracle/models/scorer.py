@@ -45,7 +45,7 @@ class Scorer(nn.Module):
         pooling: ``last`` (decoders: the read token; encoders: their own first token) or ``mean`` over the text's own tokens.
     """
 
-    round_tokens = 4096  # of rows at most when nothing is learnt: larger rounds fall out of the caches
+    max_micro_batch = 4096  # tokens at a time when scoring: larger micro-batches do not fit the processor caches
 
     def __init__(self, model: Any, *, pooling: str = "last"):
         super().__init__()

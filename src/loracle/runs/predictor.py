@@ -12,11 +12,12 @@ from loracle.errors import UserError
 from loracle.evaluation.click_model import expected_lift, win_probability
 from loracle.examples import RankGroup
 from loracle.models import openvino
-from loracle.models.build import load_scorer, score
+from loracle.models.build import ScorerSpec, load_scorer
 from loracle.models.devices import pick_device, pick_dtype
 from loracle.models.loading import BaseModel, load_tokenizer, resolve_base
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
+from loracle.models.scoring import score
 from loracle.runs.folder import LOCAL, RunInfo, read_calibration, read_info, read_reference, verify
 from loracle.text.template import check_contexts
 from loracle.text.tokenize import Encoded, Encoder
@@ -100,10 +101,9 @@ class Predictor:
             self.scorer = Int8Scorer(self.folder, pad_token_id=tokenizer.pad_token_id)
         else:
             where = pick_device(device)
-            self.scorer = load_scorer(
-                find_base(self.info, self.folder, base).folder,
-                self.folder,
-                self.task,
+            spec = ScorerSpec(
+                base=find_base(self.info, self.folder, base).folder,
+                task=self.task,
                 pad_token_id=tokenizer.pad_token_id,
                 dtype=pick_dtype(dtype or model.dtype, self.info.config.lora.full, where),
                 device=where,
@@ -111,8 +111,8 @@ class Predictor:
                 head=model.head,
                 depth=model.layers,
                 quantize=model.quantize,
-                merged=merged,
             )
+            self.scorer = load_scorer(spec, self.folder, merged=merged)
         self.encoder = Encoder(tokenizer, long=model.long, encoder=self.scorer.encoder)
 
     def scores(self, texts: Sequence[str], contexts: Sequence[str | None] | None = None) -> np.ndarray:

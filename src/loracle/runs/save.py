@@ -14,7 +14,7 @@ from loracle.config import RunConfig
 from loracle.errors import Log, UserError
 from loracle.evaluation import drift
 from loracle.examples import texts_of
-from loracle.models import build
+from loracle.models import scoring
 from loracle.models.lora import save_adapter
 from loracle.reporting.html import render
 from loracle.reporting.report import build_report, curves, without_texts
@@ -139,7 +139,7 @@ def verify_reload(run: Run, model: PreparedModel, data: Data) -> None:
     sample = [(text, e.context) for e in data.test for text in texts_of(e)][:SAMPLE]
     texts, contexts = [t for t, _ in sample], [c for _, c in sample]
     scorer = model.scorer
-    own = build.score(scorer, model.encoder(texts, contexts))
+    own = scoring.score(scorer, model.encoder(texts, contexts))
     device = "cpu" if scorer.sharded else str(scorer.device)
     reloaded = Predictor(run.folder, base=str(model.base.source.folder), device=device).scores(texts, contexts)
     worst = float(np.max(np.abs(own - reloaded) / np.maximum(1, np.abs(own))))

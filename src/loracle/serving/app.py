@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import loracle
 from loracle.config import ServeConfig
 from loracle.errors import UserError
-from loracle.models.build import score
+from loracle.models.scoring import score
 from loracle.runs.predictor import Predictor
 from loracle.serving import schemas
 from loracle.serving.limits import RETRY, Guard, problem

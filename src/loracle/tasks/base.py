@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loracle.evaluation.linear_models import Objective
     from loracle.evaluation.significance import Paired
 
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]  # transformers' words
 Scores = Sequence[np.ndarray]
 Calibrations = tuple[Any, Any]  # of two runs; each as ``Evaluation.fit_calibration`` returns it, or None
 
@@ -140,7 +141,7 @@ class Reading(Protocol):
 class Learning(Protocol):
     """What is fitted, and what it is fitted by."""
 
-    problem_type: str  # of transformers' config
+    problem_type: ProblemType  # of transformers' config
     zero_shot: str  # how the base model is asked without training: a key of ``baselines.zero_shot.QUESTIONS``
     saturates: bool  # whether the weight of an example saturates with its clicks
     sets_thresholds: bool  # whether each label has a threshold of its own
@@ -187,7 +188,7 @@ class Evaluation(Protocol):
 
     headline: str  # the metric of early stopping and of the report's first line
     paired_metric: str  # the metric of the paired test
-    table: tuple[str, ...]  # metrics in tables, the first ones first
+    table: Sequence[str]  # metrics in tables, the first ones first
 
     def metrics(
         self, scores: Scores, examples: Sequence[Any], task: Task, calibration: Any = None
@@ -260,6 +261,9 @@ class Output(Protocol):
 
     def values(self, scores: np.ndarray, task: Task, calibration: Any) -> np.ndarray:
         """Numbers ``[N, K]`` that scores ``[N, C]`` stand for: probabilities, or the scores themselves."""
+
+    def names(self, values: np.ndarray, task: Task, calibration: Any) -> list[list[str]]:
+        """Label names that each row of ``values`` assigns; none where an answer is only a number."""
 
     def columns(self, task: Task) -> list[str]:
         """Columns that ``predict`` adds to a table."""

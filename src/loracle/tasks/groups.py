@@ -225,6 +225,9 @@ class GroupOutput:
     def values(self, scores: np.ndarray, task: Task, calibration: Any) -> np.ndarray:
         return np.asarray(scores, dtype=np.float64)
 
+    def names(self, values: np.ndarray, task: Task, calibration: Any) -> list[list[str]]:
+        return [[] for _ in values]
+
     def columns(self, task: Task) -> list[str]:
         return ["score"]
 

@@ -236,4 +236,4 @@ def _row(example: LabeledText, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _joined(assigned: np.ndarray, names: Sequence[str]) -> str:
-    return ", ".join(names[i] for i in np.flatnonzero(assigned)) or "none"
+    return ", ".join(names[i] for i in np.flatnonzero(assigned).tolist()) or "none"

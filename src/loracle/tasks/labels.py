@@ -27,7 +27,7 @@ from loracle.evaluation.labels import Labels
 from loracle.evaluation.linear_models import feature_classifier, ridge_classifier, tfidf_classifier, words_of
 from loracle.evaluation.significance import Paired, compare_classifiers
 from loracle.examples import Arms, LabeledText
-from loracle.tasks.base import Answer, Calibrations, LinearFit, ReadResult, Scores, Task, label_words
+from loracle.tasks.base import Answer, Calibrations, LinearFit, ProblemType, ReadResult, Scores, Task, label_words
 from loracle.tasks.label_report import label_error_section, label_sections
 from loracle.tasks.text_columns import text_columns
 
@@ -88,7 +88,7 @@ class LabelLearning:
     zero_shot = "label names"
     saturates = False
 
-    def __init__(self, labels: Labels, *, evidence: str, loss: str, problem_type: str, sets_thresholds: bool):
+    def __init__(self, labels: Labels, *, evidence: str, loss: str, problem_type: ProblemType, sets_thresholds: bool):
         self.labels, self.loss, self.problem_type = labels, loss, problem_type
         self.offers, self.sets_thresholds = frozenset({evidence}), sets_thresholds
 

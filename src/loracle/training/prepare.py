@@ -16,7 +16,7 @@ import torch
 from loracle.config import RunConfig
 from loracle.errors import Log, UserError
 from loracle.examples import texts_of
-from loracle.models import build
+from loracle.models import build, scoring
 from loracle.models.architectures import is_encoder, positions
 from loracle.models.devices import pick_device, pick_dtype
 from loracle.models.hidden_state_cache import LowerLayers, keep_lower
@@ -158,9 +158,9 @@ def new_model(
 ) -> tuple[Scorer, Encoder]:
     """The base with a fresh head and, unless every weight trains, fresh adapters; and the encoder of its texts."""
     model, device = config.model, pick_device(config.model.device)
-    scorer = build.new_scorer(
-        base.source.folder,
-        task,
+    spec = build.ScorerSpec(
+        base=base.source.folder,
+        task=task,
         pad_token_id=base.tokenizer.pad_token_id,
         dtype=pick_dtype(model.dtype, config.lora.full, device),
         device=torch.device("cpu") if model.shard else device,  # each process takes its parts from the CPU
@@ -168,9 +168,9 @@ def new_model(
         head=model.head,
         depth=depth,
         quantize=model.quantize,
-        lora=_adapter_settings(config) if adapters and not config.lora.full else None,
-        seed=config.train.seed,
     )
+    lora = _adapter_settings(config) if adapters and not config.lora.full else None
+    scorer = build.new_scorer(spec, lora=lora, seed=config.train.seed)
     return scorer, Encoder(base.tokenizer, long=model.long, encoder=scorer.encoder)
 
 
@@ -189,7 +189,7 @@ def init_head(config: RunConfig, scorer: Scorer, encoder: Encoder, data: Data) -
     if not (words := data.task.learning.label_words(data.task)):
         raise UserError("--head-init names needs labels with names; these have none.", "Leave out --head-init.")
     sample = subsample(data.train, config.train.seed)[:HEAD_TEXTS]
-    build.head_from_names(scorer, encoder(words), encode_texts(encoder, sample))
+    scoring.head_from_names(scorer, encoder(words), encode_texts(encoder, sample))
 
 
 def learning_rate(config: RunConfig, base_config: Any) -> float:

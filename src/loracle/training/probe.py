@@ -17,7 +17,7 @@ import numpy as np
 from loracle.errors import UserError
 from loracle.examples import texts_of
 from loracle.formatting import plain_table
-from loracle.models import build
+from loracle.models import scoring
 from loracle.models.scorer import Scorer
 from loracle.tasks.base import LinearFit, by_example
 from loracle.tasks.dataset import Data
@@ -57,7 +57,7 @@ def probe_depths(scorer: Scorer, encoder: Encoder, data: Data, loss: Loss, seed:
         UserError: the model is no decoder, or too few validation examples.
     """
     train, validation = subsample(data.train, seed), subsample(data.validation, seed)
-    states = [build.layer_features(scorer, encode_texts(encoder, items)) for items in (train, validation)]
+    states = [scoring.layer_features(scorer, encode_texts(encoder, items)) for items in (train, validation)]
     return probe_layers((states[0], states[1]), train, validation, data, LinearFit(numpy_objective(loss), seed))
 
 

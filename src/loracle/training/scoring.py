@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from loracle.evaluation.intervals import as_json
 from loracle.examples import Example, texts_of
-from loracle.models import build
+from loracle.models import scoring
 from loracle.models.openvino import Int8Scorer
 from loracle.models.scorer import Scorer
 from loracle.tasks import Task
@@ -42,7 +42,7 @@ def encode_texts(encoder: Encoder, examples: Sequence[Example]) -> list[Encoded]
 
 def score_examples(scorer: Scorer | Int8Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:
     """Scores of each example's texts, ``float32 [n, C]`` each."""
-    return by_example(build.score(scorer, encode_texts(encoder, examples)), examples)
+    return by_example(scoring.score(scorer, encode_texts(encoder, examples)), examples)
 
 
 def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example]) -> list[np.ndarray]:

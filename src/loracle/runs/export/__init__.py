@@ -18,7 +18,7 @@ import torch
 from loracle.errors import UserError
 from loracle.evaluation.calibration import Calibration, temperature_of
 from loracle.models import openvino
-from loracle.models.build import load_merged
+from loracle.models.build import ScorerSpec, load_merged
 from loracle.models.loading import head_names, load_tokenizer
 from loracle.runs import folder as run_folder
 from loracle.runs.predictor import Predictor, find_base
@@ -54,15 +54,15 @@ def export(run: Path, out: Path, to: str, *, base: str | None = None, log: Log =
             what,
             "export --to openvino, or train with --head linear --pooling last",
         )
-    model = load_merged(
-        find_base(info, run, base).folder,
-        run,
-        info.task,
+    spec = ScorerSpec(
+        base=find_base(info, run, base).folder,
+        task=info.task,
         pad_token_id=load_tokenizer(run).pad_token_id,
         head=kept.head,
         depth=kept.layers,
         quantize=kept.quantize,
     )
+    model = load_merged(spec, run)
     out.mkdir(parents=True, exist_ok=True)
     try:
         for pattern in TOKENIZER:
