@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from loracle.errors import UserError
 from loracle.models import quantization
+from loracle.models.architectures import is_encoder, is_packable_decoder
 from loracle.models.loading import head_names, load_config, load_sequence_classifier
 from loracle.models.lora import add_lora, load_adapter, merge
 from loracle.models.memory import out_of_memory, release
 from loracle.models.openvino import Int8Scorer
-from loracle.models.scorer import DECODERS, Scorer, is_encoder, mlp_head, trained_copy
+from loracle.models.scorer import Scorer, mlp_head, trained_copy
 from loracle.tasks import Task
 from loracle.text.packing import PackedBatch, micro_batches, rectangles
 from loracle.text.tokenize import Encoded
@@ -214,7 +215,7 @@ def in_rounds(
     Raises:
         UserError: memory runs out over one text alone.
     """
-    with scorer.one_at_a_time:
+    with scorer.lock:
         return _in_rounds(scorer, function, texts, tokens_per_micro_batch)
 
 
@@ -254,7 +255,7 @@ def _in_rounds(
 
     # Gathered weights are used again by training, which may not touch what inference mode has made.
     with torch.no_grad() if scorer.sharded else torch.inference_mode():
-        rounds = min(tokens_per_micro_batch, scorer.round_tokens)
+        rounds = min(tokens_per_micro_batch, scorer.max_micro_batch)
         if scorer.packed:
             parts = micro_batches([[texts[i]] for i in order], rounds, share_from=scorer.share_from)
         else:
@@ -286,7 +287,7 @@ def _bare(
     device: torch.device | None = None,
 ) -> Any:
     """The base with a head in float32, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
-    if load_config(folder).model_type not in DECODERS:
+    if not is_packable_decoder(load_config(folder)):
         dtype = torch.promote_types(
             dtype, torch.float32
         )  # its own forward hands states to the head, BERT's to the pooler
@@ -311,7 +312,7 @@ def _bare(
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     if quantize is not None:
-        if model.config.model_type not in DECODERS:
+        if not is_packable_decoder(model.config):
             raise UserError("a decoder for --quantize", model.config.model_type, "leave out --quantize")
         quantization.quantise(model, device or torch.device("cpu"))
     return model

@@ -107,7 +107,9 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any, GGUFReader]:
     from gguf import GGUFReader
 
     if re.search(r"-\d{5}-of-\d{5}$", gguf.stem):
-        raise UserError(f"{gguf.name} is one of several parts of a GGUF model.", "Join them with llama-gguf-split --merge.")
+        raise UserError(
+            f"{gguf.name} is one of several parts of a GGUF model.", "Join them with llama-gguf-split --merge."
+        )
     # Later versions may keep the weights packed, which can be neither trained nor saved as safetensors.
     packed = hasattr(transformers, "GgufConfig")
     options: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}

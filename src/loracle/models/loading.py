@@ -100,7 +100,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             raise ValueError(f"{type(found).__name__} has no fast version")
     except Exception as error:  # missing, broken and foreign tokenizers raise anything from OSError to pyo3's Exception
         raise UserError(
-            f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.", "Add the tokenizer.json of the model."
+            f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.",
+            "Add the tokenizer.json of the model.",
         ) from error
     specials = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
@@ -199,7 +200,9 @@ def load_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each config class checks its own fields and raises what it likes
         reason = hubs.first_line(error)
-        raise UserError(f"config.json of {folder} does not fit {model_type}: {reason}.", "Fetch the model again.") from error
+        raise UserError(
+            f"config.json of {folder} does not fit {model_type}: {reason}.", "Fetch the model again."
+        ) from error
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:

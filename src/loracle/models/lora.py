@@ -289,7 +289,9 @@ def _target_pattern(model: Any, targets: str, adapt_top: int | None = None) -> s
     wanted = found if targets == "all-linear" else {t.strip() for t in targets.split(",") if t.strip()}
     if not wanted or wanted - found:
         unknown = ", ".join(sorted(wanted - found)) or "an empty list"
-        raise UserError(f"--targets names no linear layers of this model: {unknown}.", f"Pick from {', '.join(sorted(found))}.")
+        raise UserError(
+            f"--targets names no linear layers of this model: {unknown}.", f"Pick from {', '.join(sorted(found))}."
+        )
     number = r"\d+"
     if adapt_top is not None:
         layers = model.config.num_hidden_layers

@@ -75,11 +75,11 @@ class Int8Scorer(nn.Module):
 
     packed = sharded = False
     share_from = None
-    round_tokens = 1024  # rectangles of 4,096 take half as long again (dev/LOG.md)
+    max_micro_batch = 1024  # tokens at a time: rectangles of 4,096 take half as long again (dev/LOG.md)
 
     def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
-        self.one_at_a_time = threading.RLock()
+        self.lock = threading.RLock()
         self.compiled = _core().compile_model(
             folder / MODEL, "CPU", HINTS | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         )
