@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers
 from small import QUICK, labelled, make_loss, write
+from test_attention_plan import LONG
 from test_exact import LORA, SHAPES, assert_same, assert_same_gradients, gradients
-from test_flex import LONG
 
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.examples import LabeledText
-from loracle.models.attention import tree
+from loracle.models.attention import flash
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
@@ -61,7 +61,7 @@ def scorer(kind: str, *, lora: dict = LORA, **sizes) -> Scorer:
 
 def copied(made: Scorer) -> Scorer:
     """A copy with a lock of its own, which cannot be copied."""
-    return copy.deepcopy(made, {id(made.one_at_a_time): threading.RLock()})
+    return copy.deepcopy(made, {id(made.lock): threading.RLock()})
 
 
 def both(made: Scorer) -> tuple[Scorer, Scorer]:
@@ -76,7 +76,6 @@ def test_scores(kind):
     for name, texts in (SHAPES | {"chunks": [LONG, *SHAPES["flat"]]}).items():
         if kind != "Bert" or "instruction" not in name:  # whose texts are as long as they may be
             assert_same(gpu(gpu.pack(texts)).cpu(), cpu(cpu.pack(texts)), 1e-4)
-    assert isinstance(tree.plan(gpu.pack(SHAPES["flat"]), gpu.device), tree.FlexPlan)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,29 +93,29 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Bert"])
-def test_in_16_bits_flash_attention_and_recordings_give_the_scores(kind, monkeypatch):
-    """As near to float32 as flex attention is, of the same rounded weights; a key amiss would be ten times that."""
+def test_flash_and_graphs_in_bfloat16_match_float32(kind, monkeypatch):
+    """Their error is at most twice that of blocks with the same rounded weights. A wrong key would make ten times that."""
     half = scorer(kind).to("cuda", torch.bfloat16)
     for _, weight in half.named_parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
     half.inner.score.float()
     whole = copied(half).float().to("cpu")
-    assert tree.has_flash(half.device)
+    assert flash.has_flash(half.device)
     batches = {name: half.pack(texts) for name, texts in SHAPES.items()}
     wanted = {name: whole(batch) for name, batch in batches.items()}
-    flash = {name: half(batch).cpu() for name, batch in batches.items()}
+    by_flash = {name: half(batch).cpu() for name, batch in batches.items()}
     assert half.record()
-    recorded = {name: half.recordings.scores(batch) is not None for name, batch in batches.items()}
+    recorded = {name: half.cuda_graphs.scores(batch) is not None for name, batch in batches.items()}
     assert sum(recorded.values()) > len(recorded) / 2
     replayed = {name: half(batch).cpu() for name, batch in batches.items()}
     again = {name: half(batch).cpu() for name, batch in batches.items()}
-    assert half.eval().recordings is None
-    monkeypatch.setattr(tree, "has_flash", lambda device: False)
-    flex = {name: half(batch).cpu() for name, batch in batches.items()}
+    assert half.eval().cuda_graphs is None
+    monkeypatch.setattr(flash, "has_flash", lambda device: False)
+    by_blocks = {name: half(batch).cpu() for name, batch in batches.items()}
     for name, scores in wanted.items():
-        errors = [error(found[name], scores) for found in (flex, flash, replayed)]
-        print(f"{kind} {name}: flex, flash and recorded are {errors} off; recorded: {recorded[name]}")
+        errors = [error(found[name], scores) for found in (by_blocks, by_flash, replayed)]
+        print(f"{kind} {name}: blocks, flash and graphs are {errors} off; recorded: {recorded[name]}")
         assert max(errors) < 0.1
         assert max(errors) < 2 * errors[0] + 0.01
         assert torch.equal(again[name], replayed[name])
@@ -195,7 +194,7 @@ def test_served_on_a_gpu_is_what_was_learnt(tiny_model, tmp_path):
     run = pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
     texts = [f"{word} number {n}" for word in ("good", "bad", "so") for n in range(9)]
     served, plain = load([run])["run"], Predictor(run)
-    assert served.scorer.recordings is not None
-    assert plain.scorer.recordings is None
+    assert served.scorer.cuda_graphs is not None
+    assert plain.scorer.cuda_graphs is None
     np.testing.assert_allclose(served.scores(texts), plain.scores(texts), atol=0.05)
     assert served.predict(texts) == plain.predict(texts) == ["pos"] * 9 + ["neg"] * 9 + ["mid"] * 9

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, masking_utils
 
 from loracle.errors import UserError
 from loracle.models.architectures import ARCHITECTURES
-from loracle.models.attention import tree
+from loracle.models.attention import interface, plan
 from loracle.models.loading import load_config, load_tokenizer
 from loracle.models.scorer import Scorer
 from loracle.tasks import Task
@@ -28,7 +28,7 @@ TASK = Task(name="single_label", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 PAD = 1  # of every tiny model here: what random texts never hold
 DECODERS = [name for name, row in ARCHITECTURES.items() if row.decoder]
-BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta")
+ENCODERS = [name for name, row in ARCHITECTURES.items() if not row.decoder]
 PADDED = ("distilbert", "gpt2")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 
@@ -93,11 +93,11 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> 
     assert worst <= tolerance, worst
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, *BIDIRECTIONAL])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_transformers_draws_no_mask(tiny_model, monkeypatch, kind):
     """Nor looks whether positions are those of packed texts, for which a GPU's work would be waited for."""
     made = scorer(tiny_model(kind))
-    assert tree.NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    assert interface.NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", None)
     assert made(made.pack(SHAPES["flat"])).isfinite().all()
 
@@ -136,7 +136,7 @@ def test_packed_is_padded_through_transformers(tiny_model, kind, side, attn):
 @pytest.mark.parametrize("fused_from", [1, 10_000])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_both_ways_to_attend_agree(tiny_model, monkeypatch, kind, fused_from):
-    monkeypatch.setattr(tree, "FUSED_FROM", fused_from)
+    monkeypatch.setattr(plan, "FUSED_FROM", fused_from)
     made = scorer(tiny_model(kind))
     for shape in ("instruction and contexts", "long behind an instruction"):
         assert_same(made(made.pack(SHAPES[shape])), alone(plain(made, tiny_model(kind)), SHAPES[shape]), 1e-5)
@@ -189,7 +189,7 @@ def each_alone(made: Scorer, texts):
     made.inner.set_attn_implementation("eager")
     for i, text in enumerate(texts):
         yield i, made.model(input_ids=torch.tensor([text.chunks[0]])).logits[0]
-    made.inner.set_attn_implementation(tree.NAME)
+    made.inner.set_attn_implementation(interface.NAME)
 
 
 @pytest.mark.parametrize("shape", ["instruction and contexts", "long behind an instruction"])
@@ -219,7 +219,7 @@ def test_gradients_in_float64(tiny_model, monkeypatch, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", [*DECODERS, *BIDIRECTIONAL])
+@pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
 def test_these_models_would_notice(tiny_model, kind):
     """Scores differ between texts, and a text that sees its neighbour, or starts at another place, scores otherwise."""
     texts = SHAPES["flat"]
@@ -238,8 +238,8 @@ def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
     texts = SHAPES["instruction"]
     made = scorer(tiny_model(kind))
     scores = made(made.pack(texts))
-    whole = tree.Block.mask
-    monkeypatch.setattr(tree.Block, "mask", lambda self, causal, window: whole(self, causal, None))
+    whole = plan.Block.mask
+    monkeypatch.setattr(plan.Block, "mask", lambda self, causal, window: whole(self, causal, None))
     assert (made(made.pack(texts)) - scores).abs().max() > 1e-2
 
 
@@ -247,7 +247,7 @@ def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", BIDIRECTIONAL)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_encoders_packed_are_alone(tiny_model, kind):
     encode = Encoder(install_template(load_tokenizer(tiny_model(kind)), None, 64, encoder=True), encoder=True)
     texts = encode(
@@ -280,7 +280,7 @@ def test_encoders_are_never_prefix_shared(tiny_model):
     assert made.pack(SHAPES["instruction"]).tokens == made.pack(SHAPES["instruction"]).useful_tokens
 
 
-@pytest.mark.parametrize("kind", BIDIRECTIONAL)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_encoders_gradients(tiny_model, kind):
     texts = some_texts(lengths=(5, 9, 3, 20))
     made = scorer(tiny_model(kind), lora=LORA)
@@ -329,7 +329,7 @@ def test_the_embedded_model(demo_folder, record_property):
         assert_same(packed, made.inner(**padded(texts, side)).logits, 1e-4)
     made.inner.base_model.bfloat16()
     each = torch.cat([_bf16_alone(made, text) for text in texts])
-    made.inner.set_attn_implementation(tree.NAME)
+    made.inner.set_attn_implementation(interface.NAME)
     low = made(batch)
     noise = (low - each).abs().max().item()
     record_property("bf16_noise", noise)
@@ -374,4 +374,4 @@ def test_capped_attention_logits_are_refused():
     """Gemma 2 hands a cap over, which the tree's attention does not compute: no score is better than another one."""
     states = torch.zeros(1, 2, 3, 4)
     with pytest.raises(UserError, match=facts("50")):
-        tree.tree_attention(torch.nn.Module(), states, states, states, None, tree=None, softcap=50.0)
+        interface.tree_attention(torch.nn.Module(), states, states, states, None, plan=None, softcap=50.0)

@@ -12,7 +12,7 @@ import torch
 
 from loracle.errors import UserError
 from loracle.models import hidden_state_cache, scoring
-from loracle.models.attention import tree
+from loracle.models.attention.interface import plan_attention
 from loracle.models.hidden_state_cache import INDEX, RECORD, STATES, StateCache, keep_lower, segment_digests
 from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
@@ -327,7 +327,7 @@ def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
     batch = scorer.pack([*OTHERS, TEXTS[0]])
     below = scorer.lower.states(batch, lambda: scorer.inner.base_model(
         input_ids=torch.from_numpy(batch.input_ids)[None], position_ids=torch.from_numpy(batch.position_ids)[None],
-        tree=tree.AttentionPlan.of(batch, torch.device("cpu")), use_cache=False,
+        plan=plan_attention(batch, torch.device("cpu")), use_cache=False,
     ))  # fmt: skip
     segment = batch.scored[batch.chunk_segment[2]]
     own = slice(batch.start[segment], batch.start[segment] + batch.length[segment])

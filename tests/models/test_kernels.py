@@ -65,8 +65,8 @@ def test_what_is_turned_at_once_is_turned():
     x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 4).repeat(1, 1, 1, 2)
     for sign in (1, -1):
         torch.testing.assert_close(
-            kernels._turned_at_once(x, angle.cos(), angle.sin(), sign),
-            kernels._turned(x, angle.cos(), angle.sin(), sign),
+            kernels._rotated_in_one(x, angle.cos(), angle.sin(), sign),
+            kernels._rotated(x, angle.cos(), angle.sin(), sign),
         )
 
 

@@ -384,8 +384,7 @@ def test_gguf_files_that_cannot_be_used(tmp_path, cache):
 
 def test_two_processes_unpack_one_file(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny.gguf")
-    script = f"from loracle.models import devices, loading
-from loracle.models import gguf as gguf_reading as b; print(b.resolve_base({str(path)!r}).folder)"
+    script = f"from loracle.models import loading as b; print(b.resolve_base({str(path)!r}).folder)"
     command = [sys.executable, "-c", script]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
     folders = {process.communicate(timeout=120)[0] for process in running}

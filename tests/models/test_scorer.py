@@ -8,9 +8,8 @@ import small
 import torch
 
 from loracle.models import scoring
-from loracle.models.attention import tree
+from loracle.models.attention import plan
 from loracle.tasks import Task
-from loracle.text.packing import pack
 from loracle.text.tokenize import Encoded
 
 TASK = Task(name="single_label", label_names=("a", "b", "c"))
@@ -89,23 +88,6 @@ def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
     torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_batches_meet_few_numbers_of_rows():
-    """A CPU makes a kernel for each; a GPU does not, and gets what there is."""
-    cpu, sizes = torch.device("cpu"), range(1, 4097)
-    rows = [tree.rows_for(n, cpu) for n in sizes]
-    assert all(n <= padded <= n * 17 / 16 for n, padded in zip(sizes, rows, strict=True))
-    assert len(set(rows)) == 31 + 7 * 16 + 1
-    assert tree.rows_for(1001, torch.device("cuda")) == 1001
-
-
-def test_rows_of_scores_are_not_short():
-    """Softmax of short ones takes a CPU ten times as long."""
-    texts = [Encoded(chunks=(tuple(range(n)),), starts=(0,)) for n in (1, 3, 9, 15, 16, 40)]
-    shared = [Encoded(chunks=((*BEFORE, 50 + n),), starts=(20,)) for n in range(3)]
-    sizes = [b.size for some in (texts, shared) for b in tree.AttentionPlan.of(pack(some), torch.device("cpu")).blocks]
-    assert [keys for _, _, keys in sizes] == [16, 40, 20, 1]  # the last three see the common twenty besides
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])
 def test_the_rows_that_fill_up_are_heard_by_nobody(scorer, kind, monkeypatch):
     """Scores and gradients of all weights are those of the batch without them."""
@@ -115,7 +97,7 @@ def test_the_rows_that_fill_up_are_heard_by_nobody(scorer, kind, monkeypatch):
     made.inner.get_input_embeddings().register_forward_hook(lambda _, x, out: widths.append(out.shape[1]))
     batch = made.pack(texts)
     for rows in (batch.tokens, batch.tokens + 5):
-        monkeypatch.setattr(tree, "rows_for", lambda tokens, device, rows=rows: rows)
+        monkeypatch.setattr(plan, "rows_for", lambda tokens, device, rows=rows: rows)
         made.zero_grad()
         scores = made(batch)
         scores.square().sum().backward()

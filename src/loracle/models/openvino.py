@@ -79,7 +79,7 @@ class Int8Scorer(nn.Module):
 
     def __init__(self, folder: Path, *, pad_token_id: int):
         super().__init__()
-        self.one_at_a_time = threading.RLock()
+        self.lock = threading.RLock()
         self.compiled = _core().compile_model(
             folder / MODEL, "CPU", HINTS | {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         )

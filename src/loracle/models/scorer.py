@@ -1,8 +1,7 @@
 """Backbone, pooling and head: a packed batch becomes float32 scores.
 
-Inside stands an ordinary ``…ForSequenceClassification`` model of transformers, perhaps with PEFT's adapters in it. Its
-backbone is run on the packed rows and its own head on the rows that are read, so what is trained here is what any other
-loader of the folder computes.
+It wraps an ordinary ``…ForSequenceClassification`` model of transformers, with or without PEFT's adapters. The backbone runs on
+the packed rows, and the model's own head on the rows that are read. So any other loader of the folder computes the same.
 
 Shapes: T tokens, S scored segments, E encoded texts, H hidden size, C labels (1 when ranking).
 """
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loracle.models.architectures import architecture_of, layers_of
-from loracle.models.attention import tree
-from loracle.models.attention.cuda_graphs import Recordings, recordable
+from loracle.models.attention import interface, plan
+from loracle.models.attention.cuda_graphs import CudaGraphs, supports_graphs
 from loracle.models.attention.kernels import fuse
-from loracle.models.attention.tree import Sequences
+from loracle.models.attention.plan import AttentionPlan
 from loracle.models.hidden_state_cache import LowerLayers
 from loracle.models.memory import release
 from loracle.text.packing import SHARE_FROM, PackedBatch, pack
@@ -34,7 +33,7 @@ from loracle.text.tokenize import Encoded
 
 logger = logging.getLogger(__name__)
 
-HIDDEN = (1024, 512)  # the MLP head of the original recipe
+HIDDEN = (1024, 512)  # of the MLP head, as in the original recipe
 
 
 class Scorer(nn.Module):
@@ -56,15 +55,17 @@ class Scorer(nn.Module):
         self.encoder = not architecture.decoder
         self.packed = architecture.packable
         if self.packed:
-            inner.set_attn_implementation(tree.NAME)
+            inner.set_attn_implementation(interface.NAME)
             fuse(inner)
-        self.lower: LowerLayers | None = None  # set where the states of frozen layers are to be kept
-        self.one_at_a_time = threading.RLock()  # a forward leaves notes on its modules, which another one would read
-        self.sharded = False  # whether each of several processes holds but a part of the frozen layers
-        self.announce: Callable[..., Any] | None = None  # tells those who then have to run them along
+        self.lower: LowerLayers | None = None  # set while the states of frozen layers are cached
+        self.lock = threading.RLock()  # a forward sets attributes of its modules, so only one may run at a time
+        self.sharded = False  # whether each of several processes has only a part of the frozen layers
+        self.announce: Callable[..., Any] | None = None  # sends a sharded forward to the other processes
+        self.cuda_graphs: CudaGraphs | None = None
         self._width = 0
-        self.recordings: Recordings | None = None
-        self._rows: Tensor | None = None  # while a batch runs whose other rows nobody reads after the last attention
+        self._rows: Tensor | None = (
+            None  # the rows that are read, while a forward computes only those in its last layer
+        )
         if architecture.decoder and architecture.packable:
             last = layers_of(inner.base_model)[-1]
             for module in (last.self_attn.o_proj, last.mlp):
@@ -75,53 +76,54 @@ class Scorer(nn.Module):
 
     @property
     def inner(self) -> Any:
-        """The transformers model, with or without PEFT around it (``Any``: models differ in what they name their parts)."""
+        """The transformers model without PEFT's wrapper (``Any``, as models name their parts differently)."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def pack(self, texts: Sequence[Encoded]) -> PackedBatch:
-        """Pack texts the way this model can take them."""
+        """Pack texts for this model."""
         return pack(texts, share_from=self.share_from, first_position=self.first_position)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Scores of the batch's texts, ``float32 [E, C]``; a chunked text gets the mean of its chunks."""
+        """Scores of the batch's texts, ``float32 [E, C]``. A text in chunks gets the mean of its chunks."""
         if not self.packed:
             return by_text(_wide(self._padded(batch)), batch)
-        if self.recordings is not None and not torch.is_grad_enabled():
-            known = self.recordings.scores(batch)
-            if known is not None:
-                return by_text(known, batch)
-        only = None if self.encoder or self.pooling == "mean" else tree.to_device(batch.read_at, self.device)
+        if self.cuda_graphs is not None and not torch.is_grad_enabled():
+            scores = self.cuda_graphs.scores(batch)
+            if scores is not None:
+                return by_text(scores, batch)
+        only = None if self.encoder or self.pooling == "mean" else plan.to_device(batch.read_at, self.device)
         return by_text(_wide(self._head(self._pool(self.states(batch, only), batch))), batch)
 
     def record(self) -> bool:
-        """Record forwards of short batches, where this model and its device allow it; whether they do.
+        """Record forwards of short batches as CUDA graphs; False where this model or its device does not allow it.
 
-        Only scores gain by it, and only until ``train`` or ``eval`` of the scorer is called: whoever changes a weight calls one
-        of them.
+        They are used for scoring without gradients, until ``train`` or ``eval`` is called. Call one of them after you change a
+        weight.
         """
         dtype = self.inner.base_model.get_input_embeddings().weight.dtype
         plain = self.packed and not self.encoder and self.pooling == "last" and self.lower is None and not self.sharded
         plain = plain and not self.training and not getattr(self.inner, "is_loaded_in_4bit", False)
-        if plain and recordable(self.inner.config, self.device, dtype):
-            with self.one_at_a_time:
+        if plain and supports_graphs(self.inner.config, self.device, dtype):
+            with self.lock:
                 try:
-                    self.recordings = Recordings(self._laid_out, self.device)
-                except RuntimeError as e:  # too little memory for all sizes, say; one at a time they may yet fit
+                    self.cuda_graphs = CudaGraphs(self._layout_scores, self.device)
+                except RuntimeError as e:  # for example too little memory for all sizes together
                     release(self)
-                    logger.warning("forwards are not recorded: %s", str(e).partition("\n")[0])
-        return self.recordings is not None
+                    logger.warning("CUDA graphs are not used: %s", str(e).partition("\n")[0])
+        return self.cuda_graphs is not None
 
     def train(self, mode: bool = True) -> Scorer:
-        """As any module; recordings are of weights that no longer change, so they are let go."""
-        self.recordings = None
+        """As any module. CUDA graphs are dropped, because weights may change."""
+        self.cuda_graphs = None
         return super().train(mode)
 
     def features(self, batch: PackedBatch) -> Tensor:
-        """Mean last hidden state of each text, ``float32 [E, H]``: what the frozen-feature baseline learns from."""
+        """Mean last hidden state of each text, ``float32 [E, H]``: the features of a linear probe."""
         if self.packed:
             return by_text(_mean(self.states(batch), batch), batch)
         inputs = self._rectangle(batch)
@@ -130,61 +132,63 @@ class Scorer(nn.Module):
         return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
     def layer_features(self, batch: PackedBatch, layers: Sequence[int] | None = None) -> Tensor:
-        """The same after each layer of a decoder, or some of them, as if it were the last one, ``float32 [E, L, H]``."""
-        decoder, kept = self.inner.base_model, []
-        chosen = range(len(decoder.layers)) if layers is None else layers
+        """The same after each layer of a decoder, or after ``layers``, as if it were the last one, ``float32 [E, L, H]``."""
+        decoder, means = self.inner.base_model, []
+        all_layers = layers_of(decoder)
 
         def keep(module: nn.Module, inputs: Any, states: Tensor) -> None:
-            kept.append(by_text(_mean(decoder.norm(states)[0], batch), batch))
+            means.append(by_text(_mean(decoder.norm(states)[0], batch), batch))
 
-        hooks = [decoder.layers[layer].register_forward_hook(keep) for layer in chosen]
-        lower, self.lower = self.lower, None  # layers whose states are read from the cache are not run
+        hooks = [
+            all_layers[i].register_forward_hook(keep) for i in (range(len(all_layers)) if layers is None else layers)
+        ]
+        lower, self.lower = self.lower, None  # layers with cached states would not run
         try:
             self.states(batch)
         finally:
             self.lower = lower
             for hook in hooks:
                 hook.remove()
-        return torch.stack(kept, dim=1)
+        return torch.stack(means, dim=1)
 
     def states(self, batch: PackedBatch, only: Tensor | None = None) -> Tensor:
-        """Last hidden states ``[T, H]``. With ``only [S]`` those rows alone are right, and the last layer does less."""
+        """Last hidden states ``[T, H]``. With ``only [S]`` just those rows are right, and the last layer computes less."""
         tokens, device = batch.tokens, self.device
         if only is not None:
-            only = only.to(device)  # the others are told of rows in the CPU's memory: their device is another one
+            only = only.to(device)  # in another process it arrives in the CPU's memory
         if self.announce is not None:
             self.announce(batch, None if only is None else only.cpu())
-        more = tree.rows_for(tokens, device) - tokens  # rows that nobody attends to or reads
+        padding = plan.rows_for(tokens, device) - tokens  # rows that are neither attended to nor read
 
         def put(a: np.ndarray) -> Tensor:
-            return tree.to_device(np.pad(a, (0, more)), device)[None]
+            return plan.to_device(np.pad(a, (0, padding)), device)[None]
 
         types = {} if batch.token_types is None else {"token_type_ids": put(batch.token_types)}
         caching = {} if self.encoder else {"use_cache": False}
-        positions, plan = put(batch.position_ids), tree.plan(batch, device)
+        positions, attention = put(batch.position_ids), interface.plan_attention(batch, device)
 
         def run(**inputs: Tensor) -> Any:
-            return self.inner.base_model(position_ids=positions, tree=plan, **inputs, **types, **caching)
+            return self.inner.base_model(position_ids=positions, plan=attention, **inputs, **types, **caching)
 
         ids = put(batch.input_ids)
         if self.lower is not None:
-            below = F.pad(self.lower.states(batch, lambda: run(input_ids=ids)), (0, 0, 0, more))[None]
+            below = F.pad(self.lower.states(batch, lambda: run(input_ids=ids)), (0, 0, 0, padding))[None]
         with self._reading(only):
             if self.lower is None:
                 return run(input_ids=ids).last_hidden_state[0, :tokens]
             with self.lower.upper():
                 return run(inputs_embeds=below).last_hidden_state[0, :tokens]
 
-    def _laid_out(self, ids: Tensor, positions: Tensor, plan: Sequences, read: Tensor) -> Tensor:
-        """Scores ``float32 [N, C]`` at the rows to ``read [N]`` of ids and positions ``[R]``, with no look at any number."""
+    def _layout_scores(self, ids: Tensor, positions: Tensor, attention: AttentionPlan, read: Tensor) -> Tensor:
+        """Scores ``float32 [N, C]`` at rows ``read [N]`` of ids and positions ``[R]``. No control flow depends on a number."""
         inputs = {"input_ids": ids[None], "position_ids": positions[None]}
         with self._reading(read):
-            states = self.inner.base_model(**inputs, tree=plan, use_cache=False).last_hidden_state[0]
+            states = self.inner.base_model(**inputs, plan=attention, use_cache=False).last_hidden_state[0]
         return _wide(self._head(states[read]))
 
     @contextlib.contextmanager
     def _reading(self, only: Tensor | None) -> Iterator[None]:
-        """While a batch runs of which only those rows are read."""
+        """Compute only these rows in the last layer, as far as they do not depend on others."""
         self._rows = only
         try:
             yield
@@ -192,30 +196,30 @@ class Scorer(nn.Module):
             self._rows = None
 
     def _take_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Before a part of the last layer: the rows that are read, of ``x [1, T, X]``."""
+        """Before a part of the last layer: take the rows that are read from ``x [1, T, X]``."""
         if self._rows is None:
             return None
         self._width = inputs[0].shape[1]
         return (inputs[0][:, self._rows], *inputs[1:])
 
     def _put_rows(self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        """After it: its output where they stand, and nothing added to the residual of the others."""
+        """After it: put its output back at these rows. The residual of the others gets zeros."""
         if self._rows is None:
             return None
         return out.new_zeros(1, self._width, out.shape[-1]).index_copy(1, self._rows, out)
 
     def pooled(self, batch: PackedBatch) -> Tensor:
-        """What the head reads of each text, ``float32 [E, H]``."""
+        """The head's input for each text, ``float32 [E, H]``."""
         return by_text(_wide(self._pool(self.states(batch), batch)), batch)
 
     def _pool(self, states: Tensor, batch: PackedBatch) -> Tensor:
         if self.pooling == "mean":
             return _mean(states, batch)
         rows = batch.start[batch.scored] if self.encoder else batch.read_at
-        return states[tree.to_device(rows, states.device)]
+        return states[plan.to_device(rows, states.device)]
 
     def _head(self, pooled: Tensor) -> Tensor:
-        """The model's own head on what is read of S texts ``[S, H]``, ``[S, C]``."""
+        """The model's own head on pooled states ``[S, H]``, ``[S, C]``."""
         inner = self.inner
         if not self.encoder:
             return inner.score(pooled.to(_dtype(inner.score)))
@@ -225,11 +229,11 @@ class Scorer(nn.Module):
         return inner.classifier(first)
 
     def _padded(self, batch: PackedBatch) -> Tensor:
-        """The model's own forward on a padded rectangle, for architectures that nobody has proven packable."""
+        """The model's own forward on a padded rectangle, for architectures that are not packable."""
         return self.model(**self._rectangle(batch)).logits
 
     def _rectangle(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """What transformers' own forward takes of ``rectangle``: token types only where the model knows them."""
+        """The inputs of transformers' own forward; token types only where the model has them."""
         inputs = rectangle(batch, self.inner.config.pad_token_id)
         if "token_type_ids" not in inspect.signature(self.inner.forward).parameters:
             inputs.pop("token_type_ids", None)
@@ -261,36 +265,36 @@ def mlp_head(hidden: int, labels: int) -> nn.Sequential:
 
 
 def _mean(states: Tensor, batch: PackedBatch) -> Tensor:
-    """Mean state of each scored segment's own text, ``float32 [S, H]``; what stands before the text is left out."""
+    """Mean state of each scored segment's own text, ``float32 [S, H]``, without the prefix before it."""
     counts = batch.read_at + 1 - batch.pool_from
     rows = torch.cat([torch.arange(a, a + n) for a, n in zip(batch.pool_from.tolist(), counts.tolist(), strict=True)])
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.from_numpy(counts))
-    rows, owner = (tree.to_device(x.numpy(), states.device) for x in (rows, owner))
+    rows, owner = (plan.to_device(x.numpy(), states.device) for x in (rows, owner))
     total = _wide(states[:1]).new_zeros(len(counts), states.shape[1]).index_add(0, owner, _wide(states[rows]))
-    return total / tree.to_device(counts, states.device)[:, None]
+    return total / plan.to_device(counts, states.device)[:, None]
 
 
 def by_text(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Values of segments ``[S, X]`` to values of texts ``[E, X]``: equal texts read the same row, chunks are averaged."""
-    chunks = values[tree.to_device(batch.chunk_segment, values.device)]
+    """Values of segments ``[S, X]`` to values of texts ``[E, X]``. Equal texts read the same row, and chunks are averaged."""
+    chunks = values[plan.to_device(batch.chunk_segment, values.device)]
     if len(batch.chunk_text) == batch.texts:
         return chunks
-    owner, counts = (tree.to_device(x, values.device) for x in (batch.chunk_text, np.bincount(batch.chunk_text)))
+    owner, counts = (plan.to_device(x, values.device) for x in (batch.chunk_text, np.bincount(batch.chunk_text)))
     total = values.new_zeros(batch.texts, values.shape[1]).index_add(0, owner, chunks)
     return total / counts[:, None]
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: sums and scores are never kept in bfloat16."""
+    """In float32 at least: sums and scores are never in bfloat16."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def trained_copy(module: nn.Module) -> Any:
-    """A head as it is trained: PEFT keeps the untouched original, in the base's dtype, beside that copy."""
+    """The trained copy of a head. PEFT also keeps the original, in the base's dtype."""
     copies = getattr(module, "modules_to_save", None)
     return module if copies is None else copies["default"]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """What a head computes in."""
+    """The dtype that a head computes in."""
     return next(trained_copy(module).parameters()).dtype

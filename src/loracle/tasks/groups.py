@@ -35,7 +35,7 @@ from loracle.evaluation.linear_models import feature_ranker, tfidf_ranker
 from loracle.evaluation.ranking import rank_metrics, ranking_differences
 from loracle.evaluation.significance import Paired, compare_rankers
 from loracle.examples import Arms, RankGroup
-from loracle.tasks.base import Answer, Calibrations, LinearFit, ReadResult, Scores, Task
+from loracle.tasks.base import Answer, Calibrations, LinearFit, ProblemType, ReadResult, Scores, Task
 from loracle.tasks.group_report import example_groups
 from loracle.tasks.text_columns import text_columns
 
@@ -117,7 +117,7 @@ class GroupReading:
 class GroupLearning:
     """One score a title."""
 
-    problem_type = "regression"
+    problem_type: ProblemType = "regression"
     zero_shot = "likelihood"
     sets_thresholds = False
     saturates = False
@@ -150,7 +150,7 @@ class GroupEvaluation:
 
     headline = "pair_accuracy"
     paired_metric = "pair_accuracy"
-    table = RANKING_TABLE
+    table: Sequence[str] = RANKING_TABLE
 
     def metrics(
         self, scores: Scores, examples: Sequence[RankGroup], task: Task, calibration: Any = None
