@@ -297,7 +297,7 @@ def rank(
 
 def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, columns: dict[str, Any]) -> list[Any]:
     """Groups from the command line, from standard input (-), or from a file."""
-    from loracle.data.table import FORMATS
+    from loracle.data.formats import format_of
     from loracle.examples import RankGroup
 
     if len(titles) == 1 and titles[0] != "-" and _is_file(titles[0]):
@@ -311,7 +311,7 @@ def _titles_to_rank(info: Any, titles: tuple[str, ...], context: str | None, col
         for issue in issues:
             click.echo(f"note: {issue}", err=True)
         return groups
-    if len(titles) == 1 and Path(titles[0].removesuffix(".gz")).suffix in FORMATS and " " not in titles[0]:
+    if len(titles) == 1 and format_of(Path(titles[0])) is not None and " " not in titles[0]:
         raise UserError("a file of titles, or titles", f"no file {titles[0]}", "check the path")
     if titles == ("-",):
         titles = tuple(_lines_of_stdin())

@@ -1,4 +1,4 @@
-"""Which files of a folder or a hub's snapshot belong to which split: as its README says, else as files are named."""
+"""Find the splits of a folder or hub snapshot: from its README, else from file and folder names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loracle.data.table import SUFFIXES, File
+from loracle.data.formats import format_of, suffix_list
 from loracle.errors import UserError
 
 SPLIT_WORDS = {
@@ -21,23 +21,26 @@ BESIDE_DATA = {  # JSON that describes a data set
 
 
 def find_splits(folder: Path, spec: str, config: str) -> tuple[dict[str, list[Path]], dict[str, tuple[str, ...]]]:
-    """``{split: files}``, as the README of a folder says or, failing that, its file names; ``{column: label names}``.
+    """``{split: files}`` and ``{column: label names}`` of a folder.
 
     Raises:
-        UserError: there is no data file, or the README cannot be read or names files or configs that are not there.
+        UserError: there is no data file; the README cannot be read, or names missing files or configs.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and _is_data(p.relative_to(folder)))
     readme = _readme(folder, spec)
     splits = _declared_splits(folder, readme, spec, config) or _named_splits(folder, files)
     if not splits:
-        raise UserError(f"files that end in {SUFFIXES}", f"none in {spec}", "name a folder or data set that holds some")
+        raise UserError(
+            f"No data file in {spec}: no name in this folder ends in {suffix_list()}.",
+            "Name a folder or data set with data files.",
+        )
     order = dict.fromkeys([*SPLIT_WORDS.values(), *splits])
     return {s: splits[s] for s in order if s in splits}, _declared_labels(readme, config)
 
 
 def _is_data(path: Path) -> bool:
     return (
-        File(path, path.name).format is not None
+        format_of(path) is not None
         and path.name not in BESIDE_DATA
         and not any(part.startswith((".", "__")) for part in path.parts)
     )
@@ -53,8 +56,8 @@ def _readme(folder: Path, spec: str) -> dict[str, Any]:
     try:
         return metadata_load(path) or {}
     except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError("YAML at the head of README.md", f"{reason} in that of {spec}", "name a data file") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"Cannot read the YAML of README.md in {spec}: {reason}.", "Name a data file.") from None
 
 
 def _declared_splits(folder: Path, readme: dict[str, Any], spec: str, config: str) -> dict[str, list[Path]]:
@@ -66,10 +69,9 @@ def _declared_splits(folder: Path, readme: dict[str, Any], spec: str, config: st
     if not chosen and len(configs) == 1:
         chosen = next(iter(configs))
     if chosen not in configs:
-        raise UserError(
-            f"a config called '{config}'" if config else "one config", f"{', '.join(configs) or 'none'} in {spec}",
-            f"write {spec.partition('#')[0]}#NAME",
-        )  # fmt: skip
+        names = ", ".join(configs) or "none"
+        problem = f"{spec} has no config called '{config}'" if config else f"{spec} has several configs"
+        raise UserError(f"{problem} (configs: {names}).", f"Write {spec.partition('#')[0]}#NAME.")
     declared = configs[chosen]["data_files"]
     if not (isinstance(declared, list) and all(isinstance(entry, dict) for entry in declared)):
         declared = [{"split": "train", "path": declared}]
@@ -77,26 +79,28 @@ def _declared_splits(folder: Path, readme: dict[str, Any], spec: str, config: st
 
 
 def _matching(folder: Path, patterns: str | list[str], spec: str) -> list[Path]:
-    found: dict[Path, None] = {}
+    matches: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts or "://" in pattern:
-            raise UserError("data files inside the data set", f"'{pattern}' in README.md of {spec}", "name a data file")
+            raise UserError(
+                f"README.md of {spec} names '{pattern}', which is not inside the data set.", "Name a data file."
+            )
         files = sorted(p for p in folder.glob(pattern) if p.is_file())
         if not files:
-            raise UserError(f"files like '{pattern}', as README.md says", f"none in {spec}", "name a data file")
-        found |= dict.fromkeys(files)
-    return list(found)
+            raise UserError(f"README.md of {spec} names '{pattern}', but no file matches it.", "Name a data file.")
+        matches |= dict.fromkeys(files)
+    return list(matches)
 
 
 def _named_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Splits by words in file names, then folder names; one split, train, if there is no such word.
+    """Splits by words in file names, then in folder names; everything is train if no name has such a word.
 
-    Where a folder holds several formats the most frequent one counts, as for Hugging Face: many hold their data twice.
+    Only files of the most frequent format count, as for Hugging Face, because many folders hold their data twice.
     """
     if not files:
         return {}
-    kinds = Counter(File(p, p.name).format for p in files)
-    files = [p for p in files if File(p, p.name).format == max(kinds, key=lambda kind: kinds[kind])]
+    [(most_frequent, _)] = Counter(map(format_of, files)).most_common(1)
+    files = [p for p in files if format_of(p) is most_frequent]
     splits: dict[str, list[Path]] = {}
     for path in files:
         if split := _split_word(path.relative_to(folder)):
@@ -121,8 +125,8 @@ def _declared_labels(readme: dict[str, Any], config: str) -> dict[str, tuple[str
         if len(infos) > 1 and str(info.get("config_name")) != config:
             continue
         for feature in info.get("features") or []:
-            kind = feature.get("dtype") or feature.get("sequence") or feature.get("list")
-            names = (kind.get("class_label") or {}).get("names") if isinstance(kind, dict) else None
+            dtype = feature.get("dtype") or feature.get("sequence") or feature.get("list")
+            names = (dtype.get("class_label") or {}).get("names") if isinstance(dtype, dict) else None
             if names:
                 labels[str(feature.get("name"))] = tuple(map(str, names.values() if isinstance(names, dict) else names))
     return labels

@@ -1,4 +1,4 @@
-"""What every format shares: the table that it gives, and the file whose bytes or lines it reads."""
+"""What every format shares: the table, the file, and how its bytes and lines are read."""
 
 from __future__ import annotations
 
@@ -12,38 +12,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loracle.errors import UserError
 
+if TYPE_CHECKING:
+    import polars as pl
+
 Row = tuple[int, dict[str, Any]]
-"""A row and where it stood: the line on which it starts in a text file, the item in a JSON array or Parquet file, the
-running number where a split is made of several files."""
+"""A row and its number: the line where it starts in a text file, the item in a JSON array or Parquet file, a running
+number where a table has several files."""
 
-HEAD = 200  # rows looked at to learn the columns of JSON, and by columns.py to infer what columns mean
-
-FORMATS = {
-    ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".parquet": "parquet", ".pq": "parquet", ".txt": "txt",
-}  # fmt: skip
-SUFFIXES = ".csv, .tsv, .json, .jsonl, .parquet or .txt (each perhaps with .gz)"
+HEAD = 200  # rows that are read to learn the columns of JSON, and to infer what columns mean
+ROW_NUMBER = "\0row"  # the column of row numbers in a scanned table; no user column has this name
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows with named columns, read from disk anew, and streaming, each time ``rows()`` is called.
+    """Rows with named columns. ``rows()`` streams them from disk anew each time.
 
-    ``label_names`` holds the columns whose integers stand for names (ClassLabel of Hugging Face): ``{column: names}``.
+    ``label_names`` is ``{column: names}`` of columns whose integers stand for names (ClassLabel of Hugging Face).
     """
 
     name: str  # as the user wrote it
     columns: tuple[str, ...]
     label_names: dict[str, tuple[str, ...]]
     read: Callable[[], Iterator[Row]] = field(repr=False)
-    files: tuple[File, ...] = field(default=(), repr=False)  # what is read, for who can do so faster than row by row
+    files: tuple[File, ...] = field(default=(), repr=False)  # for readers that are faster than row by row
 
     def rows(self) -> Iterator[Row]:
-        """Every row from the first; a damaged one raises UserError when it is reached."""
+        """Every row from the first. A damaged row raises UserError when it is reached."""
         return self.read()
 
     def head(self, count: int = HEAD) -> list[Row]:
@@ -53,53 +51,83 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file and the format that its name tells."""
+    """A data file, perhaps gzipped."""
 
     path: Path
-    name: str  # what the user calls it
+    name: str  # what messages call it
 
     @property
-    def unzipped(self) -> Path:
-        return self.path.with_suffix("") if self.path.suffix.lower() == ".gz" else self.path
+    def gzipped(self) -> bool:
+        """Whether the name ends in .gz."""
+        return self.path.suffix.lower() == ".gz"
 
     @property
-    def format(self) -> str | None:
-        return FORMATS.get(self.unzipped.suffix.lower())
+    def suffix(self) -> str:
+        """The suffix in lower case, without .gz: ``.csv`` of ``Log.CSV.gz``."""
+        return (self.path.with_suffix("") if self.gzipped else self.path).suffix.lower()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes, lines
+def _no_scan(table: Table, paths: list[Path], columns: list[str]) -> pl.LazyFrame | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How to read one file format. Register it in ``data/formats/__init__.py``.
+
+    ``open`` returns the table of one file, with its columns and at least one row, and raises UserError otherwise.
+
+    ``scan`` returns ``columns`` of a table as Polars reads its files, with row numbers in ``ROW_NUMBER``. It returns None
+    where Polars would read other rows than ``open``. ``paths`` are the table's files, unzipped. Optional: it is faster.
+    """
+
+    suffixes: tuple[str, ...]
+    open: Callable[[File], Table]
+    scan: Callable[[Table, list[Path], list[str]], pl.LazyFrame | None] = _no_scan
+    optional_columns: bool = False  # rows and files may leave columns out, as JSON objects do
+
+
+# --- bytes and lines --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def seekable(file: File) -> Iterator[Path]:
-    """A file that can be sought in, which a gzipped one cannot: that is unpacked beside, and removed in the end."""
-    if file.path.suffix.lower() != ".gz":
+    """Path of an unzipped file. A gzipped file is unpacked into a temporary one, which is removed afterwards."""
+    if not file.gzipped:
         yield file.path
         return
-    with tempfile.NamedTemporaryFile(suffix=file.unzipped.suffix) as copy:
-        with bytes_of(file) as stream:
+    with tempfile.NamedTemporaryFile(suffix=file.suffix) as copy:
+        with open_bytes(file) as stream:
             shutil.copyfileobj(stream, copy)
         copy.flush()
         yield Path(copy.name)
 
 
 @contextmanager
-def bytes_of(file: File) -> Iterator[BinaryIO]:
-    """The bytes of a file, unzipped; damage met while they are read is a UserError."""
+def open_bytes(file: File) -> Iterator[BinaryIO]:
+    """The unzipped bytes of a file.
+
+    Raises:
+        UserError: the gzip file is damaged, or the file cannot be read. It is raised while the bytes are read.
+    """
     try:
-        with gzip.open(file.path) if file.path.suffix.lower() == ".gz" else open(file.path, "rb") as stream:
+        with gzip.open(file.path) if file.gzipped else open(file.path, "rb") as stream:
             yield stream  # type: ignore[misc]  # GzipFile reads like any binary file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        found = f"{file.name}, which is cut off or damaged ({error})"
-        raise UserError("a whole gzip file", found, "fetch it again") from None
+        raise UserError(
+            f"{file.name} is cut off or damaged, not a whole gzip file: {error}.", "Fetch it again."
+        ) from None
     except OSError as error:
-        raise UserError("a readable file", f"{file.name}: {error.strerror}", "check its permissions") from None
+        raise UserError(f"Cannot read {file.name}: {error.strerror}.", "Check its permissions.") from None
 
 
-def lines_of(file: File) -> Iterator[str]:
-    """Decoded lines, with their ends, without a byte order mark."""
-    with bytes_of(file) as stream:
+def read_lines(file: File) -> Iterator[str]:
+    """Decoded lines with their line ends, without a byte order mark.
+
+    Raises:
+        UserError: a line is not UTF-8, or holds a null byte.
+    """
+    with open_bytes(file) as stream:
         for number, raw in enumerate(stream, 1):
             yield _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, file, number)
 
@@ -108,29 +136,29 @@ def _decoded(raw: bytes, file: File, line: int) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise not_utf8(raw[error.start], line, file) from None
+        raise encoding_error(raw[error.start], line, file) from None
     if "\0" in text:
-        raise not_utf8(0, line, file)
+        raise encoding_error(0, line, file)
     return text
 
 
-def not_utf8(byte: int, line: int, file: File) -> UserError:
-    """For a byte that no text holds."""
-    return UserError("text in UTF-8", f"byte 0x{byte:02x} in line {line} of {file.name}", "save the file as UTF-8")
+def encoding_error(byte: int, line: int, file: File) -> UserError:
+    """The error for a byte that UTF-8 text cannot hold."""
+    return UserError(f"Byte 0x{byte:02x} in line {line} of {file.name} is not UTF-8 text.", "Save the file as UTF-8.")
 
 
-def checked(table: Table, without_rows: UserError) -> Table:
-    """The table, if its first row can be read."""
+def require_rows(table: Table, error: UserError) -> Table:
+    """Return the table if it has a first row, else raise ``error``."""
     if not table.head(1):
-        raise without_rows
+        raise error
     return table
 
 
-def empty(file: File) -> UserError:
-    """For a file without anything in it."""
-    return UserError("rows", f"nothing in {file.name}", "check that it was written to the end")
+def empty_file_error(file: File) -> UserError:
+    """The error for a file without content."""
+    return UserError(f"{file.name} is empty: there is nothing in it.", "Check that it was written to the end.")
 
 
-def header_only(file: File) -> UserError:
-    """For a file whose columns hold nothing."""
-    return UserError("rows", f"column names and no row in {file.name}", "check that it was written to the end")
+def no_rows_error(file: File) -> UserError:
+    """The error for a file with column names and no rows."""
+    return UserError(f"{file.name} has column names and no rows.", "Check that it was written to the end.")

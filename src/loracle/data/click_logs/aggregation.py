@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 from loracle.data.cells import CellError, as_context, parsed_rows
 from loracle.data.columns import Columns, cell_of
 from loracle.data.dates import EXPECTED, NUMBER, as_date, form_of, mixed_forms
-from loracle.data.formats.delimited import delimiter_of
-from loracle.data.formats.json import first_character
+from loracle.data.formats import format_of
 from loracle.data.issues import Issue, IssueLog, all_rows_named, rows_named
-from loracle.data.table import Table, seekable
+from loracle.data.table import ROW_NUMBER, Table, seekable
 from loracle.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
-ROW, DATE = "\0row", "\0date"  # no column of a user's is called so
+DATE = "\0date"  # no user column has this name
 SKIPPED = ("blank-text", "no-group", "no-compare", "no-clicked")
 REFUSED = {
     "bad-clicked": ("0 or 1, or true or false, as clicked", "name another column with --clicked, or mend them"),
@@ -36,7 +35,7 @@ REFUSED = {
 }
 
 
-class Unscannable(Exception):
+class CannotScan(Exception):
     """Polars would not read this table as our readers do."""
 
 
@@ -60,15 +59,15 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
         with _scanned(table, columns) as frame:
             titles, odd = _summed(frame, columns)
         if any("\0" in cell for title in titles for cell in title.values() if isinstance(cell, str)):
-            raise Unscannable  # no text; and what Polars makes of half a surrogate pair in JSON
-    except (Unscannable, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the last one is a BaseException
+            raise CannotScan  # no text; and what Polars makes of half a surrogate pair in JSON
+    except (CannotScan, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the last one is a BaseException
         with _written(table, columns) as frame:
             titles, odd = _summed(frame, columns)
     _refuse(titles, odd, table)
     for kind in filter(odd.__contains__, SKIPPED):
         issues.count(kind, *odd[kind])
     summed = replace(columns, clicked=None, clicks=_free("clicks", columns), impressions=_free("impressions", columns))
-    rows = [(title[ROW], _cells(title, summed)) for title in titles]
+    rows = [(title[ROW_NUMBER], _cells(title, summed)) for title in titles]
     return Table(table.name, tuple(rows[0][1]) if rows else (), {}, lambda: iter(rows)), summed
 
 
@@ -110,34 +109,17 @@ def _cells(title: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 @contextmanager
 def _scanned(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
-    """The files as Polars reads them, with the running number of each row; gzipped ones are unpacked beside."""
-    import polars as pl
-
+    """The files as Polars reads them, with row numbers. Gzipped files are unpacked into temporary ones."""
+    formats = {format_of(file.path) for file in table.files}
+    if len(formats) != 1 or (format := formats.pop()) is None:
+        raise CannotScan
+    needed = _needed(columns)
     with ExitStack() as stack:
-        formats = {file.format for file in table.files}
         paths = [stack.enter_context(seekable(file)) for file in table.files]
-        if formats == {"parquet"}:
-            frame = pl.scan_parquet(paths, glob=False, hive_partitioning=False, row_index_name=ROW, row_index_offset=1)
-        elif formats == {"csv"} and len(delimiters := {delimiter_of(file) for file in table.files}) == 1:
-            frame = pl.scan_csv(
-                paths, separator=delimiters.pop(), new_columns=list(table.columns), infer_schema=False, glob=False,
-                row_index_name=ROW, row_index_offset=2 if len(paths) == 1 else 1,
-            )  # fmt: skip
-        elif formats == {"json"} and _flat(table, columns):
-            schema = dict.fromkeys(_needed(columns), pl.String)
-            frame = pl.scan_ndjson(paths, schema=schema, row_index_name=ROW, row_index_offset=1)
-        else:
-            raise Unscannable
-        if any(kind.is_nested() for name, kind in frame.collect_schema().items() if name in _needed(columns)):
-            raise Unscannable
+        frame = format.scan(table, paths, needed)
+        if frame is None or any(dtype.is_nested() for dtype in frame.collect_schema().values()):
+            raise CannotScan
         yield frame
-
-
-def _flat(table: Table, columns: Columns) -> bool:
-    """Whether JSON has an object a line and nothing nested where we look; Polars would take that for its spelling."""
-    cells = (cell_of(row, column) for _, row in table.head() for column in _needed(columns))
-    nested = any(isinstance(cell, list | dict) for cell in cells)
-    return not nested and {first_character(file) for file in table.files} == {"{"}
 
 
 @contextmanager
@@ -151,9 +133,9 @@ def _written(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
 
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as copy:
         for number, cells in parsed_rows(table, plain):
-            copy.write(json.dumps({ROW: number, **cells}) + "\n")
+            copy.write(json.dumps({ROW_NUMBER: number, **cells}) + "\n")
         copy.flush()
-        yield pl.scan_ndjson(copy.name, schema={ROW: pl.Int64, **dict.fromkeys(_needed(columns), pl.String)})
+        yield pl.scan_ndjson(copy.name, schema={ROW_NUMBER: pl.Int64, **dict.fromkeys(_needed(columns), pl.String)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,14 +159,14 @@ def _summed(frame: pl.LazyFrame, columns: Columns) -> tuple[list[dict[str, Any]]
         .agg(
             pl.col("clicked").sum().cast(pl.Int64).alias("clicks"),
             pl.len().cast(pl.Int64).alias("impressions"),
-            pl.col(ROW).min(),
+            pl.col(ROW_NUMBER).min(),
             pl.col("weight").min(),
             pl.col("weight").max().alias("heaviest"),
             pl.col("date").max(),
             pl.col("number").max(),
         )
         .collect(engine="streaming")
-        .sort(ROW)
+        .sort(ROW_NUMBER)
     )
     odd = found.filter(pl.col("kind").is_not_null()).select("kind", "impressions").iter_rows()
     titles = found.filter(pl.col("kind").is_null()).drop("kind")
@@ -196,14 +178,14 @@ def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
         if kind in odd:
             count, rows = odd[kind]
             raise UserError(expected, f"others in {rows_named(rows, count)} of {table.name} ({count:,} in all)", fix)
-    if rows := [title[ROW] for title in titles if title["weight"] != title["heaviest"]]:
+    if rows := [title[ROW_NUMBER] for title in titles if title["weight"] != title["heaviest"]]:
         raise UserError(
             "one weight a group", f"others for titles that begin in {all_rows_named(rows)} of {table.name}",
             "give all rows of a group the same weight",
         )  # fmt: skip
     forms: dict[str, int] = {}
     for title in titles:
-        forms.setdefault(title["form"], title[ROW])  # its first row, for they are in that order
+        forms.setdefault(title["form"], title[ROW_NUMBER])  # its first row, for they are in that order
     if len(forms) > 1:
         first, other, *_ = ((row, form) for form, row in forms.items())
         raise mixed_forms(first, other, table.name)
@@ -212,8 +194,8 @@ def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
 def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:
     import polars as pl
 
-    odd = marked.filter(pl.col("kind") == kind).select(ROW)
-    return sorted(odd.bottom_k(Issue.ROWS_NAMED, by=ROW).collect(engine="streaming")[ROW].to_list())
+    odd = marked.filter(pl.col("kind") == kind).select(ROW_NUMBER)
+    return sorted(odd.bottom_k(Issue.ROWS_NAMED, by=ROW_NUMBER).collect(engine="streaming")[ROW_NUMBER].to_list())
 
 
 def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
@@ -242,7 +224,7 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
     if types[text] == pl.String:
         cells[text] = cells[text].str.strip_chars()
     return frame.with_columns(date.alias(DATE)).select(
-        pl.col(ROW),
+        pl.col(ROW_NUMBER),
         *(cells[column].alias(f"key {i}") for i, column in enumerate(apart)),
         clicked.alias("clicked"),
         weight.alias("weight"),
