@@ -53,7 +53,8 @@ class TextClassifier(_Estimator):
         settings: any dial of ``loracle train`` by its name (``model="Qwen/…"``, ``epochs=3``, ``lr=2e-4`` …).
 
     Attributes:
-        classes_: label names, in the order of the columns of ``predict_proba``. run_: the run folder.
+        run_: the run folder.
+        predictor_: the ``Predictor`` that ``predict`` uses.
 
     Example:
         >>> TextClassifier(model="demo").fit(texts, labels).predict(["a new text"])  # doctest: +SKIP
