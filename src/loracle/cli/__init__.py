@@ -70,7 +70,7 @@ def number_or_auto(word: str) -> int | str:
 
 
 RECIPE = click.option(
-    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with settings, or a run.toml; flags win"
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="a packaged recipe by name, a TOML file or a run.toml; flags win"
 )
 
 
