@@ -522,3 +522,14 @@ def test_fit_counts_examples_and_tokens(tmp_path):
     assert result.tokens == 2 * sum(e.tokens for unit in encode(texts()) for e in unit)
     assert 0 < result.computed <= result.tokens
     assert result.seconds > 0
+
+
+def test_validation_line_names_the_metric(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    first = job(tmp_path / "run", new_scorer(), texts(), validate=scripted((0.812, 1), (0.7, 1)))
+    fit(dataclasses.replace(first, metric="accuracy", quiet=False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation" in line]
+    assert [line.split(", ")[0] for line in lines] == [
+        "step 4: validation accuracy 0.812", "step 8: validation accuracy 0.700",
+    ]  # fmt: skip
+    assert ["best so far" in line for line in lines] == [True, False]

@@ -33,9 +33,9 @@ def fit_model(
     """
     accelerator = None
     if service := config.train.track:
-        accelerator = tracking.make_accelerator(service, cpu=pick_device(config.model.device).type == "cpu")
         settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
-        tracking.start_tracking(accelerator, service, folder.name, settings)
+        on_cpu = pick_device(config.model.device).type == "cpu"
+        accelerator = tracking.start_tracking(service, folder.name, settings, cpu=on_cpu)
 
     def validation() -> dict[str, float]:
         result = validate(model.scorer, model.encoder, data.validation, data.task, model.loss)

@@ -64,4 +64,5 @@ def duration(seconds: float) -> str:
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{round(seconds / size)} {unit}"
-    return f"{max(1, round(seconds))} seconds"
+    count = max(1, round(seconds))
+    return f"{count} second{'s' * (count > 1)}"

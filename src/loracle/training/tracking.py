@@ -16,29 +16,35 @@ PROJECT = "loracle"
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "swanlab": "experiment_name"}  # the argument that names a run
 
 
-def make_accelerator(service: str, *, cpu: bool) -> Accelerator:
-    """An Accelerator that logs to ``service`` once ``start_tracking`` is called.
+def check_installed(service: str | None) -> None:
+    """Check that the package of the service is installed, where there is a service.
 
     Raises:
-        UserError: the package of the service is not installed.
+        UserError: it is not.
     """
-    if service not in map(str, get_available_trackers()):
+    if service and service not in map(str, get_available_trackers()):
         raise UserError(f"--track {service} needs the package {service}.", f"Run: pip install {service}")
-    return Accelerator(cpu=cpu, log_with=service)
 
 
-def start_tracking(accelerator: Accelerator, service: str, name: str, settings: dict[str, dict[str, Any]]) -> None:
-    """Start a run called ``name`` at the service; its settings are named ``section.setting``.
+def start_tracking(service: str, name: str, settings: dict[str, dict[str, Any]], *, cpu: bool) -> Accelerator:
+    """Start a run called ``name`` at the service and return the Accelerator that logs to it.
+
+    Settings come by section and are named ``section.setting`` there.
 
     Raises:
-        UserError: the service reports an error.
+        UserError: the package is not installed, or the service reports an error.
     """
+    check_installed(service)
+    accelerator = Accelerator(cpu=cpu, log_with=service)
     flat = {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
     try:
         accelerator.init_trackers(PROJECT, config=flat, init_kwargs={service: {RUN_NAME[service]: name}})
     except Exception as e:  # each service has exceptions of its own
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{service} could not start a run: {reason}", "Log in there, or leave out --track.") from e
+        raise UserError(
+            f"{service} could not start a run: {reason.rstrip('.')}.", "Log in there, or leave out --track."
+        ) from e
+    return accelerator
 
 
 class TrainingLog:
