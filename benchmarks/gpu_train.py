@@ -68,9 +68,10 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
 
 def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batch: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
+    from loracle.config import TrainConfig
     from loracle.examples import LabeledText, Task
-    from loracle.training.loop import Schedule, fit
-    from loracle.training.losses import make_loss
+    from loracle.training.loop import FitJob, fit
+    from loracle.training.losses import LOSSES, LossSettings
 
     encoded = texts(batch * STEPS, SIZES[size]["vocab_size"], seed)
     examples = [LabeledText(text=str(i), labels=(i % LABELS,), row=i + 1) for i in range(len(encoded))]
@@ -79,12 +80,23 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
         return [[encoded[int(e.text)]] for e in some]
 
     task = Task(name="single_label", label_names=tuple(map(str, range(LABELS))))
-    schedule = Schedule(
-        epochs=1, batch=batch, lr=1e-4, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
+    settings = TrainConfig(
+        epochs=1, batch=batch, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
     )
-    look = {"metric": 0.0, "loss": 0.0}
     with tempfile.TemporaryDirectory() as folder:
-        fit(scorer, examples, encode, make_loss(task), lambda: look, schedule=schedule, folder=Path(folder), quiet=True)
+        fit(
+            FitJob(
+                scorer=scorer,
+                examples=examples,
+                encode=encode,
+                loss=LOSSES["cross-entropy"].make(LossSettings()),
+                validate=lambda: {"metric": 0.0, "loss": 0.0},
+                settings=settings,
+                lr=1e-4,
+                folder=Path(folder),
+                quiet=True,
+            )
+        )
         lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     # The log has means since the beginning. In each step the processor waits once for the GPU, so its clock serves for both.
     steps = [r for line in lines if "loss" in (r := json.loads(line))]

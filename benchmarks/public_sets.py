@@ -30,7 +30,7 @@ RATES, SEARCH_STEPS = (5e-4, 1e-3), 45
 
 
 def banking77(folder: Path) -> dict[str, Any]:
-    """As recipes/banking77.toml has it, in three epochs."""
+    """The recipe banking77 with three epochs."""
     files = {"data": str(DATA / "banking77" / "train.csv"), "test": str(DATA / "banking77" / "test.csv")}
     template = "Customer: {text}\nIntent:"
     return {**files, "text": "text", "label": "category", "template": template, "max_length": 128, "epochs": 3.0}

@@ -51,13 +51,14 @@ def ours() -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
+    from loracle.config import TrainConfig
     from loracle.evaluation.pairs import group_pairs
     from loracle.examples import RankGroup, Task
     from loracle.models.build import new_scorer
     from loracle.models.gguf import demo_model_folder
     from loracle.text.tokenize import Encoded
-    from loracle.training.loop import Schedule, fit
-    from loracle.training.losses import make_loss
+    from loracle.training.loop import FitJob, fit
+    from loracle.training.losses import LOSSES, LossSettings
 
     groups = [
         RankGroup(
@@ -78,14 +79,17 @@ def ours() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         fit(
-            scorer,
-            groups,
-            lambda some: [[Encoded(chunks=(ids[t],), starts=(0,)) for t in g.texts] for g in some],
-            make_loss(task, name="bradley-terry"),
-            lambda: {"metric": 0.0, "loss": 0.0},
-            schedule=Schedule(epochs=1, batch=GROUPS, lr=2e-4, save_steps=10**9),
-            folder=Path(folder),
-            quiet=True,
+            FitJob(
+                scorer=scorer,
+                examples=groups,
+                encode=lambda batch: [[Encoded(chunks=(ids[t],), starts=(0,)) for t in g.texts] for g in batch],
+                loss=LOSSES["bradley-terry"].make(LossSettings()),
+                validate=lambda: {"metric": 0.0, "loss": 0.0},
+                settings=TrainConfig(epochs=1, batch=GROUPS, save_steps=10**9),
+                lr=2e-4,
+                folder=Path(folder),
+                quiet=True,
+            )
         )
         wall = time.perf_counter() - started
     return {"pairs": pairs, "pairs_per_s": pairs / wall, "titles_per_s": len(titles) / wall}

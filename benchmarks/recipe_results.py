@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from rank_speed import arms
-from results import HERE, write_table
+from results import write_table
 
 from loracle import pipeline
 from loracle.config import RunConfig
@@ -63,12 +63,12 @@ def main(name: str) -> None:
     """Train by the recipe, write the table."""
     with tempfile.TemporaryDirectory() as scratch:
         data, about = SETS[name](Path(scratch))
-        flat, _ = read_recipe(HERE.parent / "recipes" / f"{name}.toml")
+        flat, _ = read_recipe(name)
         more = {"data": str(data), "model": "demo", "out": str(Path(scratch) / "run")}
         run = pipeline.train(RunConfig.from_flat(flat | more))
         metrics = json.loads((run / "metrics.json").read_text())
     notes = [
-        f"recipes/{name}.toml with {metrics['base']} in place of its model, seed 0, {metrics['train']['steps']:,} steps "
+        f"Recipe {name} with {metrics['base']} in place of its model, seed 0, {metrics['train']['steps']:,} steps "
         f"in {metrics['train']['seconds']:,.0f} s. Data: {about}."
     ]
     write_table(f"recipe_{name}", result_rows(metrics, metrics["task"]), notes)

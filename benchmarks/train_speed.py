@@ -53,12 +53,13 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     import torch
     from transformers import AutoTokenizer
 
+    from loracle.config import TrainConfig
     from loracle.examples import LabeledText, Task
     from loracle.models.build import new_scorer
     from loracle.models.gguf import demo_model_folder
     from loracle.text.tokenize import Encoded
-    from loracle.training.loop import Schedule, fit
-    from loracle.training.losses import make_loss
+    from loracle.training.loop import FitJob, fit
+    from loracle.training.losses import LOSSES, LossSettings
 
     texts, labels = texts_and_labels(limit)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
@@ -74,14 +75,17 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         outcome = fit(
-            scorer,
-            examples,
-            lambda some: [[Encoded(chunks=(ids[e.text],), starts=(start,))] for e in some],
-            make_loss(task),
-            lambda: {"metric": 0.0, "loss": 0.0},
-            schedule=Schedule(epochs=1, batch=batch, lr=5e-4, save_steps=10**9),
-            folder=Path(folder),
-            quiet=True,
+            FitJob(
+                scorer=scorer,
+                examples=examples,
+                encode=lambda batch: [[Encoded(chunks=(ids[e.text],), starts=(start,))] for e in batch],
+                loss=LOSSES["cross-entropy"].make(LossSettings()),
+                validate=lambda: {"metric": 0.0, "loss": 0.0},
+                settings=TrainConfig(epochs=1, batch=batch, save_steps=10**9),
+                lr=5e-4,
+                folder=Path(folder),
+                quiet=True,
+            )
         )
         wall = time.perf_counter() - started
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +18,11 @@ from loracle.evaluation.significance import mcnemar
 from loracle.examples import LabeledText
 from loracle.experiments import compare as comparing
 from loracle.runs.folder import read_info
+from loracle.runs.recipes import find_recipe
 from loracle.tasks import Task
 from loracle.tasks.dataset import Data
 
 FAST = ["--epochs", "2", "--batch", "8", "--lr", "0.01", "--test-share", "0.3", "--validation-share", "0.2"]
-ROOT = Path(__file__).parents[2]
 
 
 def compare(*args, code=0):
@@ -45,8 +44,8 @@ def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tm
 
 
 def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model, tmp_path):
-    """recipes/n24news.toml as it stands, but for the three models, which are the hub's."""
-    recipe_text = (ROOT / "recipes" / "n24news.toml").read_text(encoding="utf-8")
+    """The recipe n24news with tiny models in place of the hub's."""
+    recipe_text = find_recipe("n24news").read_text(encoding="utf-8")
     names = {"Qwen/Qwen2.5-7B-Instruct": "qwen2", "bert-base-uncased": "bert", "roberta-base": "roberta"}
     for name, kind in names.items():
         assert f'"{name}"' in recipe_text

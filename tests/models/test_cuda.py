@@ -19,7 +19,7 @@ from test_attention_plan import LONG
 from test_exact import LORA, SHAPES, assert_same, assert_same_gradients, gradients
 
 from loracle import pipeline
-from loracle.config import RunConfig
+from loracle.config import RunConfig, TrainConfig
 from loracle.examples import LabeledText
 from loracle.models.attention import flash
 from loracle.models.lora import add_lora
@@ -27,7 +27,7 @@ from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
 from loracle.serving.server import load
 from loracle.text.tokenize import Encoded
-from loracle.training.loop import Schedule, fit
+from loracle.training.loop import FitJob, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = {
@@ -130,12 +130,14 @@ def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule
         before = instruction if i % 3 == 0 else ()
         texts.append(Encoded(chunks=((*before, *ids(int(draw.integers(5, 60)))),), starts=(len(before),)))
     examples = [LabeledText(text=str(i), labels=(i % 3,), row=i + 1) for i in range(len(texts))]
-    plan = Schedule(epochs=1, batch=batch, lr=2e-3, save_steps=10**9, **schedule)
+    settings = TrainConfig(epochs=1, batch=batch, save_steps=10**9, **schedule)
     folder.mkdir()
     fit(
-        made, examples, lambda some: [[texts[int(e.text)]] for e in some],
-        make_loss("label"), lambda: {"metric": 0.0, "loss": 0.0},
-        schedule=plan, folder=folder, quiet=True,
+        FitJob(
+            scorer=made, examples=examples, encode=lambda batch: [[texts[int(e.text)]] for e in batch],
+            loss=make_loss("label"),
+            validate=lambda: {"metric": 0.0, "loss": 0.0}, settings=settings, lr=2e-3, folder=folder, quiet=True,
+        )
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if "loss" in line]

@@ -1,4 +1,4 @@
-"""Words and what a score loses without them: by scoring the shorter titles oneself."""
+"""Leave-one-out attribution, compared with the scores of the shorter titles."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from loracle.runs.explain import leave_one_out
 
 
 class Counts:
-    """Scores a title by its letters ``a``, a context by 100."""
+    """Score a title by its number of letters ``a``, and add 100 for a context."""
 
     def scores(self, texts, contexts):
         import numpy as np
 
-        self.asked = list(texts)
+        self.texts = list(texts)
         return np.array([[t.count("a") + (100.0 if c else 0.0)] for t, c in zip(texts, contexts, strict=True)])
 
 
-def test_each_word_is_left_out_once():
-    judge = Counts()
-    (words,) = leave_one_out(judge, ["A banana, isn't it a banana?"])
-    assert judge.asked[1:4] == ["banana, isn't it a banana?", "A , isn't it a banana?", "A banana isn't it a banana?"]
+def test_every_word_is_left_out_once():
+    scorer = Counts()
+    (words,) = leave_one_out(scorer, ["A banana, isn't it a banana?"])
+    assert scorer.texts[1:4] == ["banana, isn't it a banana?", "A , isn't it a banana?", "A banana isn't it a banana?"]
     assert words == [("A", 0), ("banana", 3), (",", 0), ("isn't", 0), ("it", 0), ("a", 1), ("banana", 3), ("?", 0)]
 
 
-def test_chinese_goes_by_characters():
-    judge = Counts()
-    leave_one_out(judge, ["标题a好"], context="brief")
-    assert judge.asked == ["标题a好", "题a好", "标a好", "标题好", "标题a"]
+def test_chinese_is_split_into_characters():
+    scorer = Counts()
+    leave_one_out(scorer, ["标题a好"], context="brief")
+    assert scorer.texts == ["标题a好", "题a好", "标a好", "标题好", "标题a"]
 
 
-def test_blanks_are_charged_to_no_word():
+def test_extra_blanks_do_not_change_scores_of_words():
     class Wide:
         def scores(self, texts, contexts):
             import numpy as np
@@ -41,5 +41,5 @@ def test_blanks_are_charged_to_no_word():
 
 
 @pytest.mark.parametrize("title", ["word", "", "?!"])
-def test_a_single_word_has_nothing_to_compare_with(title):
+def test_single_word_gets_no_attribution(title):
     assert leave_one_out(Counts(), [title]) == [[]]

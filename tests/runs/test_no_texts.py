@@ -1,4 +1,4 @@
-"""``--no-texts``: nothing of a text is in a run folder, and everything else still works on it."""
+"""``--no-texts``: the run folder holds no texts, and everything else works on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loracle.config import RunConfig
 from loracle.runs.export import export
 from loracle.runs.predictor import Predictor
 
-SECRETS = (b"quokka", b"Zyzzyva", "水獭".encode())  # in every text, context and name of a group
+SECRETS = (b"quokka", b"Zyzzyva", "水獭".encode())  # in every text, context and group name
 
 
 def classified():
@@ -51,36 +51,36 @@ def train(tiny_model, tmp_path_factory):
     return make
 
 
-def spoken(folder):
-    """Files in which one of the secrets stands, as it is or as JSON and HTML spell it."""
-    spelt = [*SECRETS, rb"\u6c34\u736d", b"&#27700;"]
-    return {p.name for p in folder.rglob("*") if p.is_file() and any(s in p.read_bytes() for s in spelt)}
+def files_with_secrets(folder):
+    """Names of files that hold a secret, plain or escaped for JSON or HTML."""
+    spellings = [*SECRETS, rb"\u6c34\u736d", b"&#27700;"]
+    return {p.name for p in folder.rglob("*") if p.is_file() and any(s in p.read_bytes() for s in spellings)}
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_no_file_of_the_run_holds_a_word_of_the_data(train, tmp_path, kind):
+def test_run_folder_holds_no_texts(train, tmp_path, kind):
     run = train(kind, False)
-    assert spoken(run) == set()
+    assert files_with_secrets(run) == set()
     with (run / "predictions.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) >= 12
     assert all(int(row["row"]) and "text" not in row for row in rows)
     page = (run / "report.html").read_text()
-    assert '<td class="text" dir="auto">row ' in page  # the reader is told where to look
-    out = export(run, tmp_path / "plain", "transformers", log=(said := []).append)  # tried on texts that are made up
-    assert "the same scores as the run" in said[0]
-    assert spoken(out) == set()
+    assert '<td class="text" dir="auto">row ' in page  # the row number leads to the text
+    out = export(run, tmp_path / "plain", "transformers", log=(lines := []).append)  # compared on random texts
+    assert "the same scores as the run" in lines[0]
+    assert files_with_secrets(out) == set()
 
 
-def test_eight_bits_of_such_a_run_promise_no_agreement(train, tmp_path):
+def test_int8_export_without_texts_reports_no_agreement(train, tmp_path):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     run = train("rank", False)
-    out = export(run, tmp_path / "eight", "openvino", log=(said := []).append)
-    assert "on made-up texts, as the run keeps none" in said[0]
-    assert spoken(out) == set()
+    out = export(run, tmp_path / "eight", "openvino", log=(lines := []).append)
+    assert "on random texts, as the run keeps none" in lines[0]
+    assert files_with_secrets(out) == set()
     a, b = (Predictor(folder).scores(["good quokka", "bad"], ["a brief", "another"]) for folder in (run, out))
     np.testing.assert_allclose(a, b, atol=0.1 * np.abs(a).max())
 
 
-def test_texts_stand_where_the_guide_says_otherwise(train):
-    assert spoken(train("single", True)) == {"predictions.csv", "report.html", "report.json"}
+def test_runs_keep_texts_by_default(train):
+    assert files_with_secrets(train("single", True)) == {"predictions.csv", "report.html", "report.json"}

@@ -1,4 +1,4 @@
-"""Rows out: each format, and a file that is whole or not there."""
+"""Writing rows: every format, and files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import date
 
 import polars as pl
 import pytest
+from small import facts
 
 from loracle.errors import UserError
 from loracle.runs import output
@@ -24,7 +25,7 @@ def put(path, rows=ROWS):
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
-def test_delimited_rows_come_back(tmp_path, suffix, delimiter):
+def test_delimited_rows_round_trip(tmp_path, suffix, delimiter):
     put(tmp_path / f"out{suffix}")
     text = (tmp_path / f"out{suffix}").read_text(encoding="utf-8")
     assert list(csv.DictReader(io.StringIO(text), delimiter=delimiter)) == [
@@ -34,13 +35,13 @@ def test_delimited_rows_come_back(tmp_path, suffix, delimiter):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
-def test_json_lines_come_back(tmp_path, suffix):
+def test_json_lines_round_trip(tmp_path, suffix):
     put(tmp_path / f"out{suffix}")
     lines = (tmp_path / f"out{suffix}").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == ROWS
 
 
-def test_a_parquet_file_keeps_types_and_finds_the_one_that_holds_all(tmp_path, monkeypatch):
+def test_parquet_keeps_types_and_widens_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "BATCH", 2)
     rows = [{"n": 1, "d": date(2026, 1, 2), "l": []}, {"n": 2, "d": None, "l": ["x"]}, {"n": 2.5, "d": None, "l": None}]
     put(tmp_path / "out.parquet", rows)
@@ -51,28 +52,26 @@ def test_a_parquet_file_keeps_types_and_finds_the_one_that_holds_all(tmp_path, m
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_values_that_no_column_holds_are_refused_and_not_made_words_of(tmp_path, monkeypatch, batch):
+def test_mixed_types_in_a_parquet_column_raise(tmp_path, monkeypatch, batch):
     monkeypatch.setattr(output, "BATCH", batch)
-    with pytest.raises(
-        UserError, match=r"values that go into one column; found some that do not .*Write a \.jsonl file"
-    ):
+    with pytest.raises(UserError, match=facts("column", ".jsonl")):
         put(tmp_path / "out.parquet", [{"a": {"k": 1}}, {"a": "x"}])
     assert not list(tmp_path.iterdir())
 
 
-def test_dates_are_written_as_words_where_there_is_no_type_for_them(tmp_path):
+def test_dates_become_text_in_csv_and_json(tmp_path):
     for name in ("out.jsonl", "out.csv"):
         put(tmp_path / name, [{"d": date(2026, 1, 2), "l": [date(2026, 1, 3)]}])
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"d": "2026-01-02", "l": ["2026-01-03"]}
     assert (tmp_path / "out.csv").read_text() == 'd,l\n2026-01-02,"[""2026-01-03""]"\n'
 
 
-def test_without_a_path_csv_goes_to_the_terminal(capsys):
+def test_no_path_writes_csv_to_stdout(capsys):
     put(None, [{"a": 1}])
     assert capsys.readouterr().out == "a\n1\n"
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failure_keeps_the_old_file(tmp_path):
     out = tmp_path / "out.csv"
     out.write_text("old")
     with pytest.raises(ZeroDivisionError), open_output(out) as write:  # noqa: PT012
@@ -82,14 +81,14 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("out.xlsx", "a .csv, .tsv, .jsonl or .parquet file"), ("no/out.csv", "no such folder")]
+    ("name", "words"), [("out.xlsx", ".csv, .tsv, .jsonl or .parquet"), ("no/out.csv", "no folder")]
 )
-def test_where_it_cannot_write_it_says_so(tmp_path, name, words):
+def test_unwritable_output_raises(tmp_path, name, words):
     with pytest.raises(UserError, match=words), open_output(tmp_path / name):
         raise AssertionError("not reached")
 
 
-def test_a_row_with_another_column_does_not_fit_a_csv(tmp_path):
-    with pytest.raises(UserError, match=r"expected the columns a in every row; found also z\. Write a \.jsonl file"):
+def test_extra_column_in_a_csv_row_raises(tmp_path):
+    with pytest.raises(UserError, match=facts("columns: a", "z", ".jsonl")):
         put(tmp_path / "out.csv", [{"a": 1}, {"a": 2, "z": 3}])
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Recipe files: those of the repository load, what is misspelt is named, and flags win over file over defaults."""
+"""Recipes: the packaged ones load by name, errors name file and key, and flags win over file over defaults."""
 
 from __future__ import annotations
 
@@ -8,25 +8,41 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small import QUICK, labelled, write
+from small import QUICK, facts, has_facts, labelled, write
 
 from loracle import pipeline
 from loracle.cli import _settings, main
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError
 from loracle.runs.folder import read_info
-from loracle.runs.recipes import read_recipe, write_recipe
+from loracle.runs.recipes import PACKAGED, find_recipe, read_recipe, recipe_names, write_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
-
-
-def test_the_recipes_of_the_issue_are_there():
-    assert [p.stem for p in RECIPES] == ["ad_titles", "banking77", "n24news", "original", "upworthy"]
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_says_what_it_gave(path):
-    flat, extra = read_recipe(path)
+def test_packaged_recipes_are_listed():
+    assert recipe_names() == ["ad_titles", "banking77", "n24news", "original", "upworthy"]
+
+
+def test_names_and_paths_find_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("original") == find_recipe(Path("original")) == PACKAGED / "original.toml"
+    Path("mine.toml").write_text("baselines = false\n")
+    assert find_recipe("mine.toml") == Path("mine.toml")
+    assert read_recipe("mine.toml")[0] == {"baselines": False}
+
+
+def test_unknown_recipe_name_gets_a_suggestion(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["train", "x.csv", "--recipe", "orignal"])
+    assert done.exit_code == 2
+    assert has_facts(done.stderr, "orignal", "did you mean 'original'?", "ad_titles, banking77, n24news")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipe_loads_and_states_its_result(name):
+    path = PACKAGED / f"{name}.toml"
+    flat, extra = read_recipe(name)
     config = RunConfig.from_flat(flat)
     assert config != RunConfig()
     CompareConfig(**extra["compare"])
@@ -34,11 +50,11 @@ def test_every_recipe_loads_and_says_what_it_gave(path):
     comments = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#")).lower()
     tables = re.findall(r"benchmarks/results/[\w.-]+\.md", comments)
     assert "not run yet" in comments or tables
-    assert all((path.parents[1] / table).is_file() for table in tables)
+    assert all((ROOT / table).is_file() for table in tables)
 
 
-def test_the_original_recipe_is_the_research_projects():
-    config = RunConfig.from_flat(read_recipe(next(p for p in RECIPES if p.stem == "original"))[0])
+def test_original_recipe_has_the_settings_of_the_research_project():
+    config = RunConfig.from_flat(read_recipe("original")[0])
     assert (config.model.pooling, config.model.head) == ("mean", "mlp")
     assert (config.lora.targets, config.train.loss, config.train.lr) == ("q_proj,v_proj", "margin", 5e-5)
 
@@ -53,42 +69,42 @@ def test_lists_are_joined(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[train]\nlearning_rat = 1", "a dial of loracle in [train] of "),
-        ("[train]\nepoch = 1", "found epoch (did you mean 'epochs'?)"),
-        ("[model]\nlr = 1", "It stands in [train]"),
-        ("[trane]\nlr = 1", "found trane (did you mean 'train'?)"),
-        ("baseline = true", "found baseline (did you mean 'baselines'?)"),
-        ("lr = 1e-3", "It stands in [train]"),
-        ("[train\n", "expected TOML in "),
-        ('[train]\nepochs = "3"', "expected a number for epochs in "),
-        ("[train]\nbatch = 1.5", "expected a whole number for batch in "),
-        ("[lora]\nrslora = 1", "expected true or false for rslora in "),
-        ("[train]\nlr = true", "expected a number for lr in "),
+        ("[train]\nlearning_rat = 1", ("learning_rat", "[train]")),
+        ("[train]\nepoch = 1", ("epoch", "did you mean 'epochs'?")),
+        ("[model]\nlr = 1", ("lr", "[model]", "[train]")),
+        ("[trane]\nlr = 1", ("trane", "did you mean 'train'?")),
+        ("baseline = true", ("baseline", "did you mean 'baselines'?")),
+        ("lr = 1e-3", ("lr", "[train]")),
+        ("[train\n", ("TOML", "line 1")),
+        ('[train]\nepochs = "3"', ("epochs", "a number", "'3'")),
+        ("[train]\nbatch = 1.5", ("batch", "a whole number", "1.5")),
+        ("[lora]\nrslora = 1", ("rslora", "true or false", "not 1")),
+        ("[train]\nlr = true", ("lr", "a number", "True")),
     ],
 )
-def test_what_means_nothing_is_named(tmp_path, text, words):
+def test_recipe_errors_name_file_key_and_value(tmp_path, text, words):
     path = tmp_path / "a.toml"
     path.write_text(text)
     done = CliRunner().invoke(main, ["train", "x.csv", "--recipe", str(path)])
     assert done.exit_code == 2
-    assert words in done.stderr
+    assert has_facts(done.stderr, "a.toml", *words)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+def test_flags_win_over_file_over_defaults(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('[data]\ndata = "file.csv"\n[train]\nepochs = 7\nbatch = 5\n')
     config, _ = _settings(None, path, {"batch": 6, "lr": None}, "train")
     assert (config.data.data, config.train.epochs, config.train.batch) == ("file.csv", 7, 6)
     assert config.train.lr is RunConfig().train.lr
     assert _settings("other.csv", path, {}, "train")[0].data.data == "other.csv"
-    with pytest.raises(UserError, match="expected data to train on; found none"):
+    with pytest.raises(UserError, match="train"):
         _settings(None, None, {}, "train")
-    with pytest.raises(UserError, match=r"expected a recipe at .*nowhere.toml; found No such file"):
+    with pytest.raises(UserError, match=facts("nowhere.toml", "no such file")):
         read_recipe(tmp_path / "nowhere.toml")
 
 
-def test_a_run_is_a_recipe_and_so_is_what_is_written(tiny_model, tmp_path):
+def test_run_toml_and_written_recipes_are_recipes(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(tmp_path / "run"), "max_steps": 1}
     config = RunConfig.from_flat(flat)

@@ -1,6 +1,6 @@
 """Small trainings, by one process or by several: ``torchrun --nproc-per-node 2 tests/training/scenarios.py FOLDER MODEL``.
 
-Each leaves a folder: ``log.jsonl``, ``left.safetensors`` (the weights at its end), or what was raised in ``raised-<process>``.
+Each writes a folder: ``log.jsonl``, ``left.safetensors`` (the final weights), or the error message in ``raised-<process>``.
 """
 
 from __future__ import annotations
@@ -17,49 +17,50 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from small import QUICK, labelled, make_loss, write
-from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, schedule, texts
+from test_loop import PAIRS, SINGLE, Cut, cut_at, encode, groups, new_scorer, settings, texts
 
 from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.errors import Interrupted, UserError
-from loracle.training import distributed, loop
-
-PLAIN = {"lr": 0.01, "tokens_per_micro_batch": 10}
+from loracle.training import batches, distributed, loop
 
 
-def train(folder, examples, task=SINGLE, *, loss=None, encode=encode, look=None, scorer=None, **changes):
-    """``fit`` as in test_loop.py, with a validation loss of its own: the sum of the absolute scores of six texts."""
+def train(folder, examples, task=SINGLE, *, loss=None, encode=encode, validate=None, scorer=None, **changes):
+    """``fit`` as in test_loop.py; the validation loss is the sum of the absolute scores of six texts."""
     folder.mkdir(exist_ok=True, parents=True)
     scorer = scorer or new_scorer(labels=1 if task is PAIRS else 2)
+    encode_all = globals()["encode"]
 
-    def seen():
+    def absolute_scores():
         packed = scorer.pack([e for unit in encode_all(texts(6)) for e in unit])
         with torch.no_grad():
             size = scorer(packed).abs().sum().item()
         return {"metric": -size, "loss": size}
 
-    encode_all, plan = globals()["encode"], schedule(**(PLAIN | changes))
     loop.fit(
-        scorer,
-        examples,
-        encode,
-        loss or make_loss("label" if task.label_names else "pairs"),
-        look or seen,
-        schedule=plan,
-        folder=folder,
-        quiet=True,
+        loop.FitJob(
+            scorer=scorer,
+            examples=examples,
+            encode=encode,
+            loss=loss or make_loss("label" if task.label_names else "pairs"),
+            validate=validate or absolute_scores,
+            settings=settings(**({"tokens_per_micro_batch": 10} | changes)),
+            lr=0.01,
+            folder=folder,
+            quiet=True,
+        )
     )
     if PartialState().is_main_process:
         save_file(loop.trainable_state(scorer), folder / "left.safetensors")
 
 
 def ragged(folder):
-    """21 texts in batches of 4: the last one has less than two processes can share."""
+    """21 texts in batches of 4: the last batch has one text for two processes."""
     train(folder, texts(21), batch=4)
 
 
 def sharded(folder):
-    """The same, each process with a part of the frozen weights: rounds that only one of them has are met by the other."""
+    """The same with a sharded base: a process without a micro-batch computes an empty one."""
     scorer = new_scorer()
     distributed.shard(scorer, torch.device("cpu"))
     weight = scorer.inner.base_model.layers[0].mlp.up_proj.weight
@@ -72,7 +73,7 @@ def ranker(folder):
 
 
 def resumed(folder):
-    """Begun by one process (see test_distributed.py), ended by whoever runs this."""
+    """Continue a run that one process began (see test_distributed.py)."""
     train(folder, texts(21), batch=4)
 
 
@@ -90,26 +91,26 @@ def last() -> bool:
 
 
 def short_of_memory(folder):
-    """Memory runs out in the last process alone, with its gradients half done."""
-    loop.FEWEST_TOKENS = 2
-    scorer, rounds = new_scorer(), []
-    own = scorer.forward
+    """The last process alone runs out of memory, after its first micro-batch."""
+    batches.MIN_TOKENS_PER_MICRO_BATCH = 2
+    scorer, tokens = new_scorer(), []
+    forward_of_model = scorer.forward
 
     def forward(batch):
-        out = own(batch)
+        out = forward_of_model(batch)
         if torch.is_grad_enabled():
-            rounds.append(batch.tokens)
-            if last() and len(rounds) == 2:
+            tokens.append(batch.tokens)
+            if last() and len(tokens) == 2:
                 out.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
         return out
 
     scorer.forward = forward
     train(folder, texts(21), scorer=scorer, batch=12, tokens_per_micro_batch=20)
-    (folder / f"rounds-{PartialState().process_index}").write_text(" ".join(map(str, rounds)))
+    (folder / f"tokens-{PartialState().process_index}").write_text(" ".join(map(str, tokens)))
 
 
 def diverged(folder):
-    """The loss of one text is no number, and only one process has it."""
+    """The loss of one text is NaN, in one process only."""
     plain = make_loss("label")
 
     def loss(examples):
@@ -120,7 +121,7 @@ def diverged(folder):
 
 
 def interrupted(folder):
-    """The last process is told to stop."""
+    """The last process receives Ctrl-C."""
     plain, calls = make_loss("label"), []
 
     def loss(examples):
@@ -133,9 +134,9 @@ def interrupted(folder):
 
 
 def disagreeing(folder):
-    """Looks that see other things in each process: that of the main one counts."""
+    """Validation differs between processes; that of the main one counts."""
     metrics = iter([0.5, 0.4, 0.3, 0.9] if PartialState().is_main_process else [0.5, 0.6, 0.7, 0.8])
-    train(folder, texts(21), look=lambda: {"metric": next(metrics), "loss": 1.0}, batch=7, epochs=4, patience=2)
+    train(folder, texts(21), validate=lambda: {"metric": next(metrics), "loss": 1.0}, batch=7, epochs=4, patience=2)
 
 
 def whole_run(folder, **more):
@@ -173,7 +174,7 @@ def run(scenario, root):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)  # says where it hangs, and leaves no process behind
+    faulthandler.dump_traceback_later(240, exit=True)  # shows where it hangs, and leaves no process behind
     MODEL = sys.argv[2]
     for each in ALL:
         run(each, Path(sys.argv[1]))

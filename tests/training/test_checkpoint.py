@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and what comes back is what went in."""
+"""Checkpoints: round trip, atomic writes, and damaged files."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def at(step: int) -> Checkpoint:
     )
 
 
-def test_what_comes_back_is_what_went_in(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
     saved = at(7)
     save_checkpoint(tmp_path, saved)
-    found = load_checkpoint(tmp_path)
-    assert found.progress == saved.progress
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.progress == saved.progress
     for part in ("weights", "optimizer", "best"):
-        theirs, ours = getattr(found, part), getattr(saved, part)
+        theirs, ours = getattr(loaded, part), getattr(saved, part)
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
-def test_nothing_saved_is_nothing_found(tmp_path):
+def test_no_checkpoint_loads_as_none(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints") is None
 
 
-def test_only_the_newest_stays_and_leftovers_of_a_kill_go(tmp_path):
+def test_save_deletes_older_checkpoints_and_leftovers(tmp_path):
     (tmp_path / ".writing-step-00000001-1").mkdir()
     for step in (1, 2):
         save_checkpoint(tmp_path, at(step))
@@ -55,13 +55,13 @@ def test_only_the_newest_stays_and_leftovers_of_a_kill_go(tmp_path):
     assert load_checkpoint(tmp_path).progress["step"] == 2
 
 
-def test_there_is_no_pickle_in_it(tmp_path):
+def test_checkpoint_holds_no_pickle(tmp_path):
     names = {path.name for path in save_checkpoint(tmp_path, at(1)).iterdir()}
     assert names == {"weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"}
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_write_that_fails_leaves_the_one_before(tmp_path, monkeypatch, call):
+def test_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call):
     save_checkpoint(tmp_path, at(1))
     write, calls = checkpoint.save_file, []
 
@@ -79,7 +79,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path, monkeypatch, call):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_damaged_one_is_passed_over(tmp_path, name, damage):
+def test_damaged_checkpoint_is_skipped(tmp_path, name, damage):
     save_checkpoint(tmp_path, at(1))
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "elsewhere")
     newest = save_checkpoint(tmp_path, at(2))
@@ -94,26 +94,26 @@ def test_a_damaged_one_is_passed_over(tmp_path, name, damage):
         (newest / name).write_bytes(data)
     assert load_checkpoint(tmp_path).progress["step"] == 1
     shutil.rmtree(tmp_path / "step-00000001")
-    with pytest.raises(UserError, match="only damaged ones"):
+    with pytest.raises(UserError, match=r"damaged \(step-"):
         load_checkpoint(tmp_path)
 
 
-def test_a_changed_step_is_seen(tmp_path):
+def test_changed_step_counts_as_damage(tmp_path):
     state = save_checkpoint(tmp_path, at(1)) / "state.json"
     changed = json.loads(state.read_text())
     changed["progress"]["step"] = 7
     state.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="only damaged ones"):
+    with pytest.raises(UserError, match=r"damaged \(step-"):
         load_checkpoint(tmp_path)
 
 
-def test_a_state_of_another_kind_is_passed_over(tmp_path):
+def test_state_of_another_type_counts_as_damage(tmp_path):
     (save_checkpoint(tmp_path, at(1)) / "state.json").write_text(json.dumps([1, 2]))
-    with pytest.raises(UserError, match="only damaged ones"):
+    with pytest.raises(UserError, match=r"damaged \(step-"):
         load_checkpoint(tmp_path)
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_happened():
+def test_restored_optimizer_takes_equal_steps():
     def steps(model, optimizer, count):
         for i in range(count):
             (model(torch.full((1, 3), float(i + 1))) ** 2).sum().backward()
@@ -136,7 +136,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened():
     assert torch.equal(model.bias, again.bias)
 
 
-def test_a_copy_does_not_follow_the_weights():
+def test_trainable_state_is_a_copy():
     model = nn.Linear(2, 2)
     copy = trainable_state(model)
     with torch.no_grad():
@@ -144,6 +144,6 @@ def test_a_copy_does_not_follow_the_weights():
     assert copy["weight"].abs().sum() > 0
 
 
-def test_weights_of_another_model_are_refused():
+def test_weights_of_another_model_raise():
     with pytest.raises(ValueError, match="another model"):
         set_trainable_state(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)})

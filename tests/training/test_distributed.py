@@ -1,4 +1,4 @@
-"""Two processes train what one trains: the same losses, looks and weights, whatever each of them has to do."""
+"""Two processes give the losses, validation results and weights of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import scenarios
 import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
-from small import QUICK, labelled, write
+from small import QUICK, facts, has_facts, labelled, write
 
 from loracle import pipeline
 from loracle.cli import main
@@ -34,7 +34,7 @@ def launched(*arguments):
 
 @pytest.fixture(scope="module")
 def roots(tiny_model, tmp_path_factory):
-    """Folders of all scenarios: by one process, by two."""
+    """Folders of all scenarios, run by one process and by two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     for root in (one, two):
         scenarios.begin(root / "resumed")
@@ -59,104 +59,104 @@ def predictions(run):
 
 
 def assert_same(one, two, weights):
-    for expected, found in zip(records(one), records(two), strict=True):
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    expected, found = load_file(one / weights), load_file(two / weights)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():  # Adam divides by the gradients' size, where rounding is all there is of some
-        np.testing.assert_allclose(found[name], value, atol=2e-4, err_msg=name)
+    for expected, actual in zip(records(one), records(two), strict=True):
+        assert actual == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    expected, actual = load_file(one / weights), load_file(two / weights)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():  # Adam divides by the gradient's size, and some gradients are rounding alone
+        np.testing.assert_allclose(actual[name], value, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["ragged", "ranker", "resumed"])
-def test_two_processes_train_what_one_trains(roots, name):
+def test_two_processes_equal_one(roots, name):
     one, two = (root / name for root in roots)
     assert_same(one, two, "left.safetensors")
-    known = records(one)
-    assert {"loss", "validation_loss"} <= {key for r in known for key in r}
-    assert max(r["loss"] for r in known if "loss" in r) > 1.01 * min(r["loss"] for r in known if "loss" in r)
+    keys = {key for r in records(one) for key in r}
+    assert {"loss", "validation_loss"} <= keys
+    losses = [r["loss"] for r in records(one) if "loss" in r]
+    assert max(losses) > 1.01 * min(losses)
 
 
-def test_processes_with_parts_of_the_frozen_weights_train_what_one_trains(roots):
+def test_sharded_training_equals_one_process(roots):
     one, two = roots
-    held, whole = map(int, (two / "parts").read_text().split(" of "))
-    assert held == whole // 2
+    part, whole = map(int, (two / "parts").read_text().split(" of "))
+    assert part == whole // 2
     assert_same(one / "ragged", two / "sharded", "left.safetensors")
 
 
 @pytest.mark.parametrize("name", ["whole_run", "sharded_run"])
-def test_a_whole_run_is_that_of_one_process(roots, name):
+def test_whole_run_equals_that_of_one_process(roots, name):
     one, two = roots[0] / "whole_run/run", roots[1] / name / "run"
     assert_same(one, two, "adapter_model.safetensors")
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
-    known, seen = (predictions(run) for run in (one, two))
-    for expected, found in zip(known, seen, strict=True):
-        assert {**found, "probability": 0} == {**expected, "probability": 0}
-        assert float(found["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-4)
+    for expected, actual in zip(predictions(one), predictions(two), strict=True):
+        assert {**actual, "probability": 0} == {**expected, "probability": 0}
+        assert float(actual["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-4)
     of_one, of_two = (json.loads((run / "metrics.json").read_text()) for run in (one, two))
     assert of_one["baselines"].keys() == of_two["baselines"].keys() > {"majority", "tfidf", "linear-probe"}
     assert of_one["train"]["steps"] == of_two["train"]["steps"]
 
 
-def test_too_little_memory_in_one_process_makes_the_rounds_of_all_smaller(roots):
+def test_out_of_memory_in_one_process_halves_micro_batches_of_all(roots):
     _, two = roots
-    assert len(records(two / "short_of_memory")) == 4 + 2  # steps, looks
-    counts = [list(map(int, (two / f"short_of_memory/rounds-{i}").read_text().split())) for i in (0, 1)]
+    assert len(records(two / "short_of_memory")) == 4 + 2  # steps, validations
+    counts = [list(map(int, (two / f"short_of_memory/tokens-{i}").read_text().split())) for i in (0, 1)]
     assert max(counts[0][:2]) > 10 >= max(counts[0][-4:])
     assert max(counts[1][-4:]) <= 10
 
 
-def test_a_loss_that_is_no_number_is_told_by_all(roots):
-    said = [(roots[1] / f"diverged/raised-{i}").read_text() for i in (0, 1)]
-    assert said[0] == said[1]
-    assert "a loss of nan at step" in said[0]
-    assert "9" in said[0]
+def test_all_processes_raise_the_same_divergence(roots):
+    messages = [(roots[1] / f"diverged/raised-{i}").read_text() for i in (0, 1)]
+    assert messages[0] == messages[1]
+    assert has_facts(messages[0], "loss is nan at step", "9")
 
 
-def test_all_stop_after_the_step_in_which_one_is_told_to(roots):
-    said = [(roots[1] / f"interrupted/raised-{i}").read_text() for i in (0, 1)]
-    assert said[0] == said[1]
-    assert said[0].startswith("stopped after step 3 of 12")
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step(roots):
+    messages = [(roots[1] / f"interrupted/raised-{i}").read_text() for i in (0, 1)]
+    assert messages[0] == messages[1]
+    assert "step 3 of 12" in messages[0]
     assert [p.name for p in (roots[1] / "interrupted/checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_the_main_process_decides_when_to_stop(roots):
-    looks = [r for r in records(roots[1] / "disagreeing") if "validation_metric" in r]
-    assert [r["validation_metric"] for r in looks] == [0.5, 0.4, 0.3]
+def test_main_process_decides_when_to_stop(roots):
+    validations = [r for r in records(roots[1] / "disagreeing") if "validation_metric" in r]
+    assert [r["validation_metric"] for r in validations] == [0.5, 0.4, 0.3]
 
 
-def test_an_error_ends_all_processes_and_is_said_once(tmp_path):
+def test_error_ends_all_processes_and_is_printed_once(tmp_path):
     data = write(tmp_path / "data.csv", labelled())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
     done = launched("-m", "loracle", "train", data, "--model", "demo", "--out", tmp_path / "taken")
     assert done.returncode != 0
-    assert done.stderr.count("loracle: expected an empty or new folder for --out") == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("loracle: "))
+    assert has_facts(line, "--out", "taken")
     assert "[rank1]" not in done.stderr
 
 
-def test_other_commands_want_one_process(monkeypatch):
+def test_other_commands_need_one_process(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     done = CliRunner().invoke(main, ["check", "reviews.csv"])
     assert done.exit_code == 2
-    assert "expected one process to check; found several" in done.stderr
+    assert has_facts(done.stderr, "process", "check", "torchrun")
 
 
-def test_a_model_in_pieces_is_refused(monkeypatch):
+def test_fsdp_of_accelerate_is_not_supported(monkeypatch):
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="expected processes that cut no model by themselves; found FSDP"):
+    with pytest.raises(UserError, match=facts("FSDP", "torchrun", "--shard")):
         start(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "fact"),
     [
-        ({}, "expected several processes for --shard; found one"),
-        ({"full": True}, "found --full with it"),
-        ({"quantize": "nf4"}, "found --quantize with it"),
-        ({"depth": "auto"}, "found --depth auto with it"),
+        ({}, "several processes"),
+        ({"full": True}, "--full"),
+        ({"quantize": "nf4"}, "--quantize"),
+        ({"depth": "auto"}, "--depth auto"),
     ],
 )
-def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, message):
+def test_shard_conflicts_with_other_flags(tiny_model, tmp_path, flags, fact):
     data = write(tmp_path / "data.csv", labelled())
     settings = QUICK | {
         "data": str(data),
@@ -164,30 +164,30 @@ def test_what_parts_of_weights_cannot_go_with(tiny_model, tmp_path, flags, messa
         "shard": True,
         "out": str(tmp_path / "run"),
     }
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=facts("--shard", fact)):
         pipeline.train(RunConfig.from_flat(settings | flags), log=lambda line: None, quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("sharded", "error", "told"),
+    ("sharded", "error", "messages"),
     [
-        (True, torch.OutOfMemoryError("CUDA out of memory"), 0),  # the others would take the word for a part of a layer
+        (True, torch.OutOfMemoryError("CUDA out of memory"), 0),  # the others wait for a part of a layer
         (True, RuntimeError("shapes differ"), 1),
         (False, torch.OutOfMemoryError("CUDA out of memory"), 1),
     ],
 )
-def test_what_the_others_hear_of_an_error_in_the_main_process(monkeypatch, sharded, error, told):
-    said, along = [], SimpleNamespace(sharded=sharded, announce=None)
+def test_error_in_the_main_process_reaches_the_others(monkeypatch, sharded, error, messages):
+    sent, along = [], SimpleNamespace(sharded=sharded, announce=None)
     monkeypatch.setattr(distributed, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
-    monkeypatch.setattr(distributed, "broadcast_object_list", said.append)
-    with pytest.raises(UserError if not told else type(error)):
+    monkeypatch.setattr(distributed, "broadcast_object_list", sent.append)
+    with pytest.raises(type(error) if messages else UserError):
         on_main(lambda: (_ for _ in ()).throw(error), along=along)
-    assert [held[1] for held in said] == ["failed"] * told
+    assert [status for _, status in sent] == ["failed"] * messages
     assert along.announce is None
 
 
-def test_shares_are_disjoint_and_about_as_long():
+def test_partition_is_disjoint_and_balanced():
     lengths = [50, 3, 40, 20, 30, 1, 2]
     examples = [LabeledText(text="x" * n, labels=(0,), row=i) for i, n in enumerate(lengths)]
     parts = partition(examples, 2)

@@ -1,4 +1,4 @@
-"""The loop: one batch however it is cut, the same run however it is broken, and a stop at the first bad number."""
+"""The loop: micro-batches, exact resume, divergence, and the log it writes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ import transformers
 from accelerate import Accelerator
 from small import make_loss
 
+from loracle.config import TrainConfig
 from loracle.errors import Interrupted, UserError
 from loracle.examples import LabeledText, Preference, RankGroup
 from loracle.models.lora import add_lora
 from loracle.models.scorer import Scorer
 from loracle.tasks import Task
 from loracle.text.tokenize import Encoded
-from loracle.training import loop
+from loracle.training import batches
+from loracle.training.batches import Prefetcher, batch_indices, total_steps, validation_steps
 from loracle.training.checkpoint import load_checkpoint, trainable_state
-from loracle.training.loop import Schedule, fit
+from loracle.training.loop import FitJob, Trainer, fit
 
 SINGLE = Task(name="single_label", label_names=("even", "odd"))
 PAIRS = Task(name="ranking")
@@ -33,7 +35,7 @@ VOCABULARY, READ = 40, 2
 
 
 def new_scorer(dropout: float = 0.0, labels: int = 2) -> Scorer:
-    """A small Qwen2 in float32 whose every weight comes from NumPy, so that golden numbers outlive torch's generators."""
+    """A small float32 Qwen2 with weights from NumPy, so that golden numbers do not depend on torch's generators."""
     config = transformers.Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, num_labels=labels,
@@ -48,19 +50,19 @@ def new_scorer(dropout: float = 0.0, labels: int = 2) -> Scorer:
 
 
 def texts(n: int = 20) -> list[LabeledText]:
-    """Texts of 1 to 7 letters, some of them equal; the label is the parity of the first one."""
+    """Texts of 1 to 7 numbers, some of them equal; the label is the parity of the first number."""
     random = np.random.Generator(np.random.PCG64(1))
     letters = [[int(3 + x * 8) for x in random.random(1 + i % 7)] for i in range(n)]
     return [LabeledText(text=" ".join(map(str, w)), labels=(w[0] % 2,), row=i + 2) for i, w in enumerate(letters)]
 
 
 def groups(n: int = 12) -> list[RankGroup]:
-    found = []
+    groups = []
     for i in range(n):
         titles = tuple(f"{3 + i} {4 + j}" for j in range(2 + i % 3))
-        beaten = tuple(Preference(winner=0, loser=j) for j in range(1, len(titles)))
-        found.append(RankGroup(group=str(i), texts=titles, rows=tuple(range(len(titles))), preferences=beaten))
-    return found
+        preferences = tuple(Preference(winner=0, loser=j) for j in range(1, len(titles)))
+        groups.append(RankGroup(group=str(i), texts=titles, rows=tuple(range(len(titles))), preferences=preferences))
+    return groups
 
 
 def encode(examples):
@@ -70,22 +72,27 @@ def encode(examples):
     ]
 
 
-def nothing_to_see() -> dict[str, float]:
+def constant() -> dict[str, float]:
+    """A validation with the same result at any time."""
     return {"metric": 0.0, "loss": 0.0}
 
 
-def schedule(**changes) -> Schedule:
-    return dataclasses.replace(Schedule(epochs=2, batch=6, lr=0.05, save_steps=1, patience=0), **changes)
+def settings(**changes) -> TrainConfig:
+    return dataclasses.replace(TrainConfig(epochs=2, batch=6, save_steps=1, patience=0), **changes)
 
 
-def run(folder, scorer=None, examples=None, *, encode=encode, loss=None, look=nothing_to_see, **changes):
+def job(folder, scorer, examples, *, encode=encode, loss=None, validate=constant, lr=0.05, **changes) -> FitJob:
+    """A quiet job on the single-label task; ``changes`` are settings."""
+    return FitJob(
+        scorer=scorer, examples=examples, encode=encode, loss=loss or make_loss("label"), validate=validate,
+        settings=settings(**changes), lr=lr, folder=folder, quiet=True,
+    )  # fmt: skip
+
+
+def run(folder, scorer=None, examples=None, **more):
     folder.mkdir(exist_ok=True)
     scorer = scorer or new_scorer(dropout=0.3)
-    result = fit(
-        scorer, examples or texts(), encode, loss or make_loss("label"), look,
-        schedule=schedule(**changes), folder=folder, quiet=True,
-    )  # fmt: skip
-    return result, trainable_state(scorer)
+    return fit(job(folder, scorer, examples or texts(), **more)), trainable_state(scorer)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -101,7 +108,7 @@ def losses_of(folder) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "total", "validation"),
+    ("changes", "total", "validated"),
     [
         ({}, 8, {4, 8}),  # 20 examples in batches of 6: 4 steps an epoch
         ({"epochs": 0.5}, 2, {2}),
@@ -114,20 +121,19 @@ def losses_of(folder) -> list[float]:
         ({"epochs": 1.6}, 7, {4, 7}),
     ],
 )
-def test_steps_and_looks(changes, total, looks):
-    plan = schedule(**changes)
-    assert (plan.total_steps(20), plan.looks(20)) == (total, looks)
+def test_number_of_steps_and_validations(changes, total, validated):
+    assert total_steps(settings(**changes), 20) == total
+    assert validation_steps(settings(**changes), 20) == validated
 
 
-def test_every_epoch_sees_every_example_once_in_its_own_order():
-    plan = schedule()
-    epochs = [np.concatenate([loop._batch_indices(20, plan, 4 * e + s) for s in range(4)]) for e in range(2)]
+def test_every_epoch_has_its_own_order():
+    epochs = [np.concatenate([batch_indices(settings(), 20, 4 * e + s) for s in range(4)]) for e in range(2)]
     assert [sorted(e) for e in epochs] == [list(range(20))] * 2
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
-def test_another_seed_is_another_order():
-    orders = [loop._batch_indices(20, schedule(seed=seed), 0).tolist() for seed in (0, 0, 1)]
+def test_order_depends_on_the_seed():
+    orders = [batch_indices(settings(seed=seed), 20, 0).tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -135,7 +141,7 @@ def test_another_seed_is_another_order():
 
 
 def gradients(examples, loss, labels: int, tokens_per_micro_batch: int) -> tuple[dict, float, int]:
-    """Gradients of one step (plain descent with rate 1 leaves them as the difference), its loss, and its rounds."""
+    """Gradients of one step (the weight change under SGD with rate 1), its loss, and its number of micro-batches."""
     scorer, calls = new_scorer(labels=labels), []
 
     def counted(part):
@@ -144,73 +150,77 @@ def gradients(examples, loss, labels: int, tokens_per_micro_batch: int) -> tuple
 
     before = trainable_state(scorer)
     optimizer = torch.optim.SGD([p for p in scorer.parameters() if p.requires_grad], lr=1.0)
-    plan = schedule(batch=len(examples), lr=1.0, clip=1e9, tokens_per_micro_batch=tokens_per_micro_batch)
-    accelerator = Accelerator(cpu=True)
-    with loop.Prefetcher(scorer, examples, encode, plan, 1, accelerator) as batches:
-        taken = loop._step(scorer, optimizer, batches.of(0), counted, plan, 0, 1, accelerator)
-    return {n: before[n] - p for n, p in trainable_state(scorer).items()}, taken.loss, len(calls)
+    one_step = job(
+        None, scorer, examples, loss=counted, lr=1.0, epochs=1, batch=len(examples), clip=1e9,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+    )  # fmt: skip
+    trainer = Trainer(one_step, Accelerator(cpu=True))
+    trainer.optimizer = optimizer
+    with Prefetcher(one_step, trainer.accelerator) as prefetcher:
+        result = trainer.step(prefetcher.get(0))
+    return {n: before[n] - p for n, p in trainable_state(scorer).items()}, result.loss, len(calls)
 
 
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 10, 17])
 @pytest.mark.parametrize("kind", ["texts", "weighted", "pairs"])
-def test_ragged_rounds_are_one_batch(kind, tokens_per_micro_batch):
+def test_micro_batches_give_the_gradient_of_one_batch(kind, tokens_per_micro_batch):
     weights = np.array([1.0, 5.0]) if kind == "weighted" else None
     loss = make_loss("pairs" if kind == "pairs" else "label", weights=weights)
     examples, labels = (groups(), 1) if kind == "pairs" else (texts(), 2)
-    whole, value, rounds = gradients(examples, loss, labels, 10**6)
-    cut, cut_value, cut_rounds = gradients(examples, loss, labels, tokens_per_micro_batch)
-    assert rounds == 1 < cut_rounds
+    whole, value, count = gradients(examples, loss, labels, 10**6)
+    cut, cut_value, cut_count = gradients(examples, loss, labels, tokens_per_micro_batch)
+    assert count == 1 < cut_count
     assert cut_value == pytest.approx(value, abs=1e-6)
     for name, gradient in whole.items():
         torch.testing.assert_close(cut[name], gradient, rtol=1e-5, atol=1e-5)
     assert max(g.abs().max() for g in whole.values()) > 0.01
 
 
-def test_a_text_twice_in_a_batch_counts_twice():
+def test_a_repeated_text_counts_twice():
     once, _, _ = gradients(texts(4), make_loss("label"), 2, 10**6)
     twice, _, _ = gradients(texts(4) * 2, make_loss("label"), 2, 10**6)
     for name, gradient in once.items():
         torch.testing.assert_close(twice[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_with_weight_two_are_rows_given_twice():
-    given = [*texts(4), *texts(2)]
-    weighed = [dataclasses.replace(e, weight=2.0) for e in texts(2)] + texts(4)[2:]
-    one, other = (gradients(examples, make_loss("label"), 2, 10**6)[0] for examples in (given, weighed))
+def test_weight_two_equals_a_repeated_row():
+    repeated = [*texts(4), *texts(2)]
+    weighted = [dataclasses.replace(e, weight=2.0) for e in texts(2)] + texts(4)[2:]
+    one, other = (gradients(examples, make_loss("label"), 2, 10**6)[0] for examples in (repeated, weighted))
     for name, gradient in one.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_a_whole_run_does_not_depend_on_the_rounds(tmp_path):
+def test_result_does_not_depend_on_micro_batch_size(tmp_path):
     runs = [run(tmp_path / str(m), new_scorer(), tokens_per_micro_batch=m, lr=0.01) for m in (1, 10**6)]
     for name, weight in runs[0][1].items():
         torch.testing.assert_close(weight, runs[1][1][name], rtol=1e-4, atol=1e-4)
 
 
-def test_out_of_memory_in_the_middle_of_a_step_only_makes_the_rounds_smaller(tmp_path, monkeypatch):
-    """It strikes on the way back of a second round, when gradients of the first are there already."""
-    monkeypatch.setattr(loop, "FEWEST_TOKENS", 2)
-    wanted, scorer = new_scorer(), new_scorer()
-    run(tmp_path / "whole", wanted, lr=0.005)  # a larger one makes more of how the processor rounds
-    own, rounds = scorer.forward, []
+def test_out_of_memory_in_a_step_halves_micro_batches(tmp_path, monkeypatch):
+    """Memory runs out in the backward pass of the second micro-batch, after the first has left gradients."""
+    monkeypatch.setattr(batches, "MIN_TOKENS_PER_MICRO_BATCH", 2)
+    expected, scorer = new_scorer(), new_scorer()
+    run(tmp_path / "whole", expected, lr=0.005)  # a larger rate would amplify rounding
+    forward, tokens = scorer.forward, []
 
     def short(batch):
-        out = own(batch)
-        rounds.append(batch.tokens)
-        if len(rounds) > 1 and batch.tokens > 8:
+        out = forward(batch)
+        tokens.append(batch.tokens)
+        if len(tokens) > 1 and batch.tokens > 8:
             out.register_hook(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
         return out
 
     monkeypatch.setattr(scorer, "forward", short)
     run(tmp_path / "short", scorer, tokens_per_micro_batch=20, lr=0.005)
-    assert max(rounds) > 8 >= max(rounds[-12:])
-    for name, value in trainable_state(wanted).items():
+    assert max(tokens) > 8 >= max(tokens[-12:])
+    for name, value in trainable_state(expected).items():
         torch.testing.assert_close(trainable_state(scorer)[name], value, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(losses_of(tmp_path / "short"), losses_of(tmp_path / "whole"), rtol=1e-4)
 
 
-def test_all_of_a_model_trains_from_the_first_step_on(tmp_path):
-    """transformers hands models over in eval mode, which what is built around them does not say."""
+def test_every_module_is_in_training_mode(tmp_path):
+    """transformers returns models in eval mode, although the scorer around them is in training mode."""
     scorer = new_scorer()
     scorer.inner.eval()
     assert scorer.training
@@ -220,135 +230,135 @@ def test_all_of_a_model_trains_from_the_first_step_on(tmp_path):
     run(tmp_path, scorer, max_steps=1)
     assert len(modes) > 20
     assert all(modes)
-    assert not any(module.training for module in scorer.modules())  # and is left as it is used
+    assert not any(module.training for module in scorer.modules())  # left in eval mode, ready to score
 
 
-def test_memory_for_nothing_is_said(tmp_path, monkeypatch):
+def test_smallest_micro_batch_out_of_memory_raises(tmp_path, monkeypatch):
     scorer = new_scorer()
     monkeypatch.setattr(scorer, "forward", lambda batch: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(UserError, match="memory for a round of 64 tokens; found too little, at step 1"):
+    with pytest.raises(UserError, match="memory at step 1: a micro-batch of 64 tokens"):
         run(tmp_path, scorer)
 
 
-def test_what_cannot_be_cut_is_not_tried_in_smaller_rounds(tmp_path, monkeypatch):
-    """A text, or the titles of a group, that alone make a round."""
-    scorer, seen = new_scorer(), []
-    own = scorer.forward
+def test_single_example_out_of_memory_raises_at_once(tmp_path, monkeypatch):
+    """A micro-batch of one text, or of one group's titles, cannot be cut."""
+    scorer, tokens = new_scorer(), []
+    forward_of_model = scorer.forward
 
     def forward(batch):
-        seen.append(batch.tokens)
+        tokens.append(batch.tokens)
         if batch.tokens > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(batch)
+        return forward_of_model(batch)
 
     monkeypatch.setattr(scorer, "forward", forward)
-    with pytest.raises(UserError, match=r"memory for a round of (\d+) tokens; found too little, at step 1") as e:
+    with pytest.raises(UserError, match=r"memory at step 1: a micro-batch of \d+ tokens") as e:
         run(tmp_path, scorer, tokens_per_micro_batch=1)
-    assert f"round of {seen[-1]} tokens" in str(e.value)
-    assert sum(n > 6 for n in seen) == 1
+    assert f"micro-batch of {tokens[-1]} tokens" in str(e.value)
+    assert sum(n > 6 for n in tokens) == 1
 
 
-def test_the_gradient_is_clipped_after_the_division(tmp_path):
-    """Adam does not care about the scale of gradients, so the clipped norm is looked at itself."""
-    seen = []
+def test_gradient_is_clipped_after_the_division(tmp_path):
+    """Adam ignores the scale of gradients, so the test checks the clipped norm itself."""
+    norms = []
     clip = torch.nn.utils.clip_grad_norm_
 
-    def spy(parameters, most):
+    def spy(parameters, limit):
         parameters = list(parameters)
-        norm = clip(parameters, most)
-        seen.append((norm.item(), math.sqrt(sum(p.grad.square().sum().item() for p in parameters))))
+        norm = clip(parameters, limit)
+        norms.append((norm.item(), math.sqrt(sum(p.grad.square().sum().item() for p in parameters))))
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
         run(tmp_path, clip=1e-3, max_steps=1)
-    assert seen[0][0] > 1e-3
-    assert seen[0][1] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[0][0] > 1e-3
+    assert norms[0][1] == pytest.approx(1e-3, rel=1e-3)
 
 
 # --- golden -----------------------------------------------------------------------------------------------------------
 
-# Printed by this very test (print(losses_of(tmp_path))) on 24 November 2026, torch 2.13 CPU. A refactor must give them.
+# Printed by this test (print(losses_of(tmp_path))) on 24 November 2026 with torch 2.13 on a CPU. A refactor must reproduce it.
 GOLDEN = [0.757364, 0.482931, 1.891689, 0.26281, 0.438965, 0.746704, 0.430457, 0.821183]
 
 
-def test_the_loss_trace_is_golden(tmp_path):
+def test_loss_trace_equals_the_golden_one(tmp_path):
     run(tmp_path, new_scorer(), lr=0.01)
     assert losses_of(tmp_path) == pytest.approx(GOLDEN, abs=1e-4)
 
 
-def test_training_learns(tmp_path):
+def test_training_reduces_the_loss(tmp_path):
     run(tmp_path, new_scorer(), epochs=12, lr=0.05)
     assert np.mean(losses_of(tmp_path)[-4:]) < 0.4 * np.mean(losses_of(tmp_path)[:4])
 
 
-# --- looks ------------------------------------------------------------------------------------------------------------
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
 def scripted(*metrics: tuple[float, float], states: list | None = None, scorer: Scorer | None = None):
-    """A look that sees these (metric, loss), one after another, and notes the weights it saw."""
-    seen = iter(metrics)
+    """A validation that returns each (metric, loss) in turn and records the weights."""
+    results = iter(metrics)
 
-    def look():
+    def validate():
         if states is not None:
             states.append(trainable_state(scorer))
-        metric, loss = next(seen)
+        metric, loss = next(results)
         return {"metric": metric, "loss": loss}
 
-    return look
+    return validate
 
 
-def test_the_weights_of_the_best_look_are_left(tmp_path):
+def test_fit_leaves_the_best_weights(tmp_path):
     scorer, states = new_scorer(), []
-    look = scripted((0.5, 1), (0.9, 1), (0.7, 1), states=states, scorer=scorer)
-    result, state = run(tmp_path, scorer, look=look, epochs=3)
+    validate = scripted((0.5, 1), (0.9, 1), (0.7, 1), states=states, scorer=scorer)
+    result, state = run(tmp_path, scorer, validate=validate, epochs=3)
     assert (result.progress.best_step, result.progress.best_metric) == (8, 0.9)
     assert same(state, states[1])
     assert not same(state, states[2])
 
 
 @pytest.mark.parametrize(
-    ("validation", "best"),
+    ("results", "best"),
     [([(0.5, 1.0), (0.5, 0.5)], 8), ([(0.5, 0.5), (0.5, 1.0)], 4), ([(0.5, 0.5), (0.5, 0.5)], 4)],
 )
-def test_ties_are_broken_by_the_loss_then_by_coming_first(tmp_path, looks, best):
-    assert run(tmp_path, look=scripted(*looks))[0].progress.best_step == best
+def test_ties_go_to_lower_loss_then_earlier_step(tmp_path, results, best):
+    assert run(tmp_path, validate=scripted(*results))[0].progress.best_step == best
 
 
-def test_patience_ends_a_run(tmp_path):
+def test_patience_ends_training(tmp_path):
     metrics = [(m, 1.0) for m in (0.5, 0.6, 0.6, 0.4, 0.9)]
-    result, _ = run(tmp_path, look=scripted(*metrics), epochs=5, patience=2)
+    result, _ = run(tmp_path, validate=scripted(*metrics), epochs=5, patience=2)
     assert (result.progress.step, result.progress.best_step, result.steps) == (16, 8, 20)
 
 
-def test_without_patience_a_run_goes_to_its_end(tmp_path):
+def test_patience_zero_never_stops(tmp_path):
     metrics = [(1 - i / 10, 1.0) for i in range(5)]
-    result, _ = run(tmp_path, look=scripted(*metrics), epochs=5, patience=0)
+    result, _ = run(tmp_path, validate=scripted(*metrics), epochs=5, patience=0)
     assert (result.progress.step, result.progress.best_step) == (20, 4)
 
 
-def test_a_look_sees_no_dropout(tmp_path):
+def test_validation_runs_without_dropout(tmp_path):
     scorer = new_scorer(dropout=0.3)
     modes = []
-    run(tmp_path, scorer, look=lambda: modes.append(scorer.training) or nothing_to_see())
+    run(tmp_path, scorer, validate=lambda: modes.append(scorer.training) or constant())
     assert modes == [False, False]
     assert not scorer.training
 
 
-# --- broken runs ------------------------------------------------------------------------------------------------------
+# --- interruption -----------------------------------------------------------------------------------------------------
 
 
 class Cut(Exception):
-    """The run is cut off."""
+    """The run is interrupted."""
 
 
 def cut_at(step: int):
-    """An ``encode`` that breaks off when this step begins (steps count from 0)."""
-    begun = []
+    """An ``encode`` that raises when this step (0-based) begins."""
+    calls = []
 
     def encode_until(examples):
-        begun.append(None)
-        if len(begun) == step + 1:
+        calls.append(None)
+        if len(calls) == step + 1:
             raise Cut
         return encode(examples)
 
@@ -357,17 +367,17 @@ def cut_at(step: int):
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 7], ids=lambda s: f"before step {s + 1} of 8")
 @pytest.mark.parametrize("save_steps", [1, 3])
-def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(tmp_path, step, save_steps):
+def test_resumed_run_is_bitwise_equal(tmp_path, step, save_steps):
     whole, expected = run(tmp_path / "whole", save_steps=save_steps)
     with pytest.raises(Cut):
         run(tmp_path / "cut", encode=cut_at(step), save_steps=save_steps)
-    resumed, found = run(tmp_path / "cut", save_steps=save_steps)
-    assert same(found, expected)
+    resumed, state = run(tmp_path / "cut", save_steps=save_steps)
+    assert same(state, expected)
     assert resumed.progress == whole.progress
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
 
 
-def test_the_comparison_above_would_see_a_difference(tmp_path):
+def test_bitwise_comparison_detects_differences(tmp_path):
     _, one = run(tmp_path / "one")
     _, other_seed = run(tmp_path / "seed", seed=1)
     _, no_dropout = run(tmp_path / "dry", new_scorer(dropout=0.0))
@@ -375,7 +385,7 @@ def test_the_comparison_above_would_see_a_difference(tmp_path):
     assert not same(one, no_dropout)
 
 
-def test_a_run_may_be_cut_many_times(tmp_path):
+def test_many_interruptions_give_the_same_result(tmp_path):
     _, expected = run(tmp_path / "whole")
     for _ in range(7):
         with pytest.raises(Cut):
@@ -383,27 +393,27 @@ def test_a_run_may_be_cut_many_times(tmp_path):
     assert same(run(tmp_path / "cut")[1], expected)
 
 
-def test_a_finished_run_takes_no_step(tmp_path):
+def test_finished_run_takes_no_step(tmp_path):
     _, expected = run(tmp_path)
-    result, found = run(tmp_path, encode=cut_at(0))
-    assert same(found, expected)
+    result, state = run(tmp_path, encode=cut_at(0))
+    assert same(state, expected)
     assert result.examples == 0
 
 
 @pytest.mark.parametrize("step", [5, 13])
-def test_patience_and_the_best_look_survive_a_cut(tmp_path, step):
+def test_resume_keeps_patience_and_best_weights(tmp_path, step):
     metrics = [(m, 1.0) for m in (0.5, 0.6, 0.6, 0.4, 0.9)]
     options = {"epochs": 5, "patience": 2}
-    whole, expected = run(tmp_path / "whole", look=scripted(*metrics), **options)
+    whole, expected = run(tmp_path / "whole", validate=scripted(*metrics), **options)
     with pytest.raises(Cut):
-        run(tmp_path / "cut", look=scripted(*metrics), encode=cut_at(step), **options)
-    resumed, found = run(tmp_path / "cut", look=scripted(*metrics[step // 4 :]), **options)
+        run(tmp_path / "cut", validate=scripted(*metrics), encode=cut_at(step), **options)
+    resumed, state = run(tmp_path / "cut", validate=scripted(*metrics[step // 4 :]), **options)
     assert resumed.progress == whole.progress
-    assert same(found, expected)
+    assert same(state, expected)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
+def test_ctrl_c_saves_after_the_step(tmp_path):
+    before = signal.getsignal(signal.SIGINT)  # SIG_IGN when a shell runs the tests in the background
     _, expected = run(tmp_path / "whole")
     plain, calls = make_loss("label"), []
 
@@ -416,13 +426,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     folder = tmp_path / "cut"
     with pytest.raises(Interrupted) as stopped:
         run(folder, loss=press, save_steps=100)
-    assert str(stopped.value) == f"stopped after step 3 of 8; go on with: loracle train --resume {folder}"
+    for fact in ("step 3 of 8", f"loracle train --resume {folder}"):
+        assert fact in str(stopped.value)
     assert load_checkpoint(folder / "checkpoints").progress["step"] == 3
     assert signal.getsignal(signal.SIGINT) is before
     assert same(run(folder, save_steps=100)[1], expected)
 
 
-def test_a_second_ctrl_c_breaks_at_once(tmp_path):
+def test_second_ctrl_c_interrupts_at_once(tmp_path):
     def press(examples):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -432,16 +443,16 @@ def test_a_second_ctrl_c_breaks_at_once(tmp_path):
         run(tmp_path, loss=press)
 
 
-def test_it_runs_in_a_thread(tmp_path):
-    """Signals belong to the main thread; a notebook or a server trains elsewhere."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run(tmp_path / "thread")[1]))
+def test_training_runs_in_a_thread(tmp_path):
+    """Only the main thread handles signals; notebooks and servers train in others."""
+    states = []
+    thread = threading.Thread(target=lambda: states.append(run(tmp_path / "thread")[1]))
     thread.start()
     thread.join()
-    assert same(found[0], run(tmp_path / "main")[1])
+    assert same(states[0], run(tmp_path / "main")[1])
 
 
-# --- bad numbers ------------------------------------------------------------------------------------------------------
+# --- divergence -------------------------------------------------------------------------------------------------------
 
 
 def spoilt(step: int, spoil):
@@ -463,38 +474,38 @@ def spoilt(step: int, spoil):
 @pytest.mark.parametrize(
     ("spoil", "what"),
     [
-        (lambda summed, _: summed * float("nan"), "a loss of nan"),
-        (lambda summed, _: summed + float("inf"), "a loss of inf"),
-        (lambda summed, scores: summed + (scores.sum() * 0).sqrt(), "a gradient norm of nan"),
+        (lambda summed, _: summed * float("nan"), "the loss is nan"),
+        (lambda summed, _: summed + float("inf"), "the loss is inf"),
+        (lambda summed, scores: summed + (scores.sum() * 0).sqrt(), "the gradient norm is nan"),
     ],
 )
-def test_a_bad_number_stops_with_step_and_rows_and_keeps_the_checkpoint(tmp_path, spoil, what):
-    rows = [texts()[i].row for i in loop._batch_indices(20, schedule(), 2)]
+def test_divergence_names_step_and_rows_and_keeps_checkpoint(tmp_path, spoil, what):
+    rows = [texts()[i].row for i in batch_indices(settings(), 20, 2)]
     with pytest.raises(UserError) as stopped:
         run(tmp_path, loss=spoilt(3, spoil))
-    assert stopped.value.found == f"{what} at step 3 (rows {', '.join(map(str, rows))})"
+    assert f"{what} at step 3 (rows {', '.join(map(str, rows))})" in stopped.value.message
     saved = load_checkpoint(tmp_path / "checkpoints")
     assert saved.progress["step"] == 2
     assert all(torch.isfinite(w).all() for w in saved.weights.values())
 
 
-def test_weights_that_are_not_numbers_stop_too(tmp_path):
+def test_nan_weights_stop_training(tmp_path):
     scorer = new_scorer()
     with torch.no_grad():
         next(p for p in scorer.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"a loss of nan at step 1 \(rows "):
+    with pytest.raises(UserError, match=r"loss is nan at step 1 \(rows "):
         run(tmp_path, scorer)
 
 
-def test_many_rows_are_not_all_named(tmp_path):
+def test_long_lists_of_rows_are_shortened(tmp_path):
     with pytest.raises(UserError, match=r"\(rows (\d+, ){8}…\)"):
         run(tmp_path, loss=spoilt(1, lambda summed, _: summed * float("nan")), batch=20)
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- log -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_log_holds_every_step_and_look_once(tmp_path):
+def test_log_has_each_step_and_validation_once(tmp_path):
     with pytest.raises(Cut):
         run(tmp_path, encode=cut_at(6), save_steps=3)
     run(tmp_path, save_steps=3)
@@ -505,9 +516,20 @@ def test_the_log_holds_every_step_and_look_once(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_speed_counts_texts_and_their_tokens(tmp_path):
+def test_fit_counts_examples_and_tokens(tmp_path):
     result, _ = run(tmp_path)
     assert result.examples == 2 * 20
     assert result.tokens == 2 * sum(e.tokens for unit in encode(texts()) for e in unit)
     assert 0 < result.computed <= result.tokens
     assert result.seconds > 0
+
+
+def test_validation_line_names_the_metric(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    first = job(tmp_path / "run", new_scorer(), texts(), validate=scripted((0.812, 1), (0.7, 1)))
+    fit(dataclasses.replace(first, metric="accuracy", quiet=False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "validation" in line]
+    assert [line.split(", ")[0] for line in lines] == [
+        "step 4: validation accuracy 0.812", "step 8: validation accuracy 0.700",
+    ]  # fmt: skip
+    assert ["best so far" in line for line in lines] == [True, False]

@@ -1,4 +1,4 @@
-"""The schedule by hand, and what weight decay touches."""
+"""The learning-rate schedule and AdamW's parameter groups, computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from loracle.training.optimizer import default_lr, lr_factor, make_optimizer
 
 
-def test_the_rate_rises_and_falls_to_nothing():
+def test_rate_rises_linearly_and_falls_to_zero():
     factors = [lr_factor(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert max(factors) == factors[10] == 1
@@ -20,12 +20,12 @@ def test_the_rate_rises_and_falls_to_nothing():
 
 @pytest.mark.parametrize("total", [1, 2, 5])
 @pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5, 1.0])
-def test_short_runs_have_a_rate_too(total, warmup):
+def test_short_runs_have_positive_rates(total, warmup):
     factors = [lr_factor(step, total, warmup) for step in range(total)]
     assert all(0 < f <= 1 for f in factors)
 
 
-def test_weight_decay_touches_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
     decay = {
         id(p): g["weight_decay"]
@@ -37,14 +37,14 @@ def test_weight_decay_touches_matrices_only():
     }  # fmt: skip
 
 
-def test_what_is_frozen_is_left_alone():
+def test_frozen_parameters_are_not_optimized():
     model = nn.Linear(2, 3)
     model.bias.requires_grad_(False)
     optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1)
     assert [p for g in optimizer.param_groups for p in g["params"]] == [model.weight]
 
 
-def test_one_step_is_adamw_by_hand():
+def test_first_step_equals_adamw_by_hand():
     """After one step the moments are the gradient and its square: the step is -lr · sign(g), after decay."""
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_one_step_is_adamw_by_hand():
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
 
 
-def test_the_rate_falls_with_the_root_of_the_width_and_tenfold_for_whole_weights():
+def test_default_rate_depends_on_width_and_full_training():
     assert default_lr(4 * 576, full=False) == pytest.approx(default_lr(576, full=False) / 2)
     assert default_lr(576, full=True) == pytest.approx(default_lr(576, full=False) / 20)
     assert default_lr(576, full=False) == 1e-3

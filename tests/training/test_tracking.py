@@ -1,4 +1,4 @@
-"""--track: what is logged reaches the service, through Accelerate; a missing package is one line."""
+"""--track: records reach the service through Accelerate; a missing package is a one-line error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in for the package: what Accelerate's tracker calls of it."""
+    """A fake package with the functions that Accelerate's tracker calls."""
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.run, module.begun, module.config = FakeRun(), [], types.SimpleNamespace()
@@ -63,7 +63,7 @@ def train(config):
     return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
-def test_the_service_gets_what_the_log_has(tiny_model, tmp_path, wandb):
+def test_service_gets_the_records_of_the_log(tiny_model, tmp_path, wandb):
     run = train(config_of(tmp_path, tiny_model("qwen2")))
     assert wandb.begun == [{"project": "loracle", "name": "run"}]
     assert wandb.settings["train.max_steps"] == 3
@@ -75,22 +75,23 @@ def test_the_service_gets_what_the_log_has(tiny_model, tmp_path, wandb):
     assert wandb.run.finished == 1
 
 
-def test_a_missing_package_is_said_before_anything_is_made(tiny_model, tmp_path, monkeypatch):
+def test_missing_package_raises_before_the_run_folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
-    with pytest.raises(UserError, match=r"expected mlflow for --track mlflow; found none installed\. Run: pip install"):
+    with pytest.raises(UserError, match=r"(?s)--track mlflow.*pip install mlflow"):
         train(config_of(tmp_path, tiny_model("qwen2"), track="mlflow"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_service_that_refuses_is_one_line(tiny_model, tmp_path, wandb):
+def test_error_of_the_service_is_one_line(tiny_model, tmp_path, wandb):
     def init(**how):
         raise RuntimeError("not logged in\nmore of it")
 
     wandb.init = init
-    with pytest.raises(UserError, match=r"expected wandb to begin a run; found not logged in\. Log in there"):
+    with pytest.raises(UserError, match=r"wandb.*not logged in\. .*--track") as e:
         train(config_of(tmp_path, tiny_model("qwen2")))
+    assert "more of it" not in str(e.value)
 
 
-def test_without_track_nothing_is_begun(tiny_model, tmp_path, wandb):
+def test_no_tracking_without_the_flag(tiny_model, tmp_path, wandb):
     train(config_of(tmp_path, tiny_model("qwen2"), track=None))
     assert wandb.begun == wandb.run.logged == []

@@ -31,6 +31,7 @@ from loracle.config import (
     ValidateConfig,
 )
 from loracle.errors import Interrupted, UserError
+from loracle.runs.export import EXPORTERS
 
 SHORT = {"out": "-o"}
 FEW_DRAWS = 2048  # behind each lift of many groups: stable to a few points, and a millisecond each
@@ -70,7 +71,10 @@ def number_or_auto(word: str) -> int | str:
 
 
 RECIPE = click.option(
-    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with settings, or a run.toml; flags win"
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    help="a recipe by name, a TOML file or a run.toml; flags win",
 )
 
 
@@ -649,8 +653,13 @@ def _click_groups(data: str, given: dict[str, Any]) -> list[Any]:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(("transformers", "openvino")), required=True, help="openvino: int8, for CPUs")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder; default: RUN-transformers or RUN-openvino")
+@click.option(
+    "--to",
+    type=click.Choice(tuple(EXPORTERS)),
+    required=True,
+    help="; ".join(f"{name}: {exporter.help}" for name, exporter in EXPORTERS.items()),
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder; default: RUN-FORMAT")
 @click.option("--base", help="where the base model is now, if it moved")
 def export(run: Path, to: str, out: Path | None, base: str | None) -> None:
     """Write the run RUN as a folder that transformers loads without loracle, or in 8-bit integers for CPUs.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def in_micro_batches(
     Raises:
         UserError: memory runs out over one text alone.
     """
-    with scorer.one_at_a_time:
+    with scorer.lock:
         return _run_in_micro_batches(scorer, function, texts, tokens_per_micro_batch)
 
 
@@ -131,7 +132,8 @@ def _run_in_micro_batches(
         run(part[len(part) // 2 :])
 
     # Gathered weights are used again by training, which may not touch what inference mode has made.
-    with torch.no_grad() if scorer.sharded else torch.inference_mode():
+    without_gradients: Any = torch.no_grad() if scorer.sharded else torch.inference_mode()
+    with without_gradients:
         limit_tokens = min(tokens_per_micro_batch, scorer.max_micro_batch)
         if scorer.packed:
             parts = micro_batches([[texts[i]] for i in order], limit_tokens, share_from=scorer.share_from)

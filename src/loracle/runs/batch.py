@@ -1,12 +1,12 @@
-"""Labels for tables of any size, window by window; what is scored is kept, and an interrupted job goes on from there.
+"""Label tables of any size, window by window. An interrupted job continues from its partial results.
 
-    scored.scores/                     while a job with ``-o scored.csv`` is under way
+    scored.scores/                     while a job with ``-o scored.csv`` runs
       job.json                         what must not change: run, data, columns, device, version
-      0000000.safetensors, ...         probabilities of a window each, float64 [rows, C], NaN where there is no text
+      0000000.safetensors, ...         values of one window each, float64 [rows, K], NaN where there is no text
       lock                             one process at a time
 
-A window is ``WINDOW`` rows of the table, the last one fewer. Each file is whole or absent, so their number is how far the job
-is. When all are there the table is read once more and written with them, and the folder goes.
+A window is ``WINDOW`` rows of the table; the last one may have fewer. Each file is complete or absent, so their number is
+the progress. When all exist, the table is read again and written with them, and the folder is deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from tqdm import tqdm
 
 import loracle
 from loracle.data.columns import Columns
@@ -37,17 +36,18 @@ from loracle.runs.folder import MANIFEST, RunInfo, read_calibration, verify, wri
 from loracle.runs.output import Write, check_output, open_output
 from loracle.runs.predictor import Predictor, score_window
 from loracle.text.template import check_contexts
+from loracle.training.progress import ProgressDisplay
 
-WINDOW = 2048  # rows held at once, and lost at most by a kill
+WINDOW = 2048  # rows in memory at once, and the most that a kill loses
 
 Row = tuple[int, dict[str, Any], str | None, str | None]  # number, cells, text, context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A table to be labelled with a classifier.
+    """A table to label with a classifier.
 
-    ``workers`` of a Ray cluster score it where that is not None (0: as many as the cluster can take), else this process does.
+    ``workers``: number of workers in a Ray cluster (0: as many as fit). None: this process scores.
     """
 
     run: Path
@@ -82,7 +82,7 @@ class Job:
             yield score_window(predictor, [text for *_, text, _ in window], [context for *_, context in window])
 
     def pins(self) -> dict[str, Any]:
-        """What one output must be made of from the first row to the last, in the words of an error."""
+        """What must not change while a job runs, named as errors name it."""
         files = [(str(file.path.resolve()), file.path.stat()) for file in self.table.files]
         return {
             "run": checksum(self.run / MANIFEST),
@@ -94,14 +94,13 @@ class Job:
 
 
 def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
-    """Every row of a table with its label and probabilities, into a file or, without ``out``, to the terminal.
+    """Write every row of a table with its label and probabilities, to a file or, without ``out``, to the terminal.
 
-    A file appears when it is whole. A job that is stopped in whatever way, and started again, goes on where it was and ends in
-    the same bytes.
+    The file appears when it is complete. A stopped job, started again, continues and gives the same bytes.
 
     Raises:
-        UserError: what cannot be read or written, or what was begun with another run, data or columns.
-        Interrupted: by Ctrl-C.
+        UserError: input or output cannot be read or written, or partial results belong to another run, data or columns.
+        Interrupted: Ctrl-C.
     """
     verify(job.run)
     if out is None:
@@ -109,47 +108,49 @@ def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
             counts = _write(job, zip(job.windows(), job.values(), strict=True), write, abstain_below)
     else:
         check_output(out)
-        with _room_for(out):
+        with _full_disk_as_user_error(out):
             counts = _predict_to_file(job, out, abstain_below, log)
-    unread, unsure = counts
-    if unread:
-        log(f"note: {unread:,} rows without a text have no label")
+    textless, abstained = counts
+    if textless:
+        log(f"note: {textless:,} rows without a text have no label")
     if abstain_below:
-        log(f"note: {unsure:,} rows of which the model is less sure than {abstain_below:g} have no label")
+        log(f"note: {abstained:,} rows with a confidence below {abstain_below:g} have no label")
 
 
 @contextmanager
-def _room_for(out: Path) -> Iterator[None]:
+def _full_disk_as_user_error(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        fix = "make room, and give the same command again: it goes on where it was"
-        raise UserError(f"room for {out}", str(error.strerror), fix) from error
+        raise UserError(
+            f"No space to write {out}: {error.strerror}.", "Free some and repeat the command; it continues."
+        ) from error
 
 
 def _predict_to_file(job: Job, out: Path, abstain_below: float, log: Any) -> tuple[int, int]:
     if any(out.resolve() == file.path.resolve() for file in job.table.files):
-        raise UserError("an --out that is not itself read", str(out), "pick another name")
+        raise UserError(f"--out {out} is also an input file.", "Pick another name.")
     pins = job.pins()
-    with _kept(out.with_suffix(".scores"), pins) as kept:
-        rows = _look_through(job)  # what is broken in a file shows now and not after hours
+    with _open_partial_results(out.with_suffix(".scores"), pins) as partial:
+        rows = _check_rows(job)  # finds errors in the file now, not after hours of scoring
         try:
-            _score(job, kept, rows, log)
+            _score(job, partial, rows, log)
             if job.pins() != pins:
-                fix = f"remove {kept.folder} and give the command again"
-                raise UserError("data that stay as they are", f"other bytes in {job.table.name} by now", fix)
-            with open_output(out, scratch=kept.folder) as write:
-                counts = _write(job, zip(job.windows(), kept, strict=True), write, abstain_below)
+                raise UserError(
+                    f"{job.table.name} changed during the job.", f"Delete {partial.folder} and repeat the command."
+                )
+            with open_output(out, scratch=partial.folder) as write:
+                counts = _write(job, zip(job.windows(), partial, strict=True), write, abstain_below)
         except KeyboardInterrupt:
-            done = min(len(kept) * job.window, rows)
-            raise Interrupted(f"stopped; the same command goes on after {done:,} of {rows:,} rows") from None
+            done = min(len(partial) * job.window, rows)
+            raise Interrupted(f"stopped after {done:,} of {rows:,} rows; the same command continues") from None
     return counts
 
 
-def _look_through(job: Job) -> int:
-    """Number of rows, all of which can be read and have the context that the template wants."""
+def _check_rows(job: Job) -> int:
+    """Check that all rows can be read and have the context that the template needs. Return their number."""
     rows = 0
     for window in job.windows():
         rows += len(window)
@@ -157,46 +158,46 @@ def _look_through(job: Job) -> int:
     return rows
 
 
-def _score(job: Job, kept: PartialResults, rows: int, log: Any) -> None:
-    done = min(len(kept) * job.window, rows)
+def _score(job: Job, partial: PartialResults, rows: int, log: Any) -> None:
+    done = min(len(partial) * job.window, rows)
     if done:
-        log(f"note: going on after {done:,} of {rows:,} rows, kept in {kept.folder}")
+        log(f"note: continuing after {done:,} of {rows:,} rows in {partial.folder}")
     if done == rows:
         return
-    with tqdm(total=rows, initial=done, unit=" rows", disable=None) as bar:  # to stderr, and only if that is a terminal
-        for proba in job.values(len(kept)):
-            kept.append(proba)
-            bar.update(len(proba))
+    with ProgressDisplay(rows, done, unit="row") as display:
+        for values in job.values(len(partial)):
+            partial.append(values)
+            display.update(len(values))
 
 
 def _write(
     job: Job, scored: Iterable[tuple[list[Row], np.ndarray]], write: Write, abstain_below: float
 ) -> tuple[int, int]:
-    """Rows with their labels; returns how many had no text, and of how many the model was not sure enough."""
+    """Write rows with their labels. Return the number of rows without a text and of rows where the model abstains."""
     columns, task, calibration = job.table.columns, job.info.task, read_calibration(job.run, job.info.task)
-    names = [_free(name, columns) for name in task.output.columns(task)]
-    unread = unsure = 0
+    names = [_unused_name(name, columns) for name in task.output.columns(task)]
+    textless = abstained = 0
     for window, values in scored:
         answers = task.output.cells(values, task, calibration, abstain_below=abstain_below)
         for (_, row, text, _), answer in zip(window, answers, strict=True):
             cells = answer.cells if text is not None else [None] * len(names)
-            unread += text is None
-            unsure += text is not None and answer.abstains
+            textless += text is None
+            abstained += text is not None and answer.abstains
             write({**dict.fromkeys(columns), **row, **dict(zip(names, cells, strict=True))})
-    return unread, unsure
+    return textless, abstained
 
 
-def _free(name: str, taken: tuple[str, ...]) -> str:
-    """The name, or one with a number behind it where the user's own column is called so."""
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in taken)
+def _unused_name(name: str, columns: tuple[str, ...]) -> str:
+    """The name, or the name with a number where the table has a column of this name."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is kept until the output is whole
+# Partial results
 
 
 class PartialResults:
-    """Probabilities of the first windows of a job, a file each."""
+    """Values of the first windows of a job, one file each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -206,7 +207,7 @@ class PartialResults:
         return self._count
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Probabilities of each window, in order.
+        """Values of each window, in order.
 
         Raises:
             UserError: a file is damaged.
@@ -215,11 +216,11 @@ class PartialResults:
             try:
                 yield load(path.read_bytes())["values"]
             except (SafetensorError, KeyError) as error:
-                raise UserError(f"scores in {path}", str(error), "remove it and give the command again") from None
+                raise UserError(f"{path} is damaged: {error}.", "Delete it and repeat the command.") from None
 
-    def append(self, proba: np.ndarray) -> None:
-        """Keep those of the next window."""
-        write_bytes(self._file(self._count), save({"values": proba}))
+    def append(self, values: np.ndarray) -> None:
+        """Save the values of the next window."""
+        write_bytes(self._file(self._count), save({"values": values}))
         self._count += 1
 
     def _file(self, index: int) -> Path:
@@ -227,54 +228,50 @@ class PartialResults:
 
 
 @contextmanager
-def _kept(folder: Path, pins: dict[str, Any]) -> Iterator[PartialResults]:
-    """What an earlier start of the job left, for one process at a time; gone once the job is done.
+def _open_partial_results(folder: Path, pins: dict[str, Any]) -> Iterator[PartialResults]:
+    """Open the partial results of a job for one process, and delete them once the job is done.
 
     Raises:
-        UserError: it is another job's, another process is at it, or it is something else of the user's.
+        UserError: they belong to another job, another process uses them, or the folder holds other files.
     """
-    lock = folder / "lock"  # made first and removed last: a folder with files and without it is none of ours
+    lock = folder / "lock"  # created first and deleted last: a folder with files and without a lock is the user's
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not lock.exists())):
-        raise UserError(f"{folder} free for the scores of this job", "other files there", "pick another --out")
+        raise UserError(f"{folder}, where partial results would go, holds other files.", "Pick another --out.")
     folder.mkdir(exist_ok=True)
     done = False
     try:
         with FileLock(lock, timeout=0):
-            kept, about = PartialResults(folder), folder / "job.json"
+            partial, about = PartialResults(folder), folder / "job.json"
             try:
-                if len(kept):
+                if len(partial):
                     _check_same(folder, json.loads(about.read_text(encoding="utf-8")), pins)
                 else:
-                    for left in folder.glob("*.safetensors"):  # by a start that was killed over taking them away
+                    for left in folder.glob("*.safetensors"):  # of a process that was killed while deleting them
                         left.unlink()
                     write_text(about, json.dumps(pins))
-                yield kept
+                yield partial
                 done = True
             finally:
-                if done or not len(kept):
+                if done or not len(partial):
                     _remove(folder)
     except Timeout:
-        raise UserError("one process for an output", f"another at work in {folder}", "wait for it") from None
+        raise UserError(f"Another process is writing to {folder}.", "Wait for it to end.") from None
 
 
 def _remove(folder: Path) -> None:
-    """Take away what was kept: windows from the first one on, then what they belong to, the lock last.
-
-    Whoever is killed over it leaves a folder that the next start understands.
-    """
+    """Delete partial results: windows in order, then ``job.json``, the lock last. A kill leaves a folder that still works."""
     with suppress(OSError):
         for path in sorted(folder.iterdir()):
-            if path.is_dir():  # in which a Parquet file was being written
+            if path.is_dir():  # part files of an unfinished Parquet output
                 shutil.rmtree(path)
             else:
                 path.unlink()
         folder.rmdir()
 
 
-def _check_same(folder: Path, known: dict[str, Any], pins: dict[str, Any]) -> None:
-    if changed := [name for name in pins if known.get(name) != pins[name]]:
+def _check_same(folder: Path, saved: dict[str, Any], pins: dict[str, Any]) -> None:
+    if changed := [name for name in pins if saved.get(name) != pins[name]]:
         raise UserError(
-            f"what the scores in {folder} were begun with",
-            f"another {' and '.join(changed)}",
-            "give the same again or another --out; or remove that folder, to start anew",
+            f"The partial results in {folder} come from another {' and '.join(changed)}.",
+            "Use the same again, pick another --out, or delete that folder to start over.",
         )

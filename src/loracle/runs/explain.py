@@ -1,4 +1,4 @@
-"""Which words move a title's score: each is left out in turn, and the score that is lost is its share."""
+"""Attribution by leave-one-out: the score that a title loses without each of its words."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ def _tidy(title: str) -> str:
 def leave_one_out(
     predictor: Predictor, titles: Sequence[str], context: str | None = None
 ) -> list[list[tuple[str, float]]]:
-    """For each title its words (Chinese and Japanese: characters) and what the score loses without each, in title order.
+    """For each title, its words in order and the score lost without each; characters in Chinese and Japanese.
 
-    All variants of all titles are scored together, so that what stands before them is computed once. A word that comes
-    twice is left out one place at a time. A title of one word has nothing to compare with and gets no words.
+    All variants of all titles are scored together, so a shared context is computed once. A repeated word is left out one
+    place at a time. A title of one word gets an empty list.
     """
-    spans = [list(WORD.finditer(title)) for title in titles]
-    spans = [found if len(found) > 1 else [] for found in spans]
+    matches = [list(WORD.finditer(title)) for title in titles]
+    matches = [words if len(words) > 1 else [] for words in matches]
     variants = [
-        _tidy(title[: m.start()] + title[m.end() :]) for title, found in zip(titles, spans, strict=True) for m in found
+        _tidy(title[: m.start()] + title[m.end() :])
+        for title, words in zip(titles, matches, strict=True)
+        for m in words
     ]
-    texts = [*map(_tidy, titles), *variants]  # both tidied, or a word would be charged with the blanks around it
+    texts = [*map(_tidy, titles), *variants]  # both without extra blanks, so that no word is charged with its blanks
     scores = iter(predictor.scores(texts, [context] * len(texts))[:, 0].tolist())
     whole = [next(scores) for _ in titles]
-    return [[(m.group(), score - next(scores)) for m in found] for score, found in zip(whole, spans, strict=True)]
+    return [[(m.group(), score - next(scores)) for m in words] for score, words in zip(whole, matches, strict=True)]

@@ -1,4 +1,4 @@
-"""Rows out, one at a time, to a file or the terminal; a file appears whole or not at all."""
+"""Write rows one at a time to a file or the terminal. A file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from loracle.errors import UserError
 
 Write = Callable[[dict[str, Any]], None]
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-BATCH = 8192  # rows of a Parquet file held at once
+BATCH = 8192  # rows of a Parquet file in memory at once
 
 
 def check_output(path: Path) -> None:
-    """That a file of this name can be written.
+    """Check that a file of this name can be written.
 
     Raises:
-        UserError: a suffix that means no format, or a folder that is not there.
+        UserError: the suffix names no format, the path is a folder, or its parent folder does not exist.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError("a .csv, .tsv, .jsonl or .parquet file to write", str(path), "give --out such a name")
+        raise UserError(f"Cannot write {path}: its suffix names no format.", "Use .csv, .tsv, .jsonl or .parquet.")
     if path.is_dir():
-        raise UserError("a file to write", f"{path}, a folder", "pick another --out")
+        raise UserError(f"Cannot write {path}: it is a folder.", "Pick another --out.")
     if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} to write to", "no such folder", "make it, or pick another --out")
+        raise UserError(f"Cannot write {path}: there is no folder {path.parent}.", "Create it, or pick another --out.")
 
 
 @contextmanager
 def open_output(path: Path | None, scratch: Path | None = None) -> Iterator[Write]:
-    """A function that writes one row; the format follows the suffix, CSV goes to the terminal without a path.
+    """Open ``path`` and yield a function that writes one row. The suffix gives the format; without a path, CSV to stdout.
 
-    Until it is whole the file stands in ``scratch``, a folder on the same disk, or else hidden beside its place.
+    The incomplete file is in ``scratch``, a folder on the same disk, or else a hidden file beside ``path``.
 
     Raises:
-        UserError: what ``check_output`` raises it for, or rows whose columns or types do not go into one table.
+        UserError: as ``check_output``; or the rows have columns or types that do not fit one table.
     """
     if path is None:
         yield _writer(".csv", sys.stdout)
@@ -54,8 +54,8 @@ def open_output(path: Path | None, scratch: Path | None = None) -> Iterator[Writ
         else:
             with temporary.open("w", encoding="utf-8", newline="") as stream:
                 yield _writer(path.suffix, stream)
-        with temporary.open("rb") as whole:
-            os.fsync(whole.fileno())  # a name that outlives a power cut should not do so without its bytes
+        with temporary.open("rb") as complete:
+            os.fsync(complete.fileno())  # after a power cut the new name must not point to missing bytes
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def open_output(path: Path | None, scratch: Path | None = None) -> Iterator[Writ
 
 def _writer(suffix: str, stream: IO[str]) -> Write:
     if suffix in (".jsonl", ".ndjson"):
-        # Parquet has dates and decimals, JSON has none
+        # default=str: JSON has no dates and decimals, which Parquet input has
         return lambda row: print(json.dumps(row, ensure_ascii=False, default=str), file=stream)
     out: list[csv.DictWriter] = []
 
@@ -73,9 +73,11 @@ def _writer(suffix: str, stream: IO[str]) -> Write:
                 csv.DictWriter(stream, list(row), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
             )
             out[0].writeheader()
-        if beyond := row.keys() - set(out[0].fieldnames):
-            fix = "write a .jsonl file, whose rows may differ"
-            raise UserError(f"the columns {', '.join(out[0].fieldnames)} in every row", f"also {min(beyond)}", fix)
+        if extra := row.keys() - set(out[0].fieldnames):
+            raise UserError(
+                f"A row has the column {min(extra)}, which the first row has not (columns: {', '.join(out[0].fieldnames)}).",
+                "Write a .jsonl file, whose rows may differ.",
+            )
         out[0].writerow({k: _cell(v) for k, v in row.items()})
 
     return write
@@ -87,35 +89,35 @@ def _cell(value: Any) -> Any:
 
 @contextmanager
 def _parquet_writer(path: Path) -> Iterator[Write]:
-    """Rows go to small files first, since only the last row tells the type of a column (a whole number, then a fraction)."""
+    """Write rows to part files and join them, since a later row may widen a column's type (whole numbers, then fractions)."""
     import polars as pl
 
-    parts, held = path.with_name(f"{path.name}.rows"), list[dict[str, Any]]()
+    parts, rows = path.with_name(f"{path.name}.rows"), list[dict[str, Any]]()
     written: list[Path] = []
 
     def flush() -> None:
         written.append(parts / f"{len(written):07d}.parquet")
         with _one_type_a_column():
-            pl.DataFrame(held, infer_schema_length=None).write_parquet(written[-1])
-        held.clear()
+            pl.DataFrame(rows, infer_schema_length=None).write_parquet(written[-1])
+        rows.clear()
 
     def write(row: dict[str, Any]) -> None:
-        held.append(row)
-        if len(held) == BATCH:
+        rows.append(row)
+        if len(rows) == BATCH:
             flush()
 
     parts.mkdir()
     try:
         yield write
-        if held or not written:
+        if rows or not written:
             flush()
         frames = [pl.scan_parquet(part, glob=False) for part in written]
         with _one_type_a_column():
             joined = pl.concat(frames, how="diagonal_relaxed")
             types = joined.collect_schema()
-            for name, kind in (column for frame in frames for column in frame.collect_schema().items()):
-                if kind.is_nested() and not types[name].is_nested():  # Polars would make words of it, without the keys
-                    raise TypeError(f"column {name} holds {kind} and {types[name]}")
+            for name, dtype in (column for frame in frames for column in frame.collect_schema().items()):
+                if dtype.is_nested() and not types[name].is_nested():  # Polars would turn it into text without its keys
+                    raise TypeError(f"column {name} holds {dtype} and {types[name]}")
             joined.sink_parquet(path, row_group_size=BATCH * 16)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
@@ -128,5 +130,7 @@ def _one_type_a_column() -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, TypeError, OverflowError) as error:
-        found = f"some that do not ({str(error).splitlines()[0]})"
-        raise UserError("values that go into one column", found, "write a .jsonl file, whose rows may differ") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Some values do not fit one column: {reason}.", "Write a .jsonl file, whose rows may differ."
+        ) from None

@@ -1,8 +1,8 @@
-"""Windows of a job scored by a pool of Ray actors, with Ray Data; the only importer of ray.
+"""Score the windows of a job with a pool of Ray actors. The only module that imports ray.
 
-One task on this node reads the table, a window a block; each actor holds a ``Predictor``; what comes back is in order. So the
-data have to be here alone, and the run folder and the base model on every node. Windows are those of a run without Ray, and so
-are the scores.
+One task on this node reads the table, one window a block. Each actor has a ``Predictor``. Results come back in order.
+So only this node needs the data, and every node needs the run folder and the base model. Windows and scores equal those
+without Ray.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def score_windows(job: Job, first: int) -> Iterator[np.ndarray]:
-    """Of each window of the job from the ``first`` on, ``float64 [rows, C]``, as ``Job.probabilities`` has it.
+    """Values of each window of the job from the ``first`` on, as ``Job.values`` yields them.
 
     Raises:
-        UserError: no Ray, not enough of it, or a worker that cannot score.
+        UserError: Ray is not installed, the cluster is too small, or a worker fails.
     """
     ray = _ray()
     started = not ray.is_initialized()
@@ -37,7 +37,7 @@ def score_windows(job: Job, first: int) -> Iterator[np.ndarray]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.target_max_block_size = 1  # bytes: a block a window, since a block is what an actor takes
+    context.target_max_block_size = 1  # byte: one window a block, since an actor takes a block
     try:
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         windows = ray.data.read_datasource(
@@ -55,7 +55,9 @@ def score_windows(job: Job, first: int) -> Iterator[np.ndarray]:
             yield np.frombuffer(row["values"]).reshape(row["shape"])
     except ray.exceptions.RayError as error:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-        raise UserError("workers that can score", reason, "see that run and base model are on every node") from error
+        raise UserError(
+            f"A Ray worker failed: {reason.rstrip('.')}.", "Check that run and base model are on every node."
+        ) from error
     finally:
         if started:
             ray.shutdown()
@@ -75,7 +77,7 @@ class _Worker:
 
 
 def _windows_source(job: Job, first: int) -> Any:
-    """A source of Ray Data with one task, which yields a window after the other as it is asked for them."""
+    """A data source of one Ray task, which yields the windows lazily."""
     import pyarrow
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
@@ -96,28 +98,28 @@ def _windows_source(job: Job, first: int) -> Any:
 
 
 def _pool(ray: Any, workers: int, device: str) -> dict[str, Any]:
-    """Size of the pool, and what each worker takes: a GPU where there are some, else its share of the processors."""
-    has = ray.cluster_resources()
-    gpus = int(has.get("GPU", 0)) if device in ("auto", "cuda") else 0
-    cpus = int(has.get("CPU", 1))
+    """Size of the pool and resources of each worker: a GPU where the cluster has some, else its share of the processors."""
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if device in ("auto", "cuda") else 0
+    cpus = int(resources.get("CPU", 1))
     workers = workers or gpus or len(ray.nodes())
     if workers > (gpus or cpus):
-        kind = "GPUs" if gpus else "processors"
-        raise UserError(f"{workers} {kind} for --workers {workers}", f"{gpus or cpus} in the cluster", "ask for fewer")
+        available = f"{gpus} GPUs" if gpus else f"{cpus} processors"
+        raise UserError(f"--workers {workers} is more than the cluster has ({available}).", "Ask for fewer workers.")
     share = {"num_gpus": 1} if gpus else {"num_cpus": cpus // workers}
     return {"compute": ray.data.ActorPoolStrategy(size=workers), **share}
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will have it, and warns until it is said
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notices, meant for developers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # hides its messages for developers
     warnings.filterwarnings("ignore", module=r"ray\.")
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise UserError(
-            "Ray Data for --on ray", f"no {error.name} installed", "run: pip install 'loracle[ray]'"
+            f"--on ray needs {error.name}, which is not installed.", "Run: pip install 'loracle[ray]'"
         ) from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray

@@ -1,4 +1,4 @@
-"""Recipe files: settings in TOML, in the sections of ``config.py``; a run's own ``run.toml`` is one too."""
+"""Recipes: settings in TOML, in the sections of ``config.py``. A run's ``run.toml`` is a recipe too."""
 
 from __future__ import annotations
 
@@ -13,43 +13,68 @@ import tomli_w
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError, near
 
-EXTRA = {"compare": CompareConfig}  # what a command beside train has of its own
-WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+PACKAGED = Path(__file__).parents[1] / "recipes"
+OTHER_SECTIONS = {"compare": CompareConfig}  # sections of commands other than train
+TYPE_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """``{field: value}`` of a run as ``RunConfig.from_flat`` takes it, and that of each section which is another command's.
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in PACKAGED.glob("*.toml"))
 
-    Of a ``run.toml`` its settings are taken, all but the folder it went to, which is full.
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Path of a recipe: a packaged one by its name, or any file by its path.
 
     Raises:
-        UserError: no such file, no TOML, a value of the wrong kind, or a section or key that means nothing, with the nearest
-            that does.
+        UserError: there is no such recipe.
     """
+    names, path = recipe_names(), Path(recipe)
+    if str(recipe) in names:
+        return PACKAGED / f"{recipe}.toml"
+    if path.is_file():
+        return path
+    raise UserError(
+        f"No recipe {recipe}{near(path.stem, names)}: there is no such file, nor a packaged recipe of this name.",
+        f"Give the path of a TOML file, or one of {', '.join(names)}.",
+    )
+
+
+def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Settings of a recipe: ``{field: value}`` for ``RunConfig.from_flat``, and the sections of other commands by name.
+
+    ``recipe`` is a packaged name or a path. The output folder of a ``run.toml`` is left out.
+
+    Raises:
+        UserError: no such recipe, invalid TOML, a value of the wrong type, or an unknown section or key.
+    """
+    path = find_recipe(recipe)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"a recipe at {path}", e.strerror or str(e), "check the path") from None
-    except ValueError as e:  # broken TOML, or bytes that are no UTF-8
-        raise UserError(f"TOML in {path}", str(e), "mend the file") from None
+        raise UserError(f"Cannot read the recipe {path}: {e.strerror or e}.", "Check its permissions.") from None
+    except ValueError as e:  # invalid TOML, or bytes that are not UTF-8
+        raise UserError(f"{path} is not valid TOML: {e}.", "Correct the file.") from None
     if "config" in document:
         document = {k: v for k, v in document["config"].items() if k != "out"}
     sections = _sections()
     flat: dict[str, Any] = {}
-    extra: dict[str, dict[str, Any]] = {name: {} for name in EXTRA}
+    others: dict[str, dict[str, Any]] = {name: {} for name in OTHER_SECTIONS}
     for name, value in document.items():
         if isinstance(value, dict):
-            fields = sections[_known(name, tuple(sections), path)]
-            into = extra.get(name, flat)
-            into |= {_known(key, fields, path, section=name): _typed(key, _joined(v), path) for key, v in value.items()}
+            _check_name(name, tuple(sections), path)
+            fields, target = sections[name], others.get(name, flat)
+            for key, v in value.items():
+                _check_name(key, fields, path, section=name)
+                target[key] = _checked_value(key, _joined(v), path)
         else:
-            key = _known(name, ("out", "baselines"), path)
-            flat[key] = _typed(key, value, path)
-    return flat, extra
+            _check_name(name, ("out", "baselines"), path)
+            flat[name] = _checked_value(name, value, path)
+    return flat, others
 
 
 def write_recipe(path: Path, config: RunConfig, comments: tuple[str, ...] = ()) -> None:
-    """A recipe that ``read_recipe`` takes, with comments above it. TOML has no null, so what is None is left out."""
+    """Write a recipe that ``read_recipe`` reads, with comments on top. It omits settings that are None: TOML has no null."""
     document = {
         name: {k: v for k, v in dataclasses.asdict(getattr(config, name)).items() if v is not None}
         for name in RunConfig.SECTIONS
@@ -58,33 +83,35 @@ def write_recipe(path: Path, config: RunConfig, comments: tuple[str, ...] = ()) 
     path.write_text(f"{head}baselines = {str(config.baselines).lower()}\n\n{tomli_w.dumps(document)}", encoding="utf-8")
 
 
-def _typed(key: str, value: Any, path: Path) -> Any:
-    """The value, if it is of the kind that the dial takes; a whole number will do for any number."""
-    hint = next(h[key] for kind in (*_kinds().values(), RunConfig) if key in (h := typing.get_type_hints(kind)))
-    kinds = tuple(k for k in typing.get_args(hint) or (hint,) if k is not type(None))
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if type(value) not in kinds and not (whole and float in kinds):
-        wanted = " or ".join(WORDS[k] for k in kinds)
-        raise UserError(f"{wanted} for {key} in {path}", repr(value), "mend the file")
+def _checked_value(key: str, value: Any, path: Path) -> Any:
+    """The value, if it has the type of the setting; a whole number also passes as a number."""
+    hint = next(h[key] for config in (*_configs().values(), RunConfig) if key in (h := typing.get_type_hints(config)))
+    types = tuple(t for t in typing.get_args(hint) or (hint,) if t is not type(None))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if type(value) not in types and not (is_whole and float in types):
+        expected = " or ".join(TYPE_NAMES[t] for t in types)
+        raise UserError(f"{key} in {path} must be {expected}, not {value!r}.", "Correct the file.")
     return value
 
 
 def _joined(value: Any) -> Any:
-    """Lists, which read better in a file, as the flags have them."""
+    """A list as the comma-separated text that the flag takes."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _sections() -> dict[str, tuple[str, ...]]:
-    return {name: tuple(f.name for f in dataclasses.fields(kind)) for name, kind in _kinds().items()}
+    return {name: tuple(f.name for f in dataclasses.fields(config)) for name, config in _configs().items()}
 
 
-def _kinds() -> dict[str, type]:
-    return {name: type(getattr(RunConfig(), name)) for name in RunConfig.SECTIONS} | EXTRA
+def _configs() -> dict[str, type]:
+    return {name: type(getattr(RunConfig(), name)) for name in RunConfig.SECTIONS} | OTHER_SECTIONS
 
 
-def _known(name: str, names: tuple[str, ...], path: Path, section: str = "") -> str:
+def _check_name(name: str, names: tuple[str, ...], path: Path, section: str = "") -> None:
     if name in names:
-        return name
-    other = next((f"it stands in [{s}]" for s, fields in _sections().items() if name in fields), None)
-    where = f"[{section}] of {path}" if section else f"{path}"
-    raise UserError(f"a dial of loracle in {where}", name + near(name, names), other or f"pick from {', '.join(names)}")
+        return
+    place = f"[{section}] of {path}" if section else f"{path}"
+    other = next((f"It belongs in [{s}]." for s, fields in _sections().items() if name in fields), None)
+    raise UserError(
+        f"Unknown setting {name} in {place}{near(name, names)}.", other or f"Choose from {', '.join(names)}."
+    )

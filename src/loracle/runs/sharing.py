@@ -1,4 +1,4 @@
-"""A run to a hub, and from one. What goes out is a copy that holds no text of the data and no path of this machine."""
+"""Push a run to a hub and pull one. The pushed copy holds no text of the data and no path of this machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from loracle.runs import folder as run_folder
 from loracle.runs.model_card import model_card
 
 Log = Callable[[str], None]
-DEMO_LICENCE = "apache-2.0"  # of SmolLM2, the embedded model
+DEMO_LICENCE = "apache-2.0"  # SmolLM2, the embedded model
 
 
 def push(run: Path, to: str, *, private: bool = False, revision: str | None = None, log: Log = print) -> str:
-    """Upload what a run needs to predict, with a model card; returns the address of its page.
+    """Upload the files that prediction needs, with a model card, and return the address of the page.
 
-    Left out, and named: report and predictions, which hold texts, logs, scores and checkpoints.
+    Report and predictions hold texts; they, logs, scores and checkpoints are left out and named.
 
     Raises:
-        UserError: no run, one that is unfinished or damaged, or a hub that does not take it.
+        UserError: there is no run, it is unfinished or damaged, or the hub rejects it.
     """
     info = run_folder.read_info(run)
     run_folder.verify(run)
@@ -36,15 +36,15 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
         staged = Path(scratch) / run.resolve().name
         left = stage(run, staged, info, place)
         if info.base["source"] not in ("demo",) and _is_local(info.base["source"]):
-            log("note: the base model is a folder of this machine; whoever pulls needs its weights, and --base")
+            log("note: the base model is a folder on this machine; to use the run elsewhere, copy it and pass --base")
         log(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
-        log(f"left out, as it holds texts or paths, or nothing that predict needs: {', '.join(left) or 'nothing'}")
+        log(f"left out (texts, paths, or not needed to predict): {', '.join(left) or 'nothing'}")
         licence = _licence(info)
         return hubs.upload(staged, place, hubs.UploadOptions(private=private, revision=revision, licence=licence))
 
 
 def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str]:
-    """Copy what is to be pushed, its paths shortened to names, with a card and a manifest of its own; returns what is not."""
+    """Copy the files to push, with paths shortened to names and a card and manifest of its own. Return the names left out."""
     to.mkdir()
     names = [p.name + "/" * p.is_dir() for p in sorted(run.iterdir()) if not p.name.startswith(".")]
     kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in hubs.RUN_FILES)]
@@ -68,7 +68,7 @@ def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str
 
 
 def without_paths(info: run_folder.RunInfo) -> run_folder.RunInfo:
-    """The same with files and folders of this machine by their names alone."""
+    """The same with local paths shortened to names."""
     data, base = info.config.data, info.base
     data = dataclasses.replace(data, data=_name(data.data), test=_name(data.test) if data.test else None)
     model = info.config.model
@@ -81,58 +81,63 @@ def without_paths(info: run_folder.RunInfo) -> run_folder.RunInfo:
 
 
 def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
-    """Fetch a run that was pushed, whole or not at all; returns its folder.
+    """Fetch a pushed run, completely or not at all, and return its folder.
 
-    What the hub's client has in its cache is not fetched again, and serves without a network.
+    The hub's client caches files. A cached run needs no network.
 
     Args:
-        spec: ``hf:owner/name`` or ``modelscope:owner/name``, and perhaps ``@revision``.
-        out: where it goes; by default ``runs/name``.
+        spec: ``hf:owner/name`` or ``modelscope:owner/name``, optionally with ``@revision``.
+        out: target folder; by default ``runs/name``.
 
     Raises:
-        UserError: nothing there, no run, or files that are not what was pushed; ``out`` is then not there.
+        UserError: nothing is there, it is not a run, or files differ from the pushed ones. ``out`` does not exist then.
     """
     place, _, revision = spec.partition("@")
     if not place.startswith(("hf:", "modelscope:")):
-        raise UserError("hf:owner/name or modelscope:owner/name to pull", repr(spec), "write for example hf:me/topics")
-    out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "pick another one")
-    found = hubs.download(place, repo_type="run", revision=revision or None)
-    if not (found / run_folder.MANIFEST).is_file() or not (found / run_folder.RUN).is_file():
         raise UserError(
-            f"a run of loracle at {spec}", "no run.toml and manifest.json there", "push one with loracle push"
+            f"Cannot pull {spec!r}: it is not hf:owner/name or modelscope:owner/name.", "Example: hf:me/topics"
+        )
+    out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "Pick another --out.")
+    cached = hubs.download(place, repo_type="run", revision=revision or None)
+    if not (cached / run_folder.MANIFEST).is_file() or not (cached / run_folder.RUN).is_file():
+        raise UserError(
+            f"{spec} is not a loracle run: it has no run.toml and manifest.json.", "Push one with loracle push."
         )
     scratch = out.with_name(f".{out.name}.pulling")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        for name in _names(found / run_folder.MANIFEST, spec):
-            if (found / name).is_file():
-                shutil.copyfile(found / name, scratch / name)
-        shutil.copyfile(found / run_folder.MANIFEST, scratch / run_folder.MANIFEST)
+        for name in _names(cached / run_folder.MANIFEST, spec):
+            if (cached / name).is_file():
+                shutil.copyfile(cached / name, scratch / name)
+        shutil.copyfile(cached / run_folder.MANIFEST, scratch / run_folder.MANIFEST)
         try:
             run_folder.verify(scratch)
         except UserError as error:
-            expected = error.expected.replace(str(scratch), spec)
-            raise UserError(expected, error.found, "pull again, or push it anew where it was trained") from error
+            message = error.message.replace(str(scratch), spec)
+            raise UserError(message, "Pull again, or push it again from where it was trained.") from error
         info = run_folder.read_info(scratch)
         if out.exists():
-            out.rmdir()  # empty, or free() had said no
+            out.rmdir()  # it is empty: free() has checked
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if info.base["source"].startswith(run_folder.LOCAL):
         log(
-            f"note: its base model was a folder of another machine; pass --base, weights of SHA-256 {info.base['sha256']}"
+            "note: the base model was a folder on another machine; pass its copy as --base (weights of SHA-256 "
+            f"{info.base['sha256']})"
         )
     return out
 
 
 def _names(manifest: Path, spec: str) -> list[str]:
-    """The files that a manifest lists: all of them beside it, and of the kinds that are pushed."""
+    """The files that a manifest lists, if all are beside it and of the types that push uploads."""
     listed = hubs.read_json(manifest, spec)
     names = list(listed) if isinstance(listed, dict) else []
     if odd := [n for n in names if not any(fnmatchcase(n, p) for p in hubs.RUN_FILES) or Path(n).name != n]:
-        raise UserError(f"files of a run in manifest.json of {spec}", repr(odd[0]), "do not use it")
+        raise UserError(
+            f"manifest.json of {spec} lists {odd[0]!r}, which is not a file of a run.", "Do not use this run."
+        )
     return names
 
 

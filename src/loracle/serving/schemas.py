@@ -97,7 +97,7 @@ class Model(BaseModel):
     id: str
     object: str = "model"
     owned_by: str = "loracle"
-    kind: str = Field(description="single, multi (several labels a text) or rank")
+    task: str = Field(description="the task, such as single_label or click_ranking")
     labels: list[str]
     base: str = Field(description="the base model that it stands on")
 

@@ -136,8 +136,9 @@ class LabelEvaluation:
 
     paired_metric = "accuracy"
 
-    def __init__(self, labels: Labels, *, headline: str, table: tuple[str, ...]):
-        self.labels, self.headline, self.table = labels, headline, table
+    def __init__(self, labels: Labels, *, headline: str, table: Sequence[str]):
+        self.labels, self.headline = labels, headline
+        self.table: Sequence[str] = table
 
     def metrics(
         self, scores: Scores, examples: Sequence[LabeledText], task: Task, calibration: Calibration | None = None

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, exact to resume, and hold no pickle.
+"""Checkpoints: complete or absent, exact to resume, without pickle.
 
-A checkpoint is a folder of safetensors and one JSON file. It is written under another name, flushed to the disk and renamed,
-so that a kill at any moment leaves the one before it. Random state needs no saving: the loop seeds every step anew.
+A checkpoint is a folder of safetensors files and one JSON file. It is written under a temporary name, flushed to disk and
+renamed. So a kill at any moment leaves the previous one. Random state is not saved: the loop seeds every step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATE = "state.json"
 
 @dataclass(slots=True, kw_only=True)
 class Checkpoint:
-    """What a run needs to go on: ``progress`` is plain JSON, ``best`` the weights of the best look so far."""
+    """The state to resume from: ``progress`` is plain JSON, ``best`` the weights of the best validation so far."""
 
     progress: dict[str, Any]
     weights: dict[str, Tensor]
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``folder/step-N`` atomically and drop the older ones."""
+    """Write ``folder/step-N`` atomically and delete older checkpoints."""
     final = folder / f"step-{checkpoint.progress['step']:08d}"
     temporary = folder / f".writing-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,13 +60,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint under ``folder``, or None where there is none yet; damaged ones are passed over.
+    """The newest intact checkpoint under ``folder``, or None where there is none yet; skips damaged ones.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: all checkpoints are damaged.
     """
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for path in found:
+    checkpoints = sorted(folder.glob("step-*"), reverse=True)
+    for path in checkpoints:
         try:
             state = json.loads((path / STATE).read_text())
             if _digest(state["progress"]) != state["progress_sha256"]:
@@ -77,8 +77,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             return Checkpoint(progress=state["progress"], **tensors)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
-    if found:
-        raise UserError(f"a whole checkpoint in {folder}", f"only damaged ones ({found[0].name})", "start a new run")
+    if checkpoints:
+        raise UserError(f"All checkpoints in {folder} are damaged ({checkpoints[0].name}).", "Start a new run.")
     return None
 
 
@@ -87,13 +87,13 @@ def _digest(progress: dict[str, Any]) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, ``<parameter index>.<name>``."""
+    """The optimizer's state as flat tensors named ``<parameter index>.<name>``."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": t.detach().cpu().contiguous() for i, s in state.items() for name, t in s.items()}
 
 
 def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``."""
+    """Restore what ``optimizer_tensors`` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
@@ -102,21 +102,21 @@ def set_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, T
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of every weight that is trained, by name, on the CPU."""
+    """Copies of all trainable weights by name, on the CPU."""
     return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def set_trainable_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of ``trainable_state``.
+    """Restore what ``trainable_state`` returned.
 
     Raises:
-        ValueError: the weights are not those of this model.
+        ValueError: the weights belong to another model.
     """
-    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != state.keys():
-        raise ValueError(f"weights of another model: {sorted(own.keys() ^ state.keys())[:3]}")
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if trainable.keys() != state.keys():
+        raise ValueError(f"weights of another model: {sorted(trainable.keys() ^ state.keys())[:3]}")
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in trainable.items():
             p.copy_(state[name])
 
 

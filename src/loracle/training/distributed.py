@@ -1,15 +1,15 @@
-"""Several processes on one training, as ``torchrun`` and ``accelerate launch`` start them; alone, all of this does nothing.
+"""Training in several processes, as ``torchrun`` and ``accelerate launch`` start them. With one process it does nothing.
 
-Each process holds the whole model and takes its share of every batch. What they exchange, they exchange once a step: the sums
-of losses and counts, and the sums of the gradients. torch's DistributedDataParallel is not used: it wants as many backward
-passes in one process as in the next, averages what has to be summed, and falters over weights without a gradient; a batch cut
-by tokens, or smaller than the number of processes, has all of these.
+Each process holds the whole model and takes a part of every batch. Once a step they sum losses, counts and gradients.
+torch's DistributedDataParallel does not fit: it needs equally many backward passes in each process, averages instead of
+summing, and fails on weights without a gradient. Batches cut by tokens, or smaller than the number of processes, have all
+three.
 
-A base too large for one GPU is cut into pieces, a part of every frozen layer in each process (FSDP2), while what is trained
-stays whole everywhere and is summed as ever. Nobody can then run a layer alone: in a step all take as many rounds, and
-whatever the main process computes by itself the others compute along (``on_main``).
+A base too large for one GPU is sharded (FSDP2): each process holds a part of every frozen layer. Trained weights stay whole
+and are summed as before. No process can then run a layer alone. So all take equally many micro-batches, and the others
+compute along with the main process (``on_main``).
 
-An error needs no word to the others: the process ends, and the launcher ends them.
+Errors are not broadcast: the process ends, and the launcher stops the others.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from loracle.models.memory import out_of_memory
 if TYPE_CHECKING:
     from loracle.models.scorer import Scorer
 
-PATIENCE = datetime.timedelta(hours=12)  # while one process reads, scores or reports, the others wait
-BUCKET = 2**24  # numbers that are summed at a time, 64 MB: next to no time is lost between buckets, and little memory
-REFUSED = {
+TIMEOUT = datetime.timedelta(hours=12)  # the others wait while the main process reads, scores or reports
+BUCKET = 2**24  # numbers summed at a time (64 MB): little time is lost between buckets, and little memory is used
+UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron",
@@ -44,44 +44,46 @@ T = TypeVar("T")
 
 
 def start(device: torch.device) -> PartialState:
-    """Join the other processes, if there are any, and say which one this is; on GPUs each takes its own.
+    """Join the other processes, if there are any; on GPUs each process takes its own.
 
     Raises:
-        UserError: the launcher asks for a model that is cut into pieces its own way, or one GPU is asked for in all processes.
+        UserError: Accelerate is set to shard models, or all processes would use one GPU.
     """
-    if cut := [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() == "true"]:
+    if names := [name for variable, name in UNSUPPORTED.items() if os.environ.get(variable, "").lower() == "true"]:
         raise UserError(
-            "processes that cut no model by themselves",
-            f"{cut[0]} in Accelerate's settings",
-            "start them with torchrun or `accelerate launch --multi_gpu`; a base too large for one GPU: --shard",
+            f"Accelerate is set to use {names[0]}, which loracle does not support.",
+            "Start with torchrun or `accelerate launch --multi_gpu`. For a base too large for one GPU add --shard.",
         )
-    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     if state.num_processes > 1 and device.index not in (None, state.device.index):
-        raise UserError("a GPU for each process", f"--device {device} for all", f"pass --device {device.type}")
+        raise UserError(f"--device {device} puts all processes on one GPU.", f"Pass --device {device.type}.")
     return state
 
 
 def log_on_main(log: Callable[[str], None], device: torch.device) -> Callable[[str], None]:
-    """``log`` in the main process, and a function that prints nothing in the others. A run on ``device`` calls this first."""
+    """Return ``log`` in the main process, and a function that does nothing in the others. Call it first in a run."""
     return log if start(device).is_main_process else lambda line: None
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
-    """Cut the frozen weights of every layer into as many parts as there are processes, and move the model to ``device``.
+    """Shard the frozen weights of every layer over the processes and move the model to ``device``.
 
-    What is trained stays whole. The scorer comes in the CPU's memory, through which each process has read the base.
+    Trained weights stay whole. The scorer arrives in CPU memory, where each process has read the base.
 
     Raises:
-        UserError: there is one process, or the model is no decoder that can be packed.
+        UserError: there is one process, or the model is not a packable decoder.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     state = PartialState()
     if state.num_processes == 1:
-        raise UserError("several processes for --shard", "one", "start them with torchrun, or leave out --shard")
+        raise UserError(
+            "--shard needs several processes, and there is one.", "Start them with torchrun, or leave out --shard."
+        )
     if scorer.encoder or not scorer.packed:
-        raise UserError("a decoder for --shard", scorer.inner.config.model_type, "leave out --shard")
+        name = scorer.inner.config.model_type
+        raise UserError(f"--shard needs a packable decoder; {name} is not one.", "Leave out --shard.")
     mesh = init_device_mesh(device.type, (state.num_processes,))
     trained = {p for p in scorer.parameters() if p.requires_grad}
     for layer in scorer.inner.base_model.layers:
@@ -91,75 +93,69 @@ def shard(scorer: Scorer, device: torch.device) -> None:
 
 
 def on_main(function: Callable[[], T], along: Scorer | None = None) -> T:
-    """What ``function`` gives in the main process, in all of them.
+    """Call ``function`` in the main process and return its result in all of them.
 
     Args:
         along: a scorer that ``function`` uses. Where it is sharded, the other processes compute along with the main one.
 
     Raises:
-        UserError: in the others, where the main one raised something.
+        UserError: in the others, when the main process raised an exception.
     """
     state = PartialState()
     if state.num_processes == 1:
         return function()
-    if state.is_main_process:
-        held: list[Any] = [None, "failed"]
-        together = along is not None and along.sharded
-        if along is not None and together:
-            along.announce = lambda *asked: broadcast_object_list([asked, "compute"])
-        try:
-            held = [function(), "done"]
-        except (RuntimeError, MemoryError) as e:
-            if together and out_of_memory(
-                e
-            ):  # the others wait in the midst of a layer, where nothing can be told to them
-                held = []
-                raise UserError(
-                    "memory to score with a sharded base",
-                    "too little",
-                    "pass a smaller --max-length",
-                ) from e
-            raise
-        finally:
-            if along is not None:
-                along.announce = None
-            if held:
-                broadcast_object_list(held)
-        return held[0]
+    return _call_and_broadcast(function, along) if state.is_main_process else _follow_main(along)
+
+
+# Messages of the main process to the others are lists of two: [value, "done"], [None, "failed"] or, to compute along,
+# [arguments of Scorer.states, "compute"].
+
+
+def _call_and_broadcast(function: Callable[[], T], along: Scorer | None) -> T:
+    """The main process's side of ``on_main``."""
+    sharded = along is not None and along.sharded
+    if along is not None and sharded:
+        along.announce = lambda *arguments: broadcast_object_list([arguments, "compute"])
+    try:
+        result = function()
+    except BaseException as e:
+        if sharded and isinstance(e, (RuntimeError, MemoryError)) and out_of_memory(e):
+            # The others wait inside a layer, where no message reaches them.
+            raise UserError("Out of memory while scoring with a sharded base.", "Pass a smaller --max-length.") from e
+        broadcast_object_list([None, "failed"])
+        raise
+    finally:
+        if along is not None:
+            along.announce = None
+    broadcast_object_list([result, "done"])
+    return result
+
+
+def _follow_main(along: Scorer | None) -> Any:
+    """The other processes' side of ``on_main``: compute along until the main process is done."""
     while True:
-        value, said = broadcast_object_list([None, None])
-        if said == "failed":
-            raise UserError("the main process to go on", "an error in it", "do what it says")
-        if said == "done":
+        value, status = broadcast_object_list([None, None])
+        if status == "failed":
+            raise UserError("The main process failed.", "See its error message.")
+        if status == "done":
             return value
         assert along is not None
         with torch.no_grad():
             along.states(*value)
 
 
-def most(number: int) -> int:
-    """The largest number that any process has."""
-    return max(gathered([number]))
-
-
-def gathered(values: list[T]) -> list[T]:
-    """The lists of all processes as one, in their order."""
+def all_gather(values: list[T]) -> list[T]:
+    """Concatenate the lists of all processes, in their order."""
     return gather_object(values)
 
 
-def partition(examples: Sequence[Example], processes: int) -> list[list[int]]:
-    """Which of the examples each process takes, about as many letters each: the longest first, to whoever has least."""
-    parts: list[list[int]] = [[] for _ in range(processes)]
-    loads, sizes = [0] * processes, [_letters(e) for e in examples]
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        least = loads.index(min(loads))
-        parts[least].append(i)
-        loads[least] += sizes[i]
-    return [sorted(part) for part in parts]
+def all_reduce_max(number: int) -> int:
+    """The largest number of any process."""
+    return max(all_gather([number]))
 
 
-def summed(values: Sequence[float]) -> list[float]:
-    """A few numbers, each summed over the processes."""
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Sum each of a few numbers over the processes."""
     state = PartialState()
     if state.num_processes == 1:
         return list(values)
@@ -168,9 +164,22 @@ def summed(values: Sequence[float]) -> list[float]:
     return tensor.tolist()
 
 
-def sum_gradients(parameters: Sequence[Tensor], known: Sequence[bool]) -> None:
-    """Sum the gradients of ``parameters`` over the processes; ``known``: whether any of them has one."""
-    present = [p for p, has in zip(parameters, known, strict=True) if has]
+def partition(examples: Sequence[Example], processes: int) -> list[list[int]]:
+    """Indices of the examples for each process, balanced by characters: longest first, each to the lightest process."""
+    parts: list[list[int]] = [[] for _ in range(processes)]
+    loads, sizes = [0] * processes, [_characters(e) for e in examples]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(i)
+        loads[lightest] += sizes[i]
+    return [sorted(part) for part in parts]
+
+
+def sum_gradients(parameters: Sequence[Tensor], has_gradient: Sequence[bool]) -> None:
+    """Sum the gradients of ``parameters`` over the processes; ``has_gradient`` is True where any process has one."""
+    if PartialState().num_processes == 1:
+        return
+    present = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
     for p in present:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -182,22 +191,22 @@ def sum_gradients(parameters: Sequence[Tensor], known: Sequence[bool]) -> None:
 
 
 def broadcast_parameters(parameters: Sequence[Tensor]) -> None:
-    """Give every process the main one's weights: what is drawn or computed alike need not be alike to the last bit."""
+    """Copy the main process's weights to all: equal seeds and code do not guarantee equal bits."""
     if PartialState().num_processes > 1:
         for p in parameters:
             torch.distributed.broadcast(p.detach(), src=0)
 
 
-def _letters(example: Example) -> int:
+def _characters(example: Example) -> int:
     return sum(map(len, texts_of(example))) + len(example.context or "")
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    held: list[Tensor] = []
+    bucket: list[Tensor] = []
     for tensor in tensors:
-        if held and sum(t.numel() for t in held) + tensor.numel() > BUCKET:
-            yield held
-            held = []
-        held.append(tensor)
-    if held:
-        yield held
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

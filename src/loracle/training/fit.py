@@ -10,7 +10,7 @@ from loracle.config import RunConfig
 from loracle.models.devices import pick_device
 from loracle.tasks.dataset import Data
 from loracle.training import tracking
-from loracle.training.loop import Fit, Schedule, fit
+from loracle.training.loop import Fit, FitJob, fit
 from loracle.training.prepare import PreparedModel
 from loracle.training.scoring import encode_examples, validate
 
@@ -33,9 +33,9 @@ def fit_model(
     """
     accelerator = None
     if service := config.train.track:
-        accelerator = tracking.tracked(service, cpu=pick_device(config.model.device).type == "cpu")
         settings = {name: dataclasses.asdict(getattr(config, name)) for name in RunConfig.SECTIONS}
-        tracking.begin(accelerator, service, folder.name, settings)
+        on_cpu = pick_device(config.model.device).type == "cpu"
+        accelerator = tracking.start_tracking(service, folder.name, settings, cpu=on_cpu)
 
     def validation() -> dict[str, float]:
         result = validate(model.scorer, model.encoder, data.validation, data.task, model.loss)
@@ -43,18 +43,17 @@ def fit_model(
         return result
 
     return fit(
-        model.scorer,
-        data.train,
-        lambda examples: encode_examples(model.encoder, examples),
-        model.loss,
-        validation,
-        schedule=schedule_of(config, model.lr),
-        folder=folder,
-        accelerator=accelerator,
-        quiet=quiet,
+        FitJob(
+            scorer=model.scorer,
+            examples=data.train,
+            encode=lambda examples: encode_examples(model.encoder, examples),
+            loss=model.loss,
+            validate=validation,
+            settings=config.train,
+            lr=model.lr,
+            folder=folder,
+            accelerator=accelerator,
+            metric=data.task.evaluation.headline,
+            quiet=quiet,
+        )
     )
-
-
-def schedule_of(config: RunConfig, lr: float) -> Schedule:
-    names = {f.name for f in dataclasses.fields(Schedule)} - {"lr"}
-    return Schedule(lr=lr, **{name: getattr(config.train, name) for name in names})

@@ -1,36 +1,41 @@
-"""One visible loop: batches counted in examples, rounds in tokens, gradients summed and divided once.
+"""The training loop: read ``fit`` downward.
 
-Everything that a resumed run must repeat is derived from ``(seed, epoch, step)`` and not carried in hidden state: the order
-of the examples, the dropout masks, the learning rate. So a checkpoint is weights, the optimizer's moments and one number.
+A batch is counted in examples and cut into micro-batches by tokens. Gradients are summed and divided once by the global count.
+
+The order of examples, the dropout masks and the learning rate derive from ``(seed, epoch, step)``. So a checkpoint holds
+weights, optimizer moments and progress, and no random state.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from loracle.config import TrainConfig
 from loracle.errors import Interrupted, UserError
-from loracle.examples import Example, RankGroup
+from loracle.examples import Example
 from loracle.models.memory import out_of_memory, release
 from loracle.models.scorer import Scorer
-from loracle.text.packing import PackedBatch, micro_batches
 from loracle.text.tokenize import Encoded
 from loracle.training import distributed
+from loracle.training.batches import (
+    Batch,
+    Prefetcher,
+    batch_indices,
+    too_little_memory,
+    total_steps,
+    validation_steps,
+)
 from loracle.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -42,352 +47,323 @@ from loracle.training.checkpoint import (
 )
 from loracle.training.losses import Loss
 from loracle.training.optimizer import lr_factor, make_optimizer
+from loracle.training.tracking import TrainingLog
 
-NOTHING = Encoded(chunks=((0,),), starts=(0,))
-FEWEST_TOKENS = 64  # a round that does not fit with so few will not fit at all
+EMPTY_TEXT = Encoded(chunks=((0,),), starts=(0,))
 
 Encode = Callable[[Sequence[Example]], list[list[Encoded]]]
-Look = Callable[[], dict[str, float]]  # validation: {"metric": higher is better, "loss": ties are broken by less of it}
+Validate = Callable[[], dict[str, float]]  # {"metric": higher is better, "loss": lower is better, breaks ties}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How long and how fast. Steps and examples are those of all processes together."""
+class FitJob:
+    """One training.
 
-    epochs: float
-    batch: int
+    Args:
+        scorer: the model; ``fit`` trains it in place.
+        examples: training examples. Steps and batch sizes count those of all processes together.
+        encode: token ids of each example's texts.
+        loss: sum and count of the loss over examples; see ``losses.Loss``.
+        validate: metric and loss of the current weights on the validation examples.
+        settings: length, batch size, clipping and the like.
+        lr: peak learning rate, as ``settings.lr`` may be unset.
+        folder: run folder. A checkpoint in ``folder/checkpoints`` is resumed.
+        accelerator: where trackers are set up; by default a plain one.
+        metric: name under which the validation metric is shown.
+        quiet: show no progress.
+    """
+
+    scorer: Scorer
+    examples: Sequence[Example]
+    encode: Encode
+    loss: Loss
+    validate: Validate
+    settings: TrainConfig
     lr: float
-    max_steps: int | None = None
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    evals_per_epoch: int = 1
-    patience: int = 3
-    save_steps: int = 50
-    tokens_per_micro_batch: int = 4096
-    seed: int = 0
-
-    def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps of one pass; the last batch may be smaller."""
-        return math.ceil(examples / self.batch)
-
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run."""
-        steps = max(1, math.ceil(self.epochs * self.steps_per_epoch(examples)))
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    def looks(self, examples: int) -> set[int]:
-        """Numbers of steps taken after which the validation examples are looked at; the end is always one."""
-        total, epoch = self.total_steps(examples), self.steps_per_epoch(examples)
-        every = epoch / self.evals_per_epoch
-        return {total, *(s for i in range(1, 1 + int(total / every)) if 0 < (s := round(i * every)) <= total)}
+    folder: Path
+    accelerator: Accelerator | None = None
+    metric: str = "metric"
+    quiet: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Where a run stands; all of it is in the checkpoint."""
+    """The state of a training beside weights and optimizer; checkpoints hold all of it."""
 
     step: int = 0
     best_metric: float = -math.inf
     best_loss: float = math.inf
     best_step: int = 0
-    stale: int = 0  # looks since the best one
+    stale: int = 0  # validations since the best one
     done: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Fit:
-    """What ``fit`` reports: progress, and speed since it was called, of all processes (looks and checkpoints left out)."""
+    """Progress, and the work of this call in all processes; time excludes validation and checkpoints."""
 
     progress: Progress
-    steps: int
+    steps: int  # of the whole training
     examples: int = 0
-    tokens: int = 0  # as if each text were computed alone, without padding
-    computed: int = 0  # rows that went through the model
+    tokens: int = 0  # without padding, each text counted alone
+    computed: int = 0  # tokens that the model computed
     seconds: float = 0.0
 
-
-def fit(
-    scorer: Scorer,
-    examples: Sequence[Example],
-    encode: Encode,
-    loss: Loss,
-    look: Look,
-    *,
-    schedule: Schedule,
-    folder: Path,
-    accelerator: Accelerator | None = None,
-    quiet: bool = False,
-) -> Fit:
-    """Train ``scorer`` in place and leave it with the weights of its best look at the validation examples.
-
-    ``folder/checkpoints`` is resumed from where it holds a checkpoint. Ctrl-C finishes the step, saves and raises.
-
-    Raises:
-        UserError: a loss or gradient that is not a number, with the step and the rows; the last checkpoint stays.
-        Interrupted: Ctrl-C.
-    """
-    distributed.start(scorer.device)
-    accelerator = accelerator or Accelerator(cpu=scorer.device.type == "cpu")
-    optimizer = make_optimizer(scorer, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    distributed.broadcast_parameters([p for p in scorer.parameters() if p.requires_grad])
-    progress, best = Progress(), trainable_state(scorer)
-    if (saved := distributed.on_main(lambda: load_checkpoint(folder / "checkpoints"))) is not None:
-        progress, best = Progress(**saved.progress), saved.best
-        set_trainable_state(scorer, saved.weights)
-        set_optimizer_tensors(optimizer, saved.optimizer)
-    total, looks = schedule.total_steps(len(examples)), schedule.looks(len(examples))
-    result = Fit(progress=progress, steps=total)
-    scorer.train()  # all of it, whatever it says of itself: transformers hands its models over in eval mode
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            state = {name: getattr(progress, name) for name in Progress.__slots__}
-            moments = optimizer_tensors(optimizer)
-            whole = Checkpoint(progress=state, weights=trainable_state(scorer), optimizer=moments, best=best)
-            save_checkpoint(folder / "checkpoints", whole)
-
-    with (
-        _Log(folder, total, progress.step, accelerator, quiet) as log,
-        _deferred_interrupt() as interrupted,
-        Prefetcher(scorer, examples, encode, schedule, total, accelerator) as batches,
-    ):
-        while progress.step < total and not progress.done:
-            started = time.perf_counter()
-            batch = batches.of(progress.step)
-            taken = _step(scorer, optimizer, batch, loss, schedule, progress.step, total, accelerator)
-            if taken is None:  # outside of the handler, whose traceback held the tensors of the step that failed
-                schedule = batches.schedule = _smaller_rounds(schedule, progress.step)
-                log.note(
-                    f"out of memory at step {progress.step + 1}: rounds of {schedule.tokens_per_micro_batch:,} tokens from here"
-                )
-                optimizer.zero_grad()
-                release(scorer)
-                continue
-            progress.step += 1
-            result.seconds += time.perf_counter() - started
-            result.examples += taken.examples
-            result.tokens += taken.tokens
-            result.computed += taken.computed
-            log.step(progress.step, taken.loss, optimizer.param_groups[0]["lr"], result)
-            if progress.step in looks:
-                scorer.eval()
-                (seen,) = distributed.gathered([look()])[:1]  # the main one's, so that all go on or stop together
-                if not math.isfinite(seen["loss"]):
-                    last = [examples[i] for i in _batch_indices(len(examples), schedule, progress.step - 1)]
-                    raise _diverged(progress.step, last, f"a validation loss of {seen['loss']}")
-                log.look(progress.step, seen)
-                if _better(seen, progress):
-                    best = trainable_state(scorer)
-                    progress.best_metric, progress.best_loss = seen["metric"], seen["loss"]
-                    progress.best_step, progress.stale = progress.step, 0
-                else:
-                    progress.stale += 1
-                progress.done = progress.step == total or 0 < schedule.patience <= progress.stale
-            # Asked once: what is raised below has been saved. Whoever was told to stop tells the others.
-            (stop,) = distributed.summed([interrupted()])
-            if progress.step in looks or progress.step % schedule.save_steps == 0 or stop:
-                save()
-            if stop and not progress.done:
-                accelerator.wait_for_everyone()  # the first that ends ends all, so not before all is saved
-                raise Interrupted(
-                    f"stopped after step {progress.step} of {total}; go on with: loracle train --resume {folder}"
-                )
-    set_trainable_state(scorer, best)
-    scorer.eval()
-    return result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """What one process takes of a batch, cut into rounds: the examples of each and how they go through the model."""
-
-    examples: list[Example]
-    rounds: list[tuple[list[Example], PackedBatch]]
-    whole: int  # examples of all processes
-    tokens_per_micro_batch: int  # of a round
-
-
-class Prefetcher:
-    """Batches of this process; while one is computed, the next one is encoded and packed in a thread."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        examples: Sequence[Example],
-        encode: Encode,
-        schedule: Schedule,
-        total: int,
-        accelerator: Accelerator,
-    ):
-        self.scorer, self.examples, self.encode = scorer, examples, encode
-        self.schedule, self.total = schedule, total  # the schedule may be given smaller rounds at any time
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.pool = ThreadPoolExecutor(1, "loracle-encode")
-        self.next: tuple[int, Future[_Batch]] | None = None
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def of(self, step: int) -> _Batch:
-        """The batch of a step, in rounds as the schedule now wants them."""
-        known, batch = self.next or (None, None)
-        found = batch.result() if batch is not None and known == step else None
-        if found is None or found.tokens_per_micro_batch != self.schedule.tokens_per_micro_batch:
-            found = self.pool.submit(self._take, step).result()
-        self.next = (step + 1, self.pool.submit(self._take, step + 1)) if step + 1 < self.total else None
-        return found
-
-    def _take(self, step: int) -> _Batch:
-        schedule = self.schedule
-        whole = [self.examples[i] for i in _batch_indices(len(self.examples), schedule, step)]
-        own = distributed.partition(whole, self.world)[self.rank]
-        examples = [whole[i] for i in own]
-        rounds = _rounds(self.scorer, examples, self.encode(examples), schedule) if examples else []
-        limit = schedule.tokens_per_micro_batch
-        return _Batch(examples=examples, rounds=rounds, whole=len(whole), tokens_per_micro_batch=limit)
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Count a step."""
+        self.examples += result.examples
+        self.tokens += result.tokens
+        self.computed += result.computed
+        self.seconds += seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """A step that was taken: the mean loss; examples, useful tokens and computed rows of all processes."""
+    """Mean loss of an optimizer step; examples, useful tokens and computed tokens of all processes."""
 
     loss: float
+    lr: float
     examples: int
     tokens: int
     computed: int
 
 
-def _step(
-    scorer: Scorer,
-    optimizer: torch.optim.Optimizer,
-    batch: _Batch,
-    loss: Loss,
-    schedule: Schedule,
-    step: int,
-    total: int,
-    accelerator: Accelerator,
-) -> StepResult | None:
-    """One optimizer step, or None where memory ran out in any process: gradients are then unfinished, weights untouched."""
-    if not scorer.training:  # since the last look; going through thousands of modules costs a step of a GPU 3 %
-        scorer.train()
-    torch.manual_seed(_derived_seed(schedule.seed, step, accelerator.process_index))
-    losses: list[torch.Tensor] = []
-    count = tokens = computed = short = alone = 0.0
-    more = distributed.most(len(batch.rounds)) - len(batch.rounds) if scorer.sharded else 0  # that only others have
-    try:
-        for examples, packed in batch.rounds:
-            summed, counted = loss(examples)(scorer(packed))
-            summed.backward()
-            losses.append(summed.detach())
-            count += counted
-            tokens, computed = tokens + packed.useful_tokens, computed + packed.tokens
-        for _ in range(more):  # the others need this one's weights
-            (0 * scorer(scorer.pack([NOTHING])).sum()).backward()
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        if scorer.sharded:
-            raise _too_little_memory(
-                schedule.tokens_per_micro_batch, step
-            ) from e  # the others wait in the midst of a layer
-        short = 1.0
-        alone = packed.tokens if len(examples) == 1 else 0  # smaller rounds would have it in one piece again
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    known = [p.grad is not None for p in parameters]
-    if accelerator.num_processes > 1:
-        shared = [count, tokens, computed, short, alone, *known]
-        count, tokens, computed, short, alone, *having = distributed.summed(shared)
-        known = [bool(n) for n in having]
-    if alone:
-        raise _too_little_memory(int(alone), step)
-    if short:
-        return None
-    if accelerator.num_processes > 1:
-        distributed.sum_gradients(parameters, known)
-    trained = [p for p, has in zip(parameters, known, strict=True) if has]
-    torch._foreach_mul_([p.grad for p in trained], 1 / max(count, 1e-12))  # of sums, the one division
-    norm = torch.nn.utils.clip_grad_norm_(trained, schedule.clip)
-    # Asked once a step, before the weights are touched: each question makes the processor wait for the GPU.
-    *values, size = torch.stack([x.to(norm.device, torch.float32) for x in (*losses, norm)]).tolist()
-    each = zip(batch.rounds, values, strict=True)
-    found = [(examples, f"a loss of {value}") for (examples, _), value in each if not math.isfinite(value)]
-    if not found and not math.isfinite(size):
-        found = [(batch.examples, f"a gradient norm of {size}")]
-    (value,) = distributed.summed([sum(values)])
-    if not math.isfinite(size) or not math.isfinite(value):
-        # Where one process has a loss that is no number, all have such gradients: the loss says more.
-        rows, what = min(distributed.gathered(found), key=lambda known: "norm" in known[1])
-        raise _diverged(step + 1, rows, what)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.lr * lr_factor(step, total, schedule.warmup)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(loss=value / max(count, 1e-12), examples=batch.whole, tokens=int(tokens), computed=int(computed))
+def fit(job: FitJob) -> Fit:
+    """Train ``job.scorer`` in place and leave it with the weights of its best validation.
+
+    Ctrl-C finishes the step, saves a checkpoint and raises.
+
+    Raises:
+        UserError: a loss or gradient is not finite (names step and rows), or memory does not suffice. The last checkpoint
+            stays.
+        Interrupted: Ctrl-C.
+    """
+    distributed.start(job.scorer.device)
+    accelerator = job.accelerator or Accelerator(cpu=job.scorer.device.type == "cpu")
+    trainer = Trainer(job, accelerator)
+    trainer.resume()
+    progress, total = trainer.progress, trainer.total
+    validated = validation_steps(job.settings, len(job.examples))
+    result = Fit(progress=progress, steps=total)
+    with (
+        TrainingLog(
+            job.folder, accelerator, total=total, step=progress.step, metric=job.metric, quiet=job.quiet
+        ) as log,
+        _deferred_interrupt() as interrupted,
+        Prefetcher(job, accelerator) as batches,
+    ):
+        while progress.step < total and not progress.done:
+            started = time.perf_counter()
+            step = trainer.step(batches.get(progress.step))
+            if step is None:
+                batches.halve_micro_batches(progress.step)
+                log.note(
+                    f"out of memory at step {progress.step + 1}; micro-batches have {batches.tokens_per_micro_batch:,} "
+                    "tokens from here on"
+                )
+                trainer.free_memory()
+                continue
+            progress.step += 1
+            result.add(step, time.perf_counter() - started)
+            log.step(progress.step, _record(step, result))
+            if progress.step in validated:
+                trainer.validate(log)
+            # Asked once a step, and shared, so that all processes save and stop after the same step.
+            (stop,) = distributed.all_reduce_sum([interrupted()])
+            if progress.step in validated or progress.step % job.settings.save_steps == 0 or stop:
+                trainer.save()
+            if stop and not progress.done:
+                accelerator.wait_for_everyone()  # the first process to end ends all, so wait until the checkpoint is saved
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {total}; continue with: loracle train --resume {job.folder}"
+                )
+    set_trainable_state(job.scorer, trainer.best)
+    job.scorer.eval()
+    return result
 
 
-def _rounds(
-    scorer: Scorer, examples: list[Example], encoded: list[list[Encoded]], schedule: Schedule
-) -> list[tuple[list[Example], PackedBatch]]:
-    """Examples cut into rounds, each packed as the scorer takes it."""
-    sizes = [sum(e.tokens for e in unit) for unit in encoded]
-    # Padding costs least among equals; a packed batch has none, and keeps its order.
-    order = list(range(len(sizes))) if scorer.packed else sorted(range(len(sizes)), key=sizes.__getitem__)
-    parts = micro_batches([encoded[i] for i in order], schedule.tokens_per_micro_batch, share_from=scorer.share_from)
-    of_round = [[order[i] for i in part] for part in parts]
-    return [([examples[i] for i in part], scorer.pack([e for i in part for e in encoded[i]])) for part in of_round]
+class Trainer:
+    """Optimizer, progress and best weights of a training, and its steps."""
+
+    def __init__(self, job: FitJob, accelerator: Accelerator):
+        self.job, self.accelerator = job, accelerator
+        self.optimizer = make_optimizer(job.scorer, lr=job.lr, weight_decay=job.settings.weight_decay)
+        self.total = total_steps(job.settings, len(job.examples))
+        self.progress = Progress()
+        distributed.broadcast_parameters([p for p in job.scorer.parameters() if p.requires_grad])
+        self.best = trainable_state(job.scorer)
+        job.scorer.train()  # in every module: transformers returns models in eval mode
+
+    def resume(self) -> None:
+        """Continue from the last checkpoint, if there is one."""
+        folder = self.job.folder / "checkpoints"
+        if (saved := distributed.on_main(lambda: load_checkpoint(folder))) is not None:
+            self.progress, self.best = Progress(**saved.progress), saved.best
+            set_trainable_state(self.job.scorer, saved.weights)
+            set_optimizer_tensors(self.optimizer, saved.optimizer)
+
+    def save(self) -> None:
+        """Write a checkpoint, in the main process."""
+        if self.accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                progress=dataclasses.asdict(self.progress),
+                weights=trainable_state(self.job.scorer),
+                optimizer=optimizer_tensors(self.optimizer),
+                best=self.best,
+            )
+            save_checkpoint(self.job.folder / "checkpoints", checkpoint)
+
+    def step(self, batch: Batch) -> StepResult | None:
+        """Take one optimizer step.
+
+        Returns None when any process ran out of memory. Weights are then untouched and gradients incomplete.
+        """
+        job, step = self.job, self.progress.step
+        if not job.scorer.training:  # after a validation. Walking thousands of modules each step costs a GPU 3 %
+            job.scorer.train()
+        torch.manual_seed(_derived_seed(job.settings.seed, step, self.accelerator.process_index))
+        losses, sums = self._backward(batch)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sums, has_gradient = _sum_over_processes(sums, [p.grad is not None for p in parameters])
+        if sums.unsplittable:
+            raise too_little_memory(int(sums.unsplittable), step)
+        if sums.out_of_memory:
+            return None
+        distributed.sum_gradients(parameters, has_gradient)
+        trained = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
+        torch._foreach_mul_([p.grad for p in trained], 1 / max(sums.count, 1e-12))  # the one division
+        norm = torch.nn.utils.clip_grad_norm_(trained, job.settings.clip)
+        total_loss = self._finite_loss(batch, losses, norm)
+        lr = job.lr * lr_factor(step, self.total, job.settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(
+            loss=total_loss / max(sums.count, 1e-12),
+            lr=lr,
+            examples=batch.global_size,
+            tokens=int(sums.tokens),
+            computed=int(sums.computed),
+        )
+
+    def _backward(self, batch: Batch) -> tuple[list[torch.Tensor], _Sums]:
+        """Forward and backward of each micro-batch; returns their losses and this process's sums."""
+        scorer, losses, sums = self.job.scorer, list[torch.Tensor](), _Sums()
+        # A sharded model gathers its weights from all processes, so all compute the same number of micro-batches.
+        count = len(batch.micro_batches)
+        missing = distributed.all_reduce_max(count) - count if scorer.sharded else 0
+        try:
+            for examples, packed in batch.micro_batches:
+                loss, terms = self.job.loss(examples)(scorer(packed))
+                loss.backward()
+                losses.append(loss.detach())
+                sums.count += terms
+                sums.tokens, sums.computed = sums.tokens + packed.useful_tokens, sums.computed + packed.tokens
+            for _ in range(missing):
+                (0 * scorer(scorer.pack([EMPTY_TEXT])).sum()).backward()
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            if scorer.sharded:  # the other processes wait inside a layer and cannot be reached
+                raise too_little_memory(batch.tokens_per_micro_batch, self.progress.step) from e
+            sums.out_of_memory = 1.0
+            sums.unsplittable = packed.tokens if len(examples) == 1 else 0.0
+        return losses, sums
+
+    def _finite_loss(self, batch: Batch, losses: list[torch.Tensor], norm: torch.Tensor) -> float:
+        """Sum of the losses over all processes, read before weights change.
+
+        Raises:
+            UserError: a loss or the gradient norm is not finite.
+        """
+        # One transfer a step, since each makes the processor wait for the GPU.
+        *values, size = torch.stack([x.to(norm.device, torch.float32) for x in (*losses, norm)]).tolist()
+        pairs = zip(batch.micro_batches, values, strict=True)
+        bad = [(examples, "loss", value) for (examples, _), value in pairs if not math.isfinite(value)]
+        if not bad and not math.isfinite(size):
+            bad = [(batch.examples, "gradient norm", size)]
+        (value,) = distributed.all_reduce_sum([sum(values)])
+        if not math.isfinite(size) or not math.isfinite(value):
+            # A loss that is not finite in one process spoils the gradients of all, and says more.
+            raise _diverged(self.progress.step + 1, *min(distributed.all_gather(bad), key=lambda b: b[1] != "loss"))
+        return value
+
+    def validate(self, log: TrainingLog) -> None:
+        """Validate the current weights, keep them if they are the best so far, and decide whether training is done.
+
+        Raises:
+            UserError: the validation loss is not finite.
+        """
+        job, progress = self.job, self.progress
+        job.scorer.eval()
+        values = distributed.all_gather([job.validate()])[0]  # the main process's, so that all decide alike
+        if not math.isfinite(values["loss"]):
+            indices = batch_indices(job.settings, len(job.examples), progress.step - 1)
+            raise _diverged(progress.step, [job.examples[i] for i in indices], "validation loss", values["loss"])
+        best = (values["metric"], -values["loss"]) > (progress.best_metric, -progress.best_loss)
+        log.validation(progress.step, values, best=best)
+        if best:
+            self.best = trainable_state(job.scorer)
+            progress.best_metric, progress.best_loss = values["metric"], values["loss"]
+            progress.best_step, progress.stale = progress.step, 0
+        else:
+            progress.stale += 1
+        progress.done = progress.step == self.total or 0 < job.settings.patience <= progress.stale
+
+    def free_memory(self) -> None:
+        """Drop incomplete gradients and cached memory.
+
+        Call it outside the handler of the error, whose traceback holds the tensors of the failed step.
+        """
+        self.optimizer.zero_grad()
+        release(self.job.scorer)
 
 
-def _smaller_rounds(schedule: Schedule, step: int) -> Schedule:
-    """The same steps in rounds of half as many tokens: gradients are sums, so nothing else changes."""
-    if schedule.tokens_per_micro_batch < 2 * FEWEST_TOKENS:
-        raise _too_little_memory(schedule.tokens_per_micro_batch, step)
-    return dataclasses.replace(schedule, tokens_per_micro_batch=schedule.tokens_per_micro_batch // 2)
+@dataclass(slots=True)
+class _Sums:
+    """Sums over micro-batches, then over processes; floats, as they are exchanged in one tensor."""
+
+    count: float = 0.0  # loss terms, by which gradients are divided
+    tokens: float = 0.0
+    computed: float = 0.0
+    out_of_memory: float = 0.0  # processes that ran out of memory
+    unsplittable: float = 0.0  # tokens of single examples that did not fit; smaller micro-batches would not help
 
 
-def _too_little_memory(tokens: int, step: int) -> UserError:
-    return UserError(
-        f"memory for a round of {tokens:,} tokens",
-        f"too little, at step {step + 1}",
-        "pass a smaller --max-length or --model, or split groups of many titles",
-    )
+def _sum_over_processes(sums: _Sums, has_gradient: list[bool]) -> tuple[_Sums, list[bool]]:
+    """Sums of all processes, and for each parameter whether any process has its gradient; in one exchange."""
+    own = dataclasses.astuple(sums)
+    total = distributed.all_reduce_sum([*own, *has_gradient])
+    return _Sums(*total[: len(own)]), [bool(n) for n in total[len(own) :]]
 
 
-def _batch_indices(examples: int, schedule: Schedule, step: int) -> np.ndarray:
-    """Which examples a step sees: every epoch has its own seeded order."""
-    epoch, within = divmod(step, schedule.steps_per_epoch(examples))
-    return _order(schedule.seed, epoch, examples)[within * schedule.batch : (within + 1) * schedule.batch]
-
-
-@functools.lru_cache(maxsize=1)  # an epoch asks for it at every step
-def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(examples)
+def _record(step: StepResult, so_far: Fit) -> dict[str, float]:
+    """A step as ``log.jsonl`` has it; speeds are means since the call."""
+    return {
+        "loss": step.loss,
+        "lr": step.lr,
+        "examples_per_s": so_far.examples / so_far.seconds,
+        "tokens_per_s": so_far.tokens / so_far.seconds,
+    }
 
 
 def _derived_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
-def _better(seen: dict[str, float], progress: Progress) -> bool:
-    return (seen["metric"], -seen["loss"]) > (progress.best_metric, -progress.best_loss)
-
-
-def _diverged(step: int, examples: Sequence[Example], what: str) -> UserError:
-    rows = [row for e in examples for row in (e.rows if isinstance(e, RankGroup) else (e.row,))]
+def _diverged(step: int, examples: Sequence[Example], quantity: str, value: float) -> UserError:
+    rows = [row for e in examples for row in e.rows]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     return UserError(
-        "finite numbers",
-        f"{what} at step {step} (rows {shown})",
-        "look at these rows, or start a new run with a lower --lr; the last checkpoint is kept",
+        f"Training diverged: the {quantity} is {value} at step {step} (rows {shown}).",
+        "Check these rows, or start a new run with a lower --lr. The last checkpoint is kept.",
     )
 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back until the step is over; a second one breaks at once."""
+    """Defer Ctrl-C to the end of the step; a second one interrupts at once."""
     pressed = False
 
     def press(*_) -> None:
@@ -398,82 +374,10 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGINT, press)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    except ValueError:  # only the main thread may handle signals
         yield lambda: False
         return
     try:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class _Log:
-    """A progress bar for people, ``log.jsonl``, TensorBoard and the accelerator's trackers for tools."""
-
-    def __init__(self, folder: Path, total: int, step: int, accelerator: Accelerator, quiet: bool):
-        self.path, self.main, self.accelerator = folder / "log.jsonl", accelerator.is_main_process, accelerator
-        self.bar = tqdm(
-            total=total,
-            initial=step,
-            unit="step",
-            disable=quiet or not self.main,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            desc="train",
-        )
-        if self.main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            _forget_after(self.path, step)
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-        if self.main:
-            self.board.close()
-        for tracker in getattr(self.accelerator, "trackers", ()):
-            tracker.finish()
-
-    def step(self, step: int, loss: float, lr: float, so_far: Fit) -> None:
-        rates = {"examples_per_s": so_far.examples / so_far.seconds, "tokens_per_s": so_far.tokens / so_far.seconds}
-        self.bar.update()
-        self.bar.set_postfix(
-            loss=f"{loss:.3f}", **{"ex/s": f"{rates['examples_per_s']:.1f}", "tok/s": f"{rates['tokens_per_s']:.0f}"}
-        )
-        self._write({"step": step, "loss": loss, "lr": lr, **rates})
-
-    def look(self, step: int, seen: dict[str, float]) -> None:
-        record = {"step": step, **{f"validation_{k}": v for k, v in seen.items()}}
-        if not self.bar.disable:
-            self.bar.write(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in seen.items()))
-        self._write(record)
-
-    def note(self, line: str) -> None:
-        if not self.bar.disable:
-            self.bar.write(f"note: {line}")
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-        values = {name: value for name, value in record.items() if name != "step"}
-        for name, value in values.items():
-            self.board.add_scalar(name, value, record["step"])
-        if getattr(self.accelerator, "trackers", ()):  # of --track; there are none before they are begun
-            self.accelerator.log(values, step=record["step"])
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop log lines of steps that a resumed run takes again."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # a line that a crash cut short
-            continue
-    path.write_text("".join(kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule, both without hidden state."""
+"""The optimizer, its parameter groups, and the learning-rate schedule as a function of the step."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 import torch
 from torch import nn
 
-# The rate at width 576 was found on N24News validation data (benchmarks/n24news.py); that it falls with the root of the
-# width, and to a twentieth where every weight is trained (BERT: 4e-5), is the field's rule of thumb and not measured here.
+# The rate at width 576 is tuned on N24News validation data (benchmarks/n24news.py). Two factors are rules of thumb of the
+# field, not measured here: the square root of the width, and a twentieth for full training (BERT: 4e-5).
 BASE_LR, BASE_WIDTH, FULL_FACTOR = 1e-3, 576, 0.05
 
 
 def default_lr(hidden_size: int, *, full: bool) -> float:
-    """Learning rate for a model of this width: adapters bear more than whole weights do."""
+    """Peak learning rate for a model of width ``hidden_size``; adapters take higher rates than full training."""
     rate = BASE_LR * math.sqrt(BASE_WIDTH / hidden_size) * (FULL_FACTOR if full else 1.0)
     return float(f"{rate:.2g}")
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable; weight decay touches matrices only."""
+    """AdamW over the trainable parameters; weight decay applies to matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch
 
 
 def lr_factor(step: int, total: int, warmup: float) -> float:
-    """Share of the peak rate at a step (0-based): linear up over ``warmup`` of all steps, then a half cosine to 0."""
+    """Fraction of the peak rate at ``step`` (0-based): linear warmup over a share ``warmup`` of ``total``, then cosine to 0."""
     rise = max(1, round(total * warmup))
     if step < rise:
         return (step + 1) / rise

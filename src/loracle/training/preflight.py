@@ -13,9 +13,9 @@ from loracle.tasks.dataset import Data
 from loracle.text import packing
 from loracle.text.tokenize import Encoded
 from loracle.training import distributed
-from loracle.training.fit import schedule_of
-from loracle.training.loop import FEWEST_TOKENS
+from loracle.training.batches import MIN_TOKENS_PER_MICRO_BATCH, total_steps
 from loracle.training.prepare import PreparedModel
+from loracle.training.progress import duration
 from loracle.training.scoring import encode_examples
 
 SAMPLE_BATCHES = 16  # from which the tokens of an epoch are estimated
@@ -90,8 +90,8 @@ def _fit_memory(config: RunConfig, model: PreparedModel, sample: BatchSample, lo
         return wanted
     quantizable = scorer.device.type == "cuda" and not (config.model.quantize or config.lora.full or scorer.encoder)
     less = "--quantize nf4 or a smaller --model takes" if quantizable else "A smaller --model takes"
-    fits = max(FEWEST_TOKENS, need.tokens(free))
-    if need.bytes(smallest := max(FEWEST_TOKENS, sample.largest)) > free:
+    fits = max(MIN_TOKENS_PER_MICRO_BATCH, need.tokens(free))
+    if need.bytes(smallest := max(MIN_TOKENS_PER_MICRO_BATCH, sample.largest)) > free:
         log(
             f"note: memory may be too small even for micro-batches of {smallest:,} tokens, which one text or group needs. "
             f"{less} less, and so does a smaller --max-length."
@@ -103,7 +103,7 @@ def _fit_memory(config: RunConfig, model: PreparedModel, sample: BatchSample, lo
 
 def _estimate_time(config: RunConfig, model: PreparedModel, data: Data, sample: BatchSample, log: Log) -> None:
     scorer, settings = model.scorer, config.train
-    steps = schedule_of(config, 0.0).total_steps(len(data.train))
+    steps = total_steps(settings, len(data.train))
     need = training_need(scorer, config.lora.adapt_top)
     passes = max(1.0, steps * settings.batch / len(data.train))
     cached = need.lower_flops * (1 - 1 / passes) if scorer.lower is not None else 0.0
@@ -119,10 +119,3 @@ def _estimate_time(config: RunConfig, model: PreparedModel, data: Data, sample: 
     processes = distributed.start(scorer.device).num_processes
     seconds = operations / (need.flops_per_token * rate * processes)
     log(f"about {duration(seconds)} for {steps:,} steps, at the present {rate:,.0f} tokens/s")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: "40 seconds", "3 minutes", "5 hours"."""
-    units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-    size, unit = next((n, u) for n, u in units if seconds >= 2 * n or n == 1)
-    return f"{max(1, round(seconds / size))} {unit}"

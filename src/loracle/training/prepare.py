@@ -27,7 +27,7 @@ from loracle.tasks import Task
 from loracle.tasks.dataset import Data
 from loracle.text.template import check_contexts, install_template
 from loracle.text.tokenize import Encoder
-from loracle.training import distributed
+from loracle.training import distributed, tracking
 from loracle.training.losses import Loss, choose_loss
 from loracle.training.optimizer import default_lr
 from loracle.training.probe import lowest_good_depth, probe_depths, subsample
@@ -74,6 +74,7 @@ def prepare_model(config: RunConfig, data: Data, log: Log) -> PreparedModel:
     Raises:
         UserError: a model or settings that do not fit the data or the memory.
     """
+    tracking.check_installed(config.train.track)
     model, device = config.model, pick_device(config.model.device)
     world = distributed.start(device)
     loss, loss_settings = choose_loss(data, config.train)

@@ -52,7 +52,7 @@ def _score_together(scorer: Scorer, encoder: Encoder, examples: Sequence[Example
     world = distributed.start(scorer.device)
     own = distributed.partition(examples, world.num_processes)[world.process_index]
     scores = score_examples(scorer, encoder, [examples[i] for i in own]) if own else []
-    by_place = dict(distributed.gathered(list(zip(own, scores, strict=True))))
+    by_place = dict(distributed.all_gather(list(zip(own, scores, strict=True))))
     return [by_place[i] for i in range(len(examples))]
 
 

@@ -24,7 +24,7 @@ from torch.utils._triton import has_triton
 
 
 def fuse(model: Any) -> None:
-    """Replace a transformers decoder's norms, rotations and gated units with those of this module, where the formula matches."""
+    """Replace a transformers decoder's norms, rotations and gated units with those below, where the formula matches."""
     gated = getattr(model.config, "hidden_act", None) == "silu"
     for module in model.modules():
         # Gemma's norm multiplies by 1 + weight in float32 and names epsilon differently: it stays.
