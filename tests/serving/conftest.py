@@ -1,9 +1,9 @@
-"""Four small runs of one base, and a client that asks all of them."""
+"""Four small runs of one base, and a client for all of them."""
 
 from __future__ import annotations
 
 import pytest
-from asking import RUNS, client_of
+from serving_client import RUNS, client_for
 from small import QUICK, clicked, labelled, pairs, several, write
 
 from loracle import pipeline
@@ -13,19 +13,19 @@ from loracle.serving.server import load
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
-    """Four runs of one base in float32: one label, several labels behind an instruction, a ranker, one that saw clicks."""
+    """Four float32 runs of one base: one label, several labels with an instruction, a ranker, a ranker from clicks."""
     root = tmp_path_factory.mktemp("runs")
 
-    def learn(name, rows, **more):
+    def train(name, rows, **more):
         data = write(root / f"{name}.jsonl", rows)
         config = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "dtype": "float32", "max_length": 48}
         config |= {"out": str(root / name), **more}
         pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
-    learn("moods", labelled())
-    learn("several", several(), template="Instruction: sort what follows by topic.\nTitle: {text}\nTopic:")
-    learn("pairs", pairs())
-    learn("clicks", clicked(), group="site,day", text="headline", clicks="clicks", impressions="impressions")
+    train("moods", labelled())
+    train("several", several(), template="Instruction: sort what follows by topic.\nTitle: {text}\nTopic:")
+    train("pairs", pairs())
+    train("clicks", clicked(), group="site,day", text="headline", clicks="clicks", impressions="impressions")
     return root
 
 
@@ -36,7 +36,7 @@ def predictors(folder):
 
 @pytest.fixture(scope="module")
 def client(predictors):
-    with client_of(predictors) as client:
+    with client_for(predictors) as client:
         yield client
 
 

@@ -1,4 +1,4 @@
-"""What stands before a request's body is bounded in bytes and in time, for whoever asks."""
+"""The head of a request is bounded in bytes and in time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import httpx2
 import pytest
-from asking import running
+from serving_client import serve_on_port
 
 from loracle.serving import protocol
 
@@ -16,11 +16,11 @@ HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
 
 
 async def app(scope, receive, send):
-    """Reads the body and says how long it was."""
+    """Answer with the length of the body."""
     if scope["type"] == "lifespan":
-        for answer in ("startup", "shutdown"):
+        for event in ("startup", "shutdown"):
             await receive()
-            await send({"type": f"lifespan.{answer}.complete"})
+            await send({"type": f"lifespan.{event}.complete"})
         return
     total, more = 0, True
     while more:
@@ -32,12 +32,12 @@ async def app(scope, receive, send):
 
 @pytest.fixture(scope="module")
 def address():
-    with running(app) as address:
+    with serve_on_port(app) as address:
         yield address
 
 
-def talk(address, first, again=b"", times=0):
-    """What the server says to someone who goes on until the connection is cut; how many times the same was sent."""
+def send_until_closed(address, first, again=b"", times=0):
+    """Send ``first``, then ``again`` until the server closes. Returns its answer and how many times ``again`` was sent."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         sent = 0
@@ -64,17 +64,17 @@ def talk(address, first, again=b"", times=0):
     ],
     ids=["headers", "one header", "an address", "a trailer"],
 )
-def test_a_head_without_an_end_is_cut_off(address, first, again):
-    said, sent = talk(address, first, again, times=20_000)  # 160 MB
+def test_endless_head_closes_the_connection(address, first, again):
+    answer, sent = send_until_closed(address, first, again, times=20_000)  # 160 MB
     assert sent < 4_000
-    assert said == b"" or said.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")), said
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")), answer
     assert httpx2.post(address, content=b"abc").text == "      3"
 
 
-def test_large_bodies_and_heads_within_the_bounds_are_read(address):
+def test_large_bodies_and_heads_within_bounds_pass(address):
     headers = {f"X-Filler-{i}": "a" * 4000 for i in range(15)}
     assert httpx2.post(address, content=b"a" * 900_000, headers=headers).text == " 900000"
-    with httpx2.Client() as client:  # one connection: each request is counted alone
+    with httpx2.Client() as client:  # one connection: the count restarts with each request
         for _ in range(8):
             assert client.post(address, content=b"a" * 300_000, headers=headers).text == " 300000"
     chunks = (b"a" for _ in range(50_000))  # six bytes on the wire for one
@@ -82,24 +82,24 @@ def test_large_bodies_and_heads_within_the_bounds_are_read(address):
 
 
 @pytest.mark.parametrize("first", [b"", HEAD + b"X-Slow"], ids=["nothing", "half a header"])
-def test_who_takes_too_long_over_a_head_is_cut_off(monkeypatch, first):
-    monkeypatch.setattr(protocol, "PATIENCE", 0.3)
-    with running(app) as address:
+def test_slow_head_gets_408(monkeypatch, first):
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.3)
+    with serve_on_port(app) as address:
         begun = time.monotonic()
-        said, _ = talk(address, first)
+        answer, _ = send_until_closed(address, first)
         assert 0.2 < time.monotonic() - begun < 10
-        assert said.startswith(b"HTTP/1.1 408")
+        assert answer.startswith(b"HTTP/1.1 408")
         assert httpx2.post(address, content=b"abc").text == "      3"
 
 
-def test_a_long_answer_is_not_cut_off_by_the_clock_of_the_head(monkeypatch):
-    monkeypatch.setattr(protocol, "PATIENCE", 0.2)
+def test_head_timeout_does_not_cut_slow_answers(monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
 
     async def slow(scope, receive, send):
         if scope["type"] == "http":
             await asyncio.sleep(0.6)
         await app(scope, receive, send)
 
-    with running(slow) as address, httpx2.Client() as client:
+    with serve_on_port(slow) as address, httpx2.Client() as client:
         for _ in range(2):
             assert client.post(address, content=b"abc").text == "      3"

@@ -1,4 +1,4 @@
-"""``loracle serve`` as a process: it answers, drains at SIGTERM, and does not open a door without a lock."""
+"""``loracle serve`` as a process: it answers, drains at SIGTERM, and needs a token on a public host."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def run(tiny_model, tmp_path_factory):
     return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
-def test_a_process_bears_broken_requests_and_answers_what_is_at_work_at_sigterm(run):
-    command = [sys.executable, "-m", "loracle", "serve", str(run), "--port", "0", "--round-tokens", "64"]
+def test_process_survives_broken_requests_and_drains_at_sigterm(run):
+    command = [sys.executable, "-m", "loracle", "serve", str(run), "--port", "0", "--tokens-per-micro-batch", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            found = re.fullmatch(r"serving moods at http://127\.0\.0\.1:(\d+)\n", line := process.stdout.readline())
-            assert found, (line, process.stderr.read())
-            _break(int(found[1]))
+            match = re.fullmatch(r"serving moods at http://127\.0\.0\.1:(\d+)\n", line := process.stdout.readline())
+            assert match, (line, process.stderr.read())
+            _send_broken_requests(int(match[1]))
             texts = [f"secret good {i} " * 8 for i in range(256)]
-            results = _stop_while_at_work(process, f"http://127.0.0.1:{found[1]}", texts)
+            results = _stop_during_request(process, f"http://127.0.0.1:{match[1]}", texts)
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()
@@ -52,20 +52,20 @@ def test_a_process_bears_broken_requests_and_answers_what_is_at_work_at_sigterm(
     assert [r["labels"] for r in results] == [[label] for label in Predictor(run).predict(texts)]
 
 
-def test_an_answer_is_not_kept_back_for_a_client_that_is_slow_to_acknowledge():
-    """Headers and body leave one after the other; with Nagle's algorithm the second waits for the client, 40 ms."""
-    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
-        accepted, _ = listening.accept()
+def test_connections_disable_nagle():
+    """With Nagle's algorithm the body waits 40 ms until the client acknowledges the headers."""
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def _break(port):
-    """Bodies without an end, requests that are none, and a client that leaves in the middle."""
+def _send_broken_requests(port):
+    """Send an endless body, malformed requests, and half a request."""
     head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012  # 413, and the line is cut
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012  # 413, and the connection is closed
             for _ in range(1000):
                 raw.sendall(b"10000\r\n" + b"a" * 0x10000 + b"\r\n")
     for broken in (b"\0\xff\r\n\r\n", b"GET / HTTP/9\r\n\r\n", head + b"Content-Length: -1\r\n\r\n"):
@@ -75,12 +75,12 @@ def _break(port):
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(head + b"Content-Length: 100\r\n\r\n{")
     assert httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
-    seen = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
-    assert 'loracle_requests_total{route="/v1/classify",status="413"} 1.0' in seen
+    metrics = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+    assert 'loracle_requests_total{route="/v1/classify",status="413"} 1.0' in metrics
 
 
-def _stop_while_at_work(process, address, texts):
-    """The answer to a request during which SIGTERM came."""
+def _stop_during_request(process, address, texts):
+    """Send SIGTERM during a request and return its results."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx2.post, f"{address}/v1/classify", json={"texts": texts}, timeout=60)
         give_up = time.monotonic() + 30
@@ -94,10 +94,10 @@ def _stop_while_at_work(process, address, texts):
     return results
 
 
-# --- what is refused before anything starts -----------------------------------------------------------------------------
+# --- errors before the server starts -------------------------------------------------------------------------------------
 
 
-def refused(*args):
+def error_of(*args):
     done = CliRunner().invoke(main, ["serve", *map(str, args)])
     assert done.exit_code == 2, (done.output, done.exception)
     (line,) = done.stderr.splitlines()
@@ -105,36 +105,45 @@ def refused(*args):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.0.1", "example.com"])
-def test_a_host_that_others_reach_wants_a_token(run, monkeypatch, host):
+def test_public_host_requires_a_token(run, monkeypatch, host):
     monkeypatch.delenv("LORACLE_TOKEN", raising=False)
-    assert re.search("LORACLE", refused(run, "--host", host))
+    line = error_of(run, "--host", host)
+    assert "LORACLE_TOKEN" in line
+    assert host in line
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_wants_none(host):
+def test_is_loopback(host):
     assert is_loopback(host)
 
 
-def test_a_port_in_use_is_named(run):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert "127.0.0.1" in refused(run, "--port", port)
+def test_port_in_use_is_an_error(run):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        line = error_of(run, "--port", port)
+    assert all(fact in line for fact in ("127.0.0.1", str(port), "Address already in use"))
 
 
-def test_no_run_and_wrong_limits_are_named(run, tmp_path):
-    assert "folder" in refused(tmp_path / "none")
-    assert "room for one request" in refused(run, "--max-texts", 2000)
-    assert "queue above" in refused(run, "--queue", 0) or "queue of 1 or more" in refused(run, "--queue", 0)
+def test_missing_run_and_invalid_limits_are_errors(run, tmp_path):
+    assert "folder" in error_of(tmp_path / "none")
+    line = error_of(run, "--max-texts", 2000)
+    assert all(fact in line for fact in ("--max-texts 2000", "--queue-texts 1024"))
+    line = error_of(run, "--queue", 0)
+    assert "queue" in line
+    assert "1" in line
 
 
-@pytest.mark.parametrize(("said", "left"), [(None, 2), ("3", 3)])
-def test_one_core_is_left_to_http(monkeypatch, said, left):
-    monkeypatch.delenv("OMP_NUM_THREADS") if said is None else monkeypatch.setenv("OMP_NUM_THREADS", said)
-    seen, before = [], torch.get_num_threads()
+@pytest.mark.parametrize(("omp_num_threads", "expected"), [(None, 2), ("3", 3)])
+def test_one_thread_is_left_to_http(monkeypatch, omp_num_threads, expected):
+    if omp_num_threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
+    threads, before = [], torch.get_num_threads()
 
     def stop(*_, **__):
-        seen.append(torch.get_num_threads())
-        raise UserError("a run", "none", "this is a test")
+        threads.append(torch.get_num_threads())
+        raise UserError("Stop here.")
 
     monkeypatch.setattr(server, "load", stop)
     torch.set_num_threads(3)
@@ -143,27 +152,29 @@ def test_one_core_is_left_to_http(monkeypatch, said, left):
             server.serve([], ServeConfig())
     finally:
         torch.set_num_threads(before)
-    assert seen == [left]
+    assert threads == [expected]
 
 
-def test_two_runs_of_one_name_are_refused(run):
-    with pytest.raises(UserError, match="moods twice"):
+def test_two_runs_of_one_name_are_an_error(run):
+    with pytest.raises(UserError, match="moods"):
         load([run, run])
 
 
-def test_what_is_not_installed_is_named(run, monkeypatch):
+def test_missing_package_is_an_error(run, monkeypatch):
     import loracle.serving
 
     monkeypatch.delitem(sys.modules, "loracle.serving.server")
     monkeypatch.delattr(loracle.serving, "server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert refused(run).endswith("'loracle[serve]'")
+    line = error_of(run)
+    assert "uvicorn" in line
+    assert "pip install 'loracle[serve]'" in line
 
 
 # --- the token ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+def test_token_from_file_or_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("LORACLE_TOKEN", raising=False)
     assert read_token(None) is None
     monkeypatch.setenv("LORACLE_TOKEN", "from-the-environment")
@@ -173,13 +184,13 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"two words", "tökén".encode(), b"\xff", b"a\0b"])
-def test_a_token_that_no_header_can_carry_is_refused(tmp_path, monkeypatch, content):
+def test_token_unfit_for_a_header_is_an_error(tmp_path, monkeypatch, content):
     (tmp_path / "token").write_bytes(content)
     with pytest.raises(UserError, match="token"):
         read_token(str(tmp_path / "token"))
 
 
-def test_an_empty_variable_is_no_open_door(monkeypatch):
+def test_empty_token_variable_is_an_error(monkeypatch):
     monkeypatch.setenv("LORACLE_TOKEN", "")
     with pytest.raises(UserError, match="LORACLE_TOKEN"):
         read_token(None)

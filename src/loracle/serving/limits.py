@@ -1,7 +1,7 @@
-"""What every request passes before anything else looks at it: who asks, how much there is to do already, how large it is.
+"""The checks that every request passes first: caller, load and size of the body.
 
-A body is read here, and refused at the byte that makes it too large, whether its length was announced or not; JSON is parsed
-only after that. Whatever goes wrong behind the guard, no text and no stack trace leaves: not to the client, not to the log.
+The middleware reads the body and rejects it at the byte that exceeds the limit, whether or not its length was announced.
+JSON is parsed only afterwards. Whatever fails behind it, neither texts nor stack traces reach the client or the log.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -23,71 +24,77 @@ from loracle.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/", "/healthz", "/readyz")  # for anybody: they say nothing of a run
-RETRY = {"Retry-After": "1"}
+PUBLIC_PATHS = ("/", "/healthz", "/readyz")  # need no token, as they show nothing of a run
+RETRY_HEADERS = {"Retry-After": "1"}
 
 
-def problem(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The one shape of every answer that is none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may contain and how much work the server accepts."""
+
+    max_body: int  # bytes of a body; also characters, with the context counted once for each text
+    max_texts: int
+    max_chars: int  # of a text or a context
+    max_requests: int  # in progress at once
+    deadline: float  # seconds until the answer, reading the request included
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The body of every error."""
     return JSONResponse({"error": {"code": status, "message": message}}, status, headers)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host of that name."""
+    """Return whether only this machine can reach a host of that name."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-class Refused(Exception):
-    """A request that goes no further."""
+class RequestRejected(Exception):
+    """A request that gets an error response here."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
-        self.response = problem(status, message, headers)
+        self.response = error_response(status, message, headers)
 
 
-class Gone(Exception):
-    """The client left before it had said everything."""
+class ClientDisconnected(Exception):
+    """The client left before its body was complete."""
 
 
-class Guard:
-    """ASGI middleware.
+class LimitsMiddleware:
+    """ASGI middleware that enforces ``Limits``, checks the caller and counts requests.
 
     Args:
-        token: what ``Authorization: Bearer …`` must hold. Without one, only requests that address this machine by a loopback
-            name are answered, so that no page in a browser here can talk to the server under a name of its own (DNS
-            rebinding).
-        paths: those that metrics name; all others are one.
-        has_room: whether so many texts would be taken now.
-        max_body: bytes. queue: requests at work at once. deadline: seconds for an answer, reading the request included.
+        token: expected in ``Authorization: Bearer …``. Without a token, only requests to a loopback name are answered.
+            Otherwise a web page in a local browser could reach the server under its own host name (DNS rebinding).
+        paths: paths that get their own metrics; all others count as "other".
+        has_room: whether the queue accepts that many texts now.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
+        limits: Limits,
         token: str | None,
         paths: Collection[str],
-        max_body: int,
-        queue: int,
         has_room: Callable[[int], bool],
-        deadline: float,
         metrics: Metrics,
     ):
-        self.app, self.metrics, self.paths = app, metrics, paths
+        self.app, self.limits, self.paths, self.has_room, self.metrics = app, limits, paths, has_room, metrics
         self.token = None if token is None else token.encode()
-        self.max_body, self.queue, self.has_room, self.deadline = max_body, queue, has_room, deadline
-        self.at_work = 0
+        self.in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, status = time.perf_counter(), 0
+        start, status = time.perf_counter(), 0
 
-        async def note(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -95,70 +102,79 @@ class Guard:
 
         route = scope["path"] if scope["path"] in self.paths else "other"
         try:
-            await self._pass(scope, receive, note)
-        except Gone:
+            await self._handle(scope, receive, send_and_note)
+        except ClientDisconnected:
             pass
-        except Refused as e:
+        except RequestRejected as e:
             if not status:
-                await e.response(scope, receive, note)
+                await e.response(scope, receive, send_and_note)
         except Exception as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
             log.error("%s failed: %s in %s:%s", route, type(e).__name__, at.filename, at.lineno)
             if not status:
-                await problem(500, "a bug in the server; its log says where")(scope, receive, note)
+                response = error_response(500, "This is a bug in the server. Its log names the place.")
+                await response(scope, receive, send_and_note)
         finally:
             labels = route, str(status or "none")
             self.metrics.requests.labels(*labels).inc()
-            self.metrics.latency.labels(*labels).observe(time.perf_counter() - begun)
+            self.metrics.latency.labels(*labels).observe(time.perf_counter() - start)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._check_caller(scope)
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if self.at_work >= self.queue:
-            raise Refused(429, f"{self.queue} requests are at work already; try again", RETRY)
-        if not self.has_room(1):  # as the batcher would say: under overload most of the work is to refuse
-            raise Refused(429, "too much to do; try again", RETRY)
-        self.at_work += 1
+        limits = self.limits
+        if self.in_progress >= limits.max_requests:
+            raise RequestRejected(
+                429, f"The server already works on {limits.max_requests} requests. Try again.", RETRY_HEADERS
+            )
+        if not self.has_room(1):  # before the body is read: under overload most of the work is to reject requests
+            raise RequestRejected(429, "The server is overloaded. Try again.", RETRY_HEADERS)
+        self.in_progress += 1
         try:
-            async with asyncio.timeout(self.deadline):
+            async with asyncio.timeout(limits.deadline):
                 body = await self._read(scope, receive)
                 await self.app(scope, _replayed(body, receive), send)
         except TimeoutError:
-            raise Refused(503, f"no answer within {self.deadline:g} seconds; try again", RETRY) from None
+            message = f"There was no answer within {limits.deadline:g} seconds. Try again."
+            raise RequestRejected(503, message, RETRY_HEADERS) from None
         finally:
-            self.at_work -= 1
+            self.in_progress -= 1
 
     def _check_caller(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         if self.token is None:
             if not _addresses_loopback(headers.get(b"host", b"localhost")):
-                raise Refused(403, "without a token this server is only called by a loopback name, such as localhost")
-        elif scope["path"] not in OPEN:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # Bytes, since compare_digest refuses text that is not ASCII; both sides always compared.
-            if not hmac.compare_digest(given.strip(), self.token) or scheme.lower() != b"bearer":
-                raise Refused(401, "send the token: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+                raise RequestRejected(
+                    403, "Without a token, this server only answers requests to a loopback name such as localhost."
+                )
+        elif scope["path"] not in PUBLIC_PATHS:
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            # Bytes, as compare_digest rejects text that is not ASCII. Both sides are always compared.
+            if not hmac.compare_digest(token.strip(), self.token) or scheme.lower() != b"bearer":
+                message = "The token is missing or wrong. Send the header Authorization: Bearer <token>."
+                raise RequestRejected(401, message, {"WWW-Authenticate": "Bearer"})
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and (len(announced) > 15 or int(announced) > self.max_body):  # int() minds 4,300 digits
+        announced, max_body = dict(scope["headers"]).get(b"content-length", b"0"), self.limits.max_body
+        if announced.isdigit() and (len(announced) > 15 or int(announced) > max_body):  # int() fails from 4,300 digits
             raise self._too_large()
         body = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Gone
+                raise ClientDisconnected
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self.max_body:
+            if len(body) > max_body:
                 raise self._too_large()
         return bytes(body)
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"a request has at most {self.max_body:,} bytes", {"Connection": "close"})
+    def _too_large(self) -> RequestRejected:
+        message = f"The body is too large: at most {self.limits.max_body:,} bytes are accepted."
+        return RequestRejected(413, message, {"Connection": "close"})
 
 
 @functools.lru_cache(256)
@@ -170,7 +186,7 @@ def _addresses_loopback(host: bytes) -> bool:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body once, then whatever the connection says."""
+    """A ``receive`` that returns the body once, then passes on the connection's messages."""
     unread = True
 
     async def replay() -> Message:

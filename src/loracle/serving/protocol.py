@@ -1,7 +1,7 @@
-"""HTTP as uvicorn speaks it with httptools, with bounds on what stands before and around a request's body.
+"""uvicorn's HTTP on httptools, with bounds on the head of a request and on the framing of its body.
 
-httptools keeps a header until it is over, however long it gets, and knows no clock. Here a head that is too long or too slow
-ends the connection, since no token can be looked at before it (vLLM's CVE-2025-48956).
+httptools keeps a header of any length and has no timeout. Here a head that is too long or too slow ends the connection.
+The token cannot be checked before the head is complete (compare vLLM's CVE-2025-48956).
 """
 
 from __future__ import annotations
@@ -11,61 +11,61 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MOST = 64 * 1024  # bytes of a head, as uvicorn has it with h11
-PATIENCE = 20.0  # seconds for it
-FRAMING = 8  # bytes on the wire for each that a body may have: chunks of one byte take six
+MAX_HEAD_BYTES = 64 * 1024  # as in uvicorn with h11
+HEAD_TIMEOUT = 20.0  # seconds
+MAX_FRAMING = 8  # bytes on the wire for each byte of a body: chunks of one byte take six
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. ``max_body``: bytes of a request's body, which others refuse by a word; here its framing is bounded."""
+    """One connection. ``max_body``: bytes of a body. ``LimitsMiddleware`` answers 413; this bounds the framing."""
 
     max_body = 0
-    waiting: asyncio.TimerHandle | None = None  # until a head is over
+    head_timer: asyncio.TimerHandle | None = None
     in_head = True
-    received = 0  # bytes of the request that is read now
+    received = 0  # bytes of the current request
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._heard()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        super().data_received(data)  # which may set both: what came at once, 256 KiB at most, may hold head and body
-        if self.received > MOST + (0 if self.in_head else FRAMING * self.max_body):
+        super().data_received(data)  # may change in_head and received: one call can carry a head and a body (256 KiB)
+        if self.received > MAX_HEAD_BYTES + (0 if self.in_head else MAX_FRAMING * self.max_body):
             self._end("431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
         self.in_head, self.received = True, 0
-        self._wait()
+        self._start_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        self._heard()
+        self._stop_timer()
         super().on_headers_complete()
 
-    def _wait(self) -> None:
-        if self.waiting is None:
-            self.waiting = self.loop.call_later(PATIENCE, self._end, "408 Request Timeout")
+    def _start_timer(self) -> None:
+        if self.head_timer is None:
+            self.head_timer = self.loop.call_later(HEAD_TIMEOUT, self._end, "408 Request Timeout")
 
-    def _heard(self) -> None:
-        if self.waiting is not None:
-            self.waiting.cancel()
-            self.waiting = None
+    def _stop_timer(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
 
     def _end(self, status: str) -> None:
-        self._heard()
+        self._stop_timer()
         if self.transport.is_closing():
             return
-        if self.in_head:  # else an answer may be under way already
+        if self.in_head:  # otherwise the app may have started an answer
             self.transport.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         self.transport.close()
 
 
-def bounded(max_body: int) -> type[BoundedProtocol]:
-    """The protocol for bodies of so many bytes at most: uvicorn makes one of it for each connection."""
-    return type("Bounded", (BoundedProtocol,), {"max_body": max_body})
+def bounded_protocol(max_body: int) -> type[BoundedProtocol]:
+    """The protocol class for bodies of at most ``max_body`` bytes. uvicorn creates one instance for each connection."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"max_body": max_body})

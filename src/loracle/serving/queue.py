@@ -1,11 +1,12 @@
-"""Requests meet in batches: one worker thread owns the models and scores what waits, one round of tokens at a time.
+"""One worker thread owns the models and scores waiting requests in micro-batches.
 
-torch is not re-entrant, so nobody else may touch a model. While a round is computed new texts gather; a round takes those of
-one run, first come first served, and a request that a round could not finish goes to the end of the line, so that a large
-one delays a small one by one round and no more. The queue is bounded in texts, in tokens and, as soon as a round of some size
-has shown how fast the machine is, in the time until a new request's turn: who does not fit is refused at once rather than
-answered late. Time is reckoned in rows that go through the model: a context counts once, however many titles stand behind it.
-Who loses patience cancels the future, and the place is free again.
+torch is not re-entrant, so only the worker touches a model. New texts gather while a micro-batch is computed. A micro-batch
+takes texts of one run, first come, first served. A request with texts left goes to the end of the line, so a large request
+delays a small one by one micro-batch at most.
+
+The queue is bounded in texts, in tokens and in expected waiting time, which is known once the worker has measured its speed. A
+request that exceeds a bound is rejected at once. Time is estimated in rows that go through the model: a context counts once,
+however many titles share it. A client that gives up cancels its future, which frees the slot.
 """
 
 from __future__ import annotations
@@ -23,71 +24,71 @@ import numpy as np
 from loracle.text.packing import micro_batches, rows
 from loracle.text.tokenize import Encoded
 
-SMOOTHED = 0.3  # weight of the newest round in the speed
-QUIET, GATHERED = 0.001, 0.01  # seconds without a new request after which a round begins, and with them
-NOTED = 8  # a round with less than this part of its rows tells only what the machine can do at least
+SPEED_SMOOTHING = 0.3  # weight of the newest micro-batch in the speed
+QUIET_SECONDS = 0.001  # a micro-batch starts after this long without a new request
+MAX_GATHER_SECONDS = 0.01  # and after this long in any case
+LARGE_FRACTION = 1 / 8  # of a full micro-batch: a smaller one only gives a lower bound of the speed
 
 log = logging.getLogger(__name__)
 
 
-class Full(Exception):
-    """There is no room in the queue now."""
+class QueueFull(Exception):
+    """The queue has no room now."""
 
 
-class Failed(Exception):
-    """The worker broke down over the round, or is stopping."""
+class ScoringFailed(Exception):
+    """The micro-batch failed, or the server is stopping."""
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A request. ``taken`` of its texts are with the worker or scored already, and ``rows`` are their scores."""
+    """One request. The worker has started on its first ``started`` texts; ``scores`` holds the rows that are done."""
 
     run: str
     texts: Sequence[Encoded]
     future: Future[np.ndarray]
-    rest: int  # rows that those texts make which are not taken yet
-    taken: int = 0
-    rows: list[np.ndarray] = field(default_factory=list)
+    rows_left: int  # rows of the texts that are not started
+    started: int = 0
+    scores: list[np.ndarray] = field(default_factory=list)
 
 
-class Batcher:
+class RequestQueue:
     """A queue and its worker, which runs between ``start`` and ``stop`` (or in a ``with`` block).
 
     Args:
-        score: run and texts to scores ``[E, C]``, in order; called in the worker thread only.
-        round_tokens: rows of a round (``text.packing.micro_batches``); a text with more goes alone.
-        queue_texts, queue_tokens: what may wait or be at work at once. A request larger than that is taken when nothing
-            else waits.
-        max_wait: seconds that a request may be expected to wait for its turn, or a whole round where that takes longer.
-        patience: seconds for what still waits at ``stop``.
+        score: maps a run and texts to scores ``[E, C]`` in order. Only the worker thread calls it.
+        tokens_per_micro_batch: rows of a micro-batch (``text.packing.micro_batches``). A longer text goes alone.
+        max_texts, max_tokens: bounds on what waits or is being scored. A larger request is accepted when the queue is empty.
+        max_wait: longest expected wait of a request in seconds, or the time of one full micro-batch if that is longer.
+        drain_timeout: seconds that ``stop`` waits for unfinished requests.
     """
 
     def __init__(
         self,
         score: Callable[[str, list[Encoded]], np.ndarray],
         *,
-        round_tokens: int,
-        queue_texts: int,
-        queue_tokens: int,
+        tokens_per_micro_batch: int,
+        max_texts: int,
+        max_tokens: int,
         max_wait: float,
-        patience: float,
+        drain_timeout: float,
     ):
-        self._score, self._round_tokens, self._patience = score, round_tokens, patience
-        self._max_wait = max_wait
-        self._limits = queue_texts, queue_tokens
-        self._jobs: deque[_Job] = deque()  # with texts that no round has taken yet
-        self._open: set[_Job] = set()  # unanswered
+        self._score, self.tokens_per_micro_batch = score, tokens_per_micro_batch
+        self._max_texts, self._max_tokens = max_texts, max_tokens
+        self._max_wait, self._drain_timeout = max_wait, drain_timeout
+        self._jobs: deque[_Job] = deque()  # with texts that are not started
+        self._unanswered: set[_Job] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._work, name="loracle-batcher", daemon=True)
-        self.texts = self.tokens = 0  # waiting or at work
-        self.rounds = self.failures = self._submitted = 0
-        self._speed: float | None = None  # rows/s, of rounds that are large enough to tell
-        self._known: set[str] = set()  # runs that have had their first round, in which things are done once
-        self._at_work = 0  # rows of the round that is computed now
+        self._thread = threading.Thread(target=self._work, name="loracle-scorer", daemon=True)
+        self.texts = self.tokens = 0  # waiting or being scored
+        self.batches = self.failed_batches = self._submitted = 0
+        self._speed: float | None = None  # rows/s
+        self._warm_runs: set[str] = set()  # runs past their first micro-batch, whose one-time work distorts the speed
+        self._rows_in_progress = 0
 
-    def __enter__(self) -> Batcher:
+    def __enter__(self) -> RequestQueue:
         self.start()
         return self
 
@@ -98,165 +99,168 @@ class Batcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take nothing new, finish what waits if patience allows it, and fail the rest."""
+        """Reject new requests, finish the waiting ones within ``drain_timeout``, and fail the rest."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(self._patience)
-        self._fail(list(self._open))
+        self._thread.join(self._drain_timeout)
+        self._fail(list(self._unanswered))
 
     def submit(self, run: str, texts: Sequence[Encoded]) -> Future[np.ndarray]:
-        """A future for the scores of some texts, ``[E, C]``; cancel it to give up the place.
+        """Return a future for the scores of the texts, ``[E, C]``. Cancel it to free the slot.
 
         Raises:
-            Full: the queue has no room for them.
-            Failed: the batcher is stopping.
-            ValueError: there are none.
+            QueueFull: the queue has no room for the texts.
+            ScoringFailed: the queue is stopping.
+            ValueError: there are no texts.
         """
         if not texts:
-            raise ValueError("nothing to score")
+            raise ValueError("There are no texts to score.")
         tokens = sum(e.tokens for e in texts)
-        job = _Job(run, texts, Future(), rest=rows(texts))
+        job = _Job(run, texts, Future(), rows_left=rows(texts))
         with self._changed:
             if self._closed:
-                raise Failed("stopping")
+                raise ScoringFailed("The server is stopping.")
             if self.texts and (
-                self.texts + len(texts) > self._limits[0]
-                or self.tokens + tokens > self._limits[1]
-                or self._would_wait_too_long()
+                self.texts + len(texts) > self._max_texts
+                or self.tokens + tokens > self._max_tokens
+                or self._wait_exceeds_limit()
             ):
-                raise Full
+                raise QueueFull
             self.texts += len(texts)
             self.tokens += tokens
             self._jobs.append(job)
-            self._open.add(job)
+            self._unanswered.add(job)
             self._submitted += 1
             self._changed.notify_all()
-        job.future.add_done_callback(lambda _: self._leave(job, tokens))
+        job.future.add_done_callback(lambda _: self._release(job, tokens))
         return job.future
 
     def has_room(self, texts: int) -> bool:
-        """Whether so many texts would be taken if they were short: asked before they are tokenised."""
-        return not self.texts or (self.texts + texts <= self._limits[0] and not self._would_wait_too_long())
+        """Return whether that many short texts would be accepted. Ask before you tokenize."""
+        return not self.texts or (self.texts + texts <= self._max_texts and not self._wait_exceeds_limit())
 
-    def wait(self) -> float:
-        """Seconds until a request that came now would have its turn: each one before it has at most a round first."""
+    def expected_wait(self) -> float:
+        """Seconds until a new request has its turn: each request before it takes one micro-batch at most."""
         if self._speed is None:
             return 0.0
         with self._changed:
-            return (self._at_work + sum(min(job.rest, self._round_tokens) for job in self._jobs)) / self._speed
+            waiting = sum(min(job.rows_left, self.tokens_per_micro_batch) for job in self._jobs)
+            return (self._rows_in_progress + waiting) / self._speed
 
-    def _would_wait_too_long(self) -> bool:
-        """Past the bound, or a whole round where that takes longer: else a slow model's rounds would stay nearly empty."""
-        return self._speed is not None and self.wait() > max(self._max_wait, self._round_tokens / self._speed)
+    def _wait_exceeds_limit(self) -> bool:
+        """Allow one full micro-batch even where it takes longer than ``max_wait``: a slow model's would stay nearly empty."""
+        limit = self._max_wait
+        return self._speed is not None and self.expected_wait() > max(limit, self.tokens_per_micro_batch / self._speed)
 
     def ready(self, within: float) -> bool:
-        """Whether the worker lives and has not been at one round for longer than that many seconds."""
+        """Return whether the worker is alive and has spent less than ``within`` seconds on its current micro-batch."""
         since = self._busy_since
         return not self._closed and self._thread.is_alive() and (since is None or time.monotonic() - since < within)
 
-    def _leave(self, job: _Job, tokens: int) -> None:
-        """Free the place of a job that is done, failed or cancelled."""
+    def _release(self, job: _Job, tokens: int) -> None:
+        """Free the slot of a job that is done, failed or cancelled."""
         with self._changed:
             self.texts -= len(job.texts)
             self.tokens -= tokens
-            self._open.discard(job)
+            self._unanswered.discard(job)
             if job in self._jobs:
                 self._jobs.remove(job)
 
     def _work(self) -> None:
         while True:
-            round_: list[tuple[_Job, Encoded]] = []
+            batch: list[tuple[_Job, Encoded]] = []
             jobs: list[_Job] | None = None
             try:
-                if not (round_ := self._next_round()):
+                if not (batch := self._next_micro_batch()):
                     return
-                jobs = list(dict.fromkeys(job for job, _ in round_))
+                jobs = list(dict.fromkeys(job for job, _ in batch))
                 self._busy_since = time.monotonic()
-                self.rounds += 1
-                scores = self._score(jobs[0].run, [text for _, text in round_])
-                if len(scores) != len(round_) or not np.isfinite(scores).all():
-                    raise ValueError("not a number for each text")
-                self._note(jobs[0].run, self._at_work, time.monotonic() - self._busy_since)
-                self._hand_out(round_, scores)
-            except BaseException as e:  # whatever it was, those who wait must hear of it, and the next round is tried
-                self.failures += 1
-                # Its message may hold a text.
-                log.error("a round of %d texts failed: %s", len(round_), type(e).__name__)
-                self._fail(list(self._open) if jobs is None else jobs)
+                self.batches += 1
+                scores = self._score(jobs[0].run, [text for _, text in batch])
+                if len(scores) != len(batch) or not np.isfinite(scores).all():
+                    raise ValueError("The model did not return a finite score for each text.")
+                self._update_speed(jobs[0].run, self._rows_in_progress, time.monotonic() - self._busy_since)
+                self._deliver(batch, scores)
+            except BaseException as e:  # clients must get an answer and the worker must go on, whatever the error
+                self.failed_batches += 1
+                # The error's own message may contain a text.
+                log.error("a micro-batch of %d texts failed: %s", len(batch), type(e).__name__)
+                self._fail(list(self._unanswered) if jobs is None else jobs)
             finally:
-                self._busy_since, self._at_work = None, 0
+                self._busy_since, self._rows_in_progress = None, 0
 
-    def _note(self, run: str, made: int, seconds: float) -> None:
-        """Learn from a round of so many rows what the machine can do."""
-        now, before = made / max(seconds, 1e-9), self._speed
-        if run not in self._known:
-            self._known.add(run)
-        elif made < self._round_tokens / NOTED:  # else a speed too low would admit small rounds only, and so stay
-            self._speed = before and max(before, now)
+    def _update_speed(self, run: str, computed_rows: int, seconds: float) -> None:
+        speed, before = computed_rows / max(seconds, 1e-9), self._speed
+        if run not in self._warm_runs:
+            self._warm_runs.add(run)
+        elif computed_rows < LARGE_FRACTION * self.tokens_per_micro_batch:
+            # Without this, too low a speed would admit only small micro-batches and never be corrected.
+            self._speed = before and max(before, speed)
         else:
-            self._speed = now if before is None else SMOOTHED * now + (1 - SMOOTHED) * before
+            self._speed = speed if before is None else SPEED_SMOOTHING * speed + (1 - SPEED_SMOOTHING) * before
 
-    def _next_round(self) -> list[tuple[_Job, Encoded]]:
-        """Texts of one run that go through the model together; none once the batcher is stopped and nothing waits."""
+    def _next_micro_batch(self) -> list[tuple[_Job, Encoded]]:
+        """Wait for texts of one run to score together. Empty once the queue is closed and nothing waits."""
         with self._changed:
             waiting: list[tuple[_Job, Encoded]] = []
-            while not waiting:  # the only one that waits may be given up while others are let in
+            while not waiting:  # the only waiting job may be cancelled during _gather
                 self._changed.wait_for(lambda: self._jobs or self._closed)
                 self._gather()
-                waiting = self._read_ahead()
+                waiting = self._candidates()
                 if not waiting and self._closed:
                     return []
-            round_ = [waiting[i] for i in next(micro_batches([[text] for _, text in waiting], self._round_tokens))]
-            for job, _ in round_:
-                job.taken += 1
+            parts = micro_batches([[text] for _, text in waiting], self.tokens_per_micro_batch)
+            batch = [waiting[i] for i in next(parts)]
+            for job, _ in batch:
+                job.started += 1
             first = self._jobs[0]
-            for job in dict.fromkeys(job for job, _ in round_):
-                if job.taken == len(job.texts):
+            for job in dict.fromkeys(job for job, _ in batch):
+                if job.started == len(job.texts):
                     self._jobs.remove(job)
                 else:
-                    job.rest = rows(job.texts[job.taken :])
+                    job.rows_left = rows(job.texts[job.started :])
             if self._jobs and self._jobs[0] is first:
                 self._jobs.rotate(-1)
-            self._at_work = rows([text for _, text in round_])
-            return round_
+            self._rows_in_progress = rows([text for _, text in batch])
+            return batch
 
     def _gather(self) -> None:
-        """Let those who ask at the same time come in: they share a round; the first one alone would hold up the others."""
-        until, known = time.monotonic() + GATHERED, -1
-        while known != self._submitted and not self._closed and time.monotonic() < until:
-            known = self._submitted
-            self._changed.wait(QUIET)
+        """Wait briefly for simultaneous requests to share a micro-batch. Otherwise the first one alone delays the others."""
+        until, submitted = time.monotonic() + MAX_GATHER_SECONDS, -1
+        while submitted != self._submitted and not self._closed and time.monotonic() < until:
+            submitted = self._submitted
+            self._changed.wait(QUIET_SECONDS)
 
-    def _read_ahead(self) -> list[tuple[_Job, Encoded]]:
-        """The first texts of the first job's run, as many as could fill a round."""
+    def _candidates(self) -> list[tuple[_Job, Encoded]]:
+        """The first texts of the first job's run, enough to fill a micro-batch."""
         waiting: list[tuple[_Job, Encoded]] = []
         tokens = 0
         for job in self._jobs:
             if job.run != self._jobs[0].run:
                 continue
-            for text in job.texts[job.taken :]:
-                if tokens > self._round_tokens:
+            for text in job.texts[job.started :]:
+                if tokens > self.tokens_per_micro_batch:
                     return waiting
                 waiting.append((job, text))
-                tokens += text.tokens - sum(text.starts)  # what may be shared before a text counts in the round itself
+                tokens += text.tokens - sum(text.starts)  # a prefix may be shared, so it is left out of this estimate
         return waiting
 
-    def _hand_out(self, round_: list[tuple[_Job, Encoded]], scores: np.ndarray) -> None:
-        for (job, _), row in zip(round_, scores, strict=True):
-            job.rows.append(row)
-            if len(job.rows) == len(job.texts):
-                _settle(job, np.stack(job.rows))
+    def _deliver(self, batch: list[tuple[_Job, Encoded]], scores: np.ndarray) -> None:
+        for (job, _), row in zip(batch, scores, strict=True):
+            job.scores.append(row)
+            if len(job.scores) == len(job.texts):
+                _resolve(job, np.stack(job.scores))
 
     def _fail(self, jobs: list[_Job]) -> None:
         for job in jobs:
-            _settle(job, Failed("the round failed" if not self._closed else "stopping"))
+            _resolve(job, ScoringFailed("The server is stopping." if self._closed else "Scoring failed."))
 
 
-def _settle(job: _Job, outcome: np.ndarray | Failed) -> None:
-    """Answer a job, unless it was answered or given up already."""
+def _resolve(job: _Job, outcome: np.ndarray | ScoringFailed) -> None:
+    """Set a job's outcome unless it has one or is cancelled."""
     try:
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, ScoringFailed):
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)

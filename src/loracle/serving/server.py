@@ -1,4 +1,4 @@
-"""``loracle serve``: runs are loaded, a socket is opened, and uvicorn answers until it is told to stop."""
+"""``loracle serve``: load the runs, open a socket, and let uvicorn answer until it is stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loracle.models.scorer import Scorer
 from loracle.runs.predictor import Predictor
 from loracle.serving.app import create_app
 from loracle.serving.limits import is_loopback
-from loracle.serving.protocol import bounded
+from loracle.serving.protocol import bounded_protocol
 
 TOKEN = "LORACLE_TOKEN"
 THREADS = "OMP_NUM_THREADS"
@@ -35,44 +35,43 @@ def serve(
     device: str = "auto",
     log: Callable[[str], None] = print,
 ) -> None:
-    """Serve runs, each under the name of its folder, until SIGTERM or Ctrl-C; requests at work are then finished.
+    """Serve runs by the names of their folders until SIGTERM or Ctrl-C, then finish the requests in progress.
 
     Raises:
-        UserError: a host that others can reach without a token, two runs of one name, no such run, a port in use.
+        UserError: a public host without a token, two runs of one name, no such run, or a port in use.
     """
     token = read_token(settings.token_file)
     if token is None and not is_loopback(settings.host):
         raise UserError(
-            f"a token, since others can reach {settings.host or 'every address'}",
-            "none",
-            f"set {TOKEN}, pass --token-file, or leave out --host",
+            f"A token is required, since other machines can reach {settings.host or 'every address'}.",
+            f"Set {TOKEN}, pass --token-file, or leave out --host.",
         )
     if THREADS not in os.environ:
-        # Two threads of a product wait for each other; where one has to share its core with HTTP, both do nothing.
+        # Threads of a matrix product wait for each other, so one that shares its core with HTTP stalls them all.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     predictors = load(runs, base=base, device=device, merge=settings.merge, log=log)
-    listening = _listen(settings.host, settings.port)
+    listener = _listen(settings.host, settings.port)
     app = create_app(predictors, settings, token=token)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=bounded(settings.max_body),
+            http=bounded_protocol(settings.max_body),
             log_level="warning",
             access_log=False,
             server_header=False,
-            loop="asyncio",  # uvloop, where it is installed, takes one new connection at a time: seconds under overload
-            proxy_headers=False,  # nobody asks where a request came from
+            loop="asyncio",  # uvloop accepts one new connection at a time, which takes seconds under overload
+            proxy_headers=False,  # the client's address is not used
             timeout_graceful_shutdown=int(settings.deadline) + 1,
         )
     )
     gc.collect()
-    gc.freeze()  # else a collection now and then goes through all that was loaded: everybody waits for a third of a second
-    # uvicorn drains at SIGTERM and then raises it again for who was there before: that is itself, and nothing is left to do.
+    gc.freeze()  # otherwise each full collection scans the loaded models and stops all requests for a third of a second
+    # At SIGTERM uvicorn drains and then raises the signal again for the handler that was set before. Make that its own.
     signal.signal(signal.SIGTERM, server.handle_exit)
-    host, port = listening.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     log(f"serving {', '.join(predictors)} at http://{f'[{host}]' if ':' in host else host}:{port}")
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
+        server.run(sockets=[listener])
     log("stopped")
 
 
@@ -84,60 +83,58 @@ def load(
     merge: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict[str, Predictor]:
-    """Runs by the names of their folders; weights that they have in common are held once."""
+    """Load runs by the names of their folders. Runs of one base share its weights in memory."""
     names = [run.resolve().name for run in runs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError("runs of different names", f"{twice.pop()} twice", "rename one of the folders")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"Two runs have the name {duplicates.pop()}.", "Rename one of the folders.")
     predictors = {
         name: Predictor(run, base=base, device=device, merged=merge) for name, run in zip(names, runs, strict=True)
     }
     if freed := share_weights(p.scorer for p in predictors.values()):
-        log(f"{freed / 1e6:,.0f} MB of weights that several runs have in common are held once")
+        log(f"runs share {freed / 1e6:,.0f} MB of weights")
     for name, predictor in predictors.items():
         if isinstance(predictor.scorer, Scorer) and predictor.scorer.record():
-            log(f"{name}: forwards of up to {max(ROWS):,} tokens are recorded")
+            log(f"{name}: CUDA graphs for micro-batches of up to {max(ROWS):,} tokens")
     return predictors
 
 
 def read_token(path: str | None) -> str | None:
-    """The token from a file or from ``LORACLE_TOKEN``; None where neither is named.
+    """Read the token from a file or from ``LORACLE_TOKEN``. Returns None where neither is set.
 
     Raises:
-        UserError: no such file, or nothing in it that a header can carry.
+        UserError: the file cannot be read, or the token cannot be sent in a header.
     """
-    where, token = TOKEN, os.environ.get(TOKEN)
+    source, token = TOKEN, os.environ.get(TOKEN)
     if path is not None:
-        where = path
+        source = path
         try:
             token = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError("a file with a token for --token-file", f"{path}: {type(e).__name__}", "check it") from None
+            raise UserError(f"Cannot read the token file {path} ({type(e).__name__}).", "Check --token-file.") from None
     if token is None:
         return None
     token = token.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        found = "other characters" if token else "nothing"
-        raise UserError(
-            f"a token of ASCII letters, digits or signs in {where}", found, "make one: openssl rand -hex 32"
-        )
+        problem = "contains other characters than ASCII letters, digits and signs" if token else "is empty"
+        raise UserError(f"The token in {source} {problem}.", "Create one with: openssl rand -hex 32")
     return token
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
-        UserError: the address is not ours, or the port is in use.
+        UserError: this machine does not have the address, or the port is in use.
     """
     try:
-        listening = socket.create_server(
+        listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
-        # Inherited by every connection. asyncio sets it where a socket says that it is TCP, which these do not; without it
-        # an answer's body waits 40 ms until the client has acknowledged the headers.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
+        # Connections inherit it. asyncio sets it only on sockets that declare TCP, which these do not. Without it the body of
+        # an answer waits 40 ms until the client acknowledges the headers.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as e:
         raise UserError(
-            f"a free port at {host}", f"{port}: {e.strerror or e}", "pass another --port or --host"
+            f"Cannot listen at {host}, port {port}: {e.strerror or e}.", "Pass another --port or --host."
         ) from None
