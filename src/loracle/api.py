@@ -13,7 +13,7 @@ from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.click_logs.counts import Shown, check_counts
 from loracle.data.columns import Columns
-from loracle.errors import UserError
+from loracle.errors import UserError, near
 from loracle.examples import LabeledText, Preference, RankGroup
 from loracle.runs.predictor import Predictor
 from loracle.runs.save import new_folder
@@ -27,7 +27,10 @@ class _Estimator:
     def __init__(self, *, out: str | Path | None = None, verbose: bool = True, **settings: Any):
         known = {f.name for section in RunConfig.SECTIONS for f in dataclasses.fields(getattr(RunConfig(), section))}
         if unknown := sorted(settings.keys() - known - {"baselines"}):
-            raise UserError("settings that config.py knows", ", ".join(unknown), "see `loracle train --help`")
+            raise UserError(
+                f"There is no setting {unknown[0]!r}{near(unknown[0], known)}.",
+                "`loracle train --help-all` lists them.",
+            )
         self.out, self.verbose, self.settings = out, verbose, settings
 
     def _fit(self, examples: Examples) -> None:
@@ -67,7 +70,7 @@ class TextClassifier(_Estimator):
             UserError: lengths differ, or nothing can be learnt from these labels.
         """
         if len(texts) != len(labels):
-            raise UserError("a label for every text", f"{len(texts)} texts and {len(labels)} labels", "pass as many")
+            raise UserError(f"There are {len(texts)} texts but {len(labels)} labels.", "Give one label for each text.")
         several = any(isinstance(label, (list, tuple, set, frozenset)) for label in labels)
         given = [sorted(label, key=str) if several else [label] for label in labels]
         distinct = {label for some in given for label in some}
@@ -127,21 +130,17 @@ def _group(number: int, group: Mapping[str, Any]) -> RankGroup:
     texts = tuple(group["texts"])
     known: dict[str, Any] = {name: tuple(group[name]) for name in ("clicks", "impressions", "grades") if name in group}
     if bad := [name for name, values in known.items() if len(values) != len(texts)]:
-        raise UserError(
-            f"{bad[0]} of all {len(texts)} titles of group {number}", f"{len(known[bad[0]])}", "give one each"
-        )
+        raise UserError(f"Group {number} has {len(texts)} titles but {len(known[bad[0]])} {bad[0]}.", "Give one each.")
     if not all(isinstance(t, str) and t.strip() for t in texts):
-        raise UserError(f"titles that are not blank in group {number}", repr(list(texts)), "leave such titles out")
+        raise UserError(f"Group {number} has a blank title: {list(texts)!r}.", "Leave it out.")
     if len(set(texts)) < max(2, len(texts)):
-        raise UserError(
-            "two or more distinct titles in a group", f"group {number}: {list(texts)}", "merge equal titles"
-        )
+        raise UserError(f"Group {number} needs two or more distinct titles: {list(texts)!r}.", "Merge equal titles.")
     if "clicks" in known and "impressions" in known:
         counts = zip(texts, known["clicks"], known["impressions"], strict=True)
         check_counts([Shown(number, *count) for count in counts], "the groups")
     best = group.get("best")
     if best is not None and best not in range(len(texts)):
-        raise UserError(f"best from 0 to {len(texts) - 1} in group {number}", repr(best), "give the index of a title")
+        raise UserError(f"best of group {number} is {best!r}; it must be the index of a title, 0 to {len(texts) - 1}.")
     pairs = () if best is None else tuple(Preference(winner=best, loser=i) for i in range(len(texts)) if i != best)
     return RankGroup(
         group=str(number),
@@ -160,6 +159,4 @@ def _evidence(group: RankGroup) -> str:
         return "grades"
     if group.preferences:
         return "pairs"
-    raise UserError(
-        f"evidence about the titles of group {group.group}", "none", "give clicks and impressions, grades, or best"
-    )
+    raise UserError(f"Group {group.group} has nothing to learn from.", "Give clicks and impressions, grades, or best.")

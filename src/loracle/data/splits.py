@@ -97,7 +97,10 @@ def text_folds(items: Sequence[LabeledText], folds: int, seed: int) -> tuple[lis
     """
     units = distinct_texts(items)
     if len(units) < folds:
-        raise UserError(f"{folds} folds need at least {folds} distinct texts, there are {len(units)}.", "Add examples.")
+        raise UserError(
+            f"{folds} folds need at least {folds} distinct texts, there are {len(units)}.",
+            "Add examples.",
+        )
     fold_of = fold_numbers(items, folds, seed)
     return [two_parts(items, fold_of == f, ()) for f in range(folds)], units
 
@@ -186,15 +189,15 @@ def split_groups(groups: Sequence[RankGroup], share: float, seed: int) -> Split:
         UserError: fewer than two groups, or nothing to hold out that shares no title with the rest.
     """
     if len(groups) < 2:
-        raise UserError("at least 2 groups to hold one out", str(len(groups)), "add groups, or pass --test FILE")
+        raise UserError(
+            f"Holding out a group needs at least 2 groups, there are {len(groups)}.", "Add groups, or pass --test FILE."
+        )
     if all(group.date is not None for group in groups):
         return split_by_date(groups, share)
     parts = _parts(groups)
     if len(parts) < 2:
         raise UserError(
-            "at least 2 groups to hold one out",
-            f"{len(groups)} of one and the same id",
-            "add groups, or pass --test FILE",
+            f"All {len(groups)} groups have the same id, so none can be held out.", "Add groups, or pass --test FILE."
         )
     room = max(1, round(share * len(groups)))
     held_out = np.zeros(len(groups), dtype=bool)
@@ -218,7 +221,7 @@ def group_folds(groups: Sequence[RankGroup], folds: int, seed: int) -> list[Spli
     parts = _parts(groups)
     if len(parts) < folds:
         raise UserError(
-            f"at least {folds} groups that share no title, for {folds} folds", str(len(parts)), "add groups"
+            f"{folds} folds need at least {folds} groups that share no title, there are {len(parts)}.", "Add groups."
         )
     order = sorted(_shuffled(len(parts), seed).tolist(), key=lambda at: -len(parts[at]))
     sizes, fold_of = [0] * folds, np.zeros(len(groups), dtype=int)
@@ -246,9 +249,9 @@ def split_by_date(groups: Sequence[RankGroup], share: float) -> Split:
     starts = np.unique(times)[1:]
     if not len(starts):
         raise UserError(
-            "groups of at least 2 dates, to hold out the latest", f"{len(groups)} that end with {groups[0].date}",
-            "leave --date out, or pass --test FILE",
-        )  # fmt: skip
+            f"All {len(groups)} groups have the date {groups[0].date}, so there are no latest ones to hold out.",
+            "Leave --date out, or pass --test FILE.",
+        )
     counts = np.array([(times >= start).sum() for start in starts])
     held_out = times >= starts[np.argmin(np.abs(counts - share * len(groups)))]
     return _without_shared(two_parts(groups, held_out, ()), len(groups))
@@ -262,9 +265,9 @@ def _without_shared(split: Split, count: int) -> Split:
     )
     if not kept:
         raise UserError(
-            "groups to hold out that share no title with the others", f"titles shared all over {count} groups",
-            "pass --test FILE with groups of other titles",
-        )  # fmt: skip
+            f"No group can be held out: all {count} share titles with each other.",
+            "Pass --test FILE with groups of other titles.",
+        )
     return replace(split, held_out=kept, notes=split.notes + removed)
 
 

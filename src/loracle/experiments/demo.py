@@ -41,9 +41,7 @@ def run(folder: Path, *, max_steps: int | None = None, log: Callable[[str], None
         UserError: the embedded data or model cannot be had, or ``folder`` holds something else.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
-        raise UserError(
-            "a new folder, or that of an earlier demo", f"{folder} with other files in it", "pick another --out"
-        )
+        raise UserError(f"{folder} holds files that are not of a demo.", "Pick another --out.")
     files = write_demo(folder / "data")
 
     def train(name: str, data: Path, test: Path, settings: dict[str, Any]) -> Path:

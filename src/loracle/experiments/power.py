@@ -173,10 +173,12 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> tuple[PlanConfig,
     from loracle.evaluation.click_model import fit_click_model, posterior_log_odds
 
     if not groups or any(g.clicks is None or g.impressions is None for g in groups):
-        raise UserError("a click log for simulate --data", "no clicks and impressions in it", "give such a file")
+        raise UserError("The data has no clicks and impressions.", "Give a click log to simulate --data.")
     found = fit_click_model(groups)
     if not found.groups:
-        raise UserError("groups in which some but not all impressions were clicked", "none", "give a larger log")
+        raise UserError(
+            "In every group of the log, either no impression was clicked or all were.", "Give a larger log."
+        )
     rng = np.random.Generator(np.random.PCG64(config.seed))
     some = [groups[i] for i in rng.permutation(len(groups))[:DRAWN]]
     draws = -(-DRAWN // len(some))

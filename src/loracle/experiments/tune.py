@@ -46,7 +46,7 @@ def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: boo
     optuna = _optuna()
     if config.train.track:
         raise UserError(
-            "no --track in tune", f"--track {config.train.track}", "track the run that is trained afterwards"
+            f"tune does not support --track {config.train.track}.", "Track the run that is trained afterwards."
         )
     config = pipeline.with_absolute_paths(config)
     data, root = prepare_data(config, log), root_of(config, "tune")
@@ -77,7 +77,7 @@ def run(config: RunConfig, settings: TuneConfig, *, log: Log = print, quiet: boo
     finally:
         shutil.rmtree(root / "trial", ignore_errors=True)
     if not any(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials):
-        raise UserError("a trial that trains to its end", "none", "look at the notes above; try another --lr")
+        raise UserError("No trial trained to its end.", "The notes above say why. Try another --lr.")
     best, metric = study.best_trial, data.task.evaluation.headline
     found = dataclasses.replace(trial_of.settings(best.params), out=None)
     count, sample = len(_ended(study, optuna)), len(data.validation)
@@ -196,6 +196,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError("optuna for loracle tune", "none installed", "run: pip install 'loracle[tune]'") from None
+        raise UserError("loracle tune needs optuna.", "Run: pip install 'loracle[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what stops a trial is raised or said here, in one line
     return optuna
