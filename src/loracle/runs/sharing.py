@@ -93,7 +93,7 @@ def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
         UserError: nothing is there, it is not a run, or files differ from the pushed ones. ``out`` does not exist then.
     """
     place, _, revision = spec.partition("@")
-    if not place.startswith(("hf:", "modelscope:")):
+    if not hubs.is_hub_spec(place):
         raise UserError(
             f"Cannot pull {spec!r}: it is not hf:owner/name or modelscope:owner/name.", "Example: hf:me/topics"
         )
