@@ -69,7 +69,7 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
 def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batch: int) -> float:
     """Useful tokens a second over some steps of the loop itself, the first ones left out."""
     from loracle.config import TrainConfig
-    from loracle.examples import LabeledText, Task
+    from loracle.examples import LabeledText
     from loracle.training.loop import FitJob, fit
     from loracle.training.losses import LOSSES, LossSettings
 
@@ -79,7 +79,6 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
     def encode(some: Any) -> list[list[Any]]:
         return [[encoded[int(e.text)]] for e in some]
 
-    task = Task(name="single_label", label_names=tuple(map(str, range(LABELS))))
     settings = TrainConfig(
         epochs=1, batch=batch, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
     )

@@ -1,6 +1,6 @@
-"""Processes to be killed: forked from one that has imported everything, so that each starts in a tenth of a second.
+"""Processes for tests to kill. They fork from one that has imported everything, so each starts in a tenth of a second.
 
-``LORACLE_KILLS`` is how often the tests of kills do it; ``make soak`` sets 50.
+``LORACLE_KILLS`` is the number of kills per test; ``make soak`` sets 50.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _forked.set_forkserver_preload(["loracle.runs.batch", "loracle.training.checkpoi
 
 
 def start(target, *args):
-    """A process at work on ``target(*args)``."""
+    """Start a process that calls ``target(*args)``."""
     process = _forked.Process(target=target, args=args)
     process.start()
     return process
@@ -50,7 +50,7 @@ def label(run: Path, data: Path, out: Path) -> None:
 
 
 def checkpoint_at(step: int):
-    """A checkpoint whose every number tells its step."""
+    """A checkpoint in which every number equals its step."""
     from loracle.training.checkpoint import Checkpoint
 
     def tensors():

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: no row is lost or doubled, a checkpoint is whole. tests/test_recipe.py kills whole trainings."""
+"""SIGKILL at random moments: no row is lost or doubled, checkpoints are complete. test_pipeline.py kills whole trainings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finish(process):
 
 
 @pytest.mark.parametrize("suffix", [".csv"] if KILLS <= 5 else [".csv", ".parquet"])
-def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, tmp_path, suffix, record_property):
+def test_killed_predict_ends_in_the_same_bytes(labelled_run, tmp_path, suffix, record_property):
     rows = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(ROWS)]
     data, out, unbroken = write(tmp_path / "new.csv", rows), tmp_path / f"out{suffix}", tmp_path / f"unbroken{suffix}"
     finish(kills.start(kills.label, labelled_run, data, unbroken))
@@ -38,7 +38,7 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, t
     windows = [scores / f"{i:07d}.safetensors" for i in range(len(range(0, ROWS, kills.WINDOW)))]
 
     def reached(moment):
-        """So many windows are kept, or, beyond the last one, the output is begun."""
+        """Whether this many windows are saved or, beyond the last, the output has begun."""
         if moment > len(windows):
             return any(scores.glob(".*.writing-*")) or out.exists()
         return not moment or windows[moment - 1].exists()
@@ -48,7 +48,7 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, t
         process = kills.start(kills.label, labelled_run, data, out)
         while process.is_alive() and not reached(moment):
             time.sleep(0.0002)
-        time.sleep(rng.random() * 0.01)  # somewhere in a window, or in the writing of what is kept or of the output
+        time.sleep(rng.random() * 0.01)  # somewhere in scoring or writing
         process.kill()
         process.join()
         assert process.exitcode in (-9, 0)
@@ -57,17 +57,17 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, t
             assert out.read_bytes() == unbroken.read_bytes()
             met["after the output was whole"] += 1
             out.unlink()
-            before = {}  # though what was kept may be half taken away
+            before = {}  # partial results may be half deleted
             continue
-        held = [len(p) for p in PartialResults(scores)]
-        assert held == [min(kills.WINDOW, ROWS - i * kills.WINDOW) for i in range(len(kept))]
+        lengths = [len(p) for p in PartialResults(scores)]
+        assert lengths == [min(kills.WINDOW, ROWS - i * kills.WINDOW) for i in range(len(kept))]
         if any(scores.glob(".*.writing-*")) and len(kept) == len(windows):
             met["while the output was written"] += 1
         else:
             at = "between the first window and the last" if kept else "before the first window was kept"
             met["after the last window" if len(kept) == len(windows) else at] += 1
-        assert not kept or before.items() <= kept.items(), "what was kept was computed anew"
-        if len(kept) == len(windows):  # from here on there would be nothing left to break off
+        assert not kept or before.items() <= kept.items(), "saved windows were computed again"
+        if len(kept) == len(windows):  # nothing would be left to interrupt
             shutil.rmtree(scores)
             kept = {}
         before = kept
@@ -79,7 +79,7 @@ def test_predict_killed_at_random_moments_ends_in_the_same_bytes(labelled_run, t
     record_property("kills", dict(met))
 
 
-def test_a_checkpoint_whose_saving_is_killed_at_a_random_moment_is_whole(tmp_path, record_property):
+def test_checkpoint_is_complete_after_a_kill_while_saving(tmp_path, record_property):
     rng, folder, last, met = np.random.default_rng(KILLS), tmp_path / "checkpoints", 0, Counter()
     for _ in range(KILLS):
         ours, theirs = kills.pipe()
@@ -97,10 +97,10 @@ def test_a_checkpoint_whose_saving_is_killed_at_a_random_moment_is_whole(tmp_pat
             pass
         in_the_act = any(path.name.startswith(".writing") for path in folder.iterdir())
         met["in the middle of a save" if in_the_act else "between two saves"] += 1
-        found = load_checkpoint(folder)
-        step = found.progress["step"]
-        assert step in (last, last + 1), "a checkpoint that was saved is gone"
-        for tensors in (found.weights, found.optimizer, found.best):
+        checkpoint = load_checkpoint(folder)
+        step = checkpoint.progress["step"]
+        assert step in (last, last + 1), "a saved checkpoint is gone"
+        for tensors in (checkpoint.weights, checkpoint.optimizer, checkpoint.best):
             assert torch.equal(tensors["w"], torch.full((128, 256), float(step)))
         last = step
     record_property("kills", dict(met))

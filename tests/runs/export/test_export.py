@@ -130,7 +130,7 @@ def test_head_or_pooling_that_transformers_cannot_hold_raises(trained, tmp_path)
 def test_folder_in_use_raises_and_is_kept(trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match=r"thesis|files in it"):
+    with pytest.raises(UserError, match="mine"):
         export(trained("single"), tmp_path / "mine", "transformers")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
