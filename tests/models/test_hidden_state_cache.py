@@ -278,7 +278,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_training(monkeypatch, caplog):
 
     monkeypatch.setattr(one, "_append", full)
     one.put({b"a" * 16: rows(1, 1)})
-    assert "not kept any more" in caplog.text
+    assert "No space left" in caplog.text
     assert one.get(b"a" * 16) is None
 
 
@@ -320,7 +320,7 @@ def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
     """Beside texts that are not there yet it is read all the same, so that a resumed run goes on bit for bit."""
     scorer = cached(made(tiny_model("qwen2")))
     scorer(scorer.pack(TEXTS))
-    for digest, (first, count) in scorer.lower.cache._known.items():
+    for digest, (first, count) in scorer.lower.cache._places.items():
         scorer.lower.cache.get(digest)  # mapped
         scorer.lower.cache._rows = scorer.lower.cache._rows.copy()
         scorer.lower.cache._rows[first : first + count] = 0

@@ -50,7 +50,7 @@ def close(found, wanted, tolerance=1e-5):
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "gemma3_text"])
 def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, side):
     """Llama's and Mistral's tokenizers name no pad token here."""
-    from loracle.pipeline import save_tokenizer
+    from loracle.training.prepare import save_tokenizer
 
     tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24)
     made = trained(tiny_model(kind), tokenizer, labels)

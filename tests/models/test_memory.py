@@ -79,13 +79,13 @@ def test_a_forward_that_failed_keeps_nothing_alive(tiny_model):
     failing = attention.k_proj.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         made(made.pack(TEXTS))
-    assert attention.q_proj.together.outputs
+    assert attention.q_proj.group.outputs
     memory.release(made)
     gc.collect()
     assert states[0]() is None
     failing.remove()
     made(made.pack(TEXTS)).sum().backward()
-    assert not attention.q_proj.together.outputs
+    assert not attention.q_proj.group.outputs
 
 
 def test_other_errors_are_not_taken_for_it(tiny_model):

@@ -45,7 +45,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
     Raises:
         UserError: the file is missing, empty, damaged or of an unknown format; a folder has no data file.
     """
-    if hubs.is_hub_spec(spec):
+    if hubs.remote_source(spec) is not None:
         source, _, config = spec.partition("#")
         return _open_folder(hubs.download(source, repo_type="dataset", revision=revision), spec, config)
     path = Path(spec)
@@ -60,7 +60,7 @@ def open_splits(spec: str, revision: str | None = None) -> dict[str, Table]:
 
 def fingerprint(spec: str) -> str:
     """SHA-256 of a file, or of the names and contents of all files of a pattern, folder or hub id."""
-    from_hub = hubs.is_hub_spec(spec)
+    from_hub = hubs.remote_source(spec) is not None
     root = hubs.download(spec.partition("#")[0], repo_type="dataset") if from_hub else Path(spec)
     if root.is_file():
         return hubs.checksum(root)
@@ -84,7 +84,7 @@ def _missing(path: Path, spec: str) -> UserError:
         return UserError(f"Cannot open {spec}: there is no folder '{path.parent}'.", "Check the path.")
     hint = "Check the path."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not path.suffix:
-        hint = f"Write hf:{spec} or modelscope:{spec} for a dataset of a hub."
+        hint = f"Write {hubs.remote_forms(spec)} for a dataset of a hub."
     return UserError(f"There is no file {spec}{near(path.name, (p.name for p in path.parent.iterdir()))}.", hint)
 
 

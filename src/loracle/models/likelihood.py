@@ -1,4 +1,4 @@
-"""Log-likelihood of texts, and of label names behind a text, under the base model.
+"""Log-likelihood of texts, and of label names after a text, under the base model.
 
 Shapes: T rows of a batch, S scored segments, E encoded texts, K own tokens of all segments, H hidden size, V vocabulary, C
 labels.
@@ -22,25 +22,25 @@ from loracle.tasks import Task
 from loracle.text.packing import ROOT, PackedBatch
 from loracle.text.tokenize import Encoded, Encoder
 
-ASKED = 256  # texts whose names are encoded at once
-ROWS = 512  # of logits held at once: 100 MB with a vocabulary of 50,000
+TEXTS_AT_ONCE = 256  # whose label names are encoded together
+LOGIT_ROWS = 512  # in memory at once: 100 MB with a vocabulary of 50,000
 
 
 class NoLikelihoodError(ValueError):
-    """The model does not predict the next token, or not in a way that is known here."""
+    """The model does not predict the next token, or this module does not know how."""
 
 
 def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, after: int) -> np.ndarray:
-    """Mean log-likelihood of each text's own tokens given what stands before them, ``float32 [E]``.
+    """Mean log-likelihood of each text's own tokens given the tokens before them, ``float32 [E]``.
 
-    The template around the text is given, not scored. A first token that nothing precedes has no likelihood; a text
-    without any other gets 0.
+    The template around the text conditions the likelihood and is not scored. A first token with nothing before it has no
+    likelihood. A text without any other token gets 0.
 
-    A scorer whose upper layers were dropped has the whole base model loaded beside it for as long as this takes.
+    For a scorer without the upper layers the whole base model is loaded meanwhile.
 
     Args:
         scorer: an untuned decoder. folder: of the base model, for the output embedding that a classifier does without.
-        after: tokens behind a text.
+        after: tokens of the template after a text.
 
     Raises:
         NoLikelihoodError: the model does not predict the next token, or is not computed packed.
@@ -50,45 +50,47 @@ def log_likelihood(scorer: Scorer, texts: Sequence[Encoded], folder: Path, *, af
 
 
 def names_template(names: Sequence[str]) -> str:
-    """A plain question for one of these labels, behind which a name stands as the text and the text as its context."""
+    """A template that lists the labels. Its text is a label name, and its context is the text to classify."""
     listed = ", ".join(name.replace("{", "(").replace("}", ")") for name in names)
     return f"Labels: {listed}.\nText: {{context}}\nLabel: {{text}}"
 
 
 def name_pairs(encoder: Encoder, texts: Sequence[str], names: Sequence[str]) -> list[Encoded]:
-    """Every name behind every text, a text's names together; ``encoder`` has ``names_template`` baked in."""
+    """Every name after every text, a text's names together. ``encoder`` has the ``names_template`` installed."""
     return encoder([*names] * len(texts), [text for text in texts for _ in names])
 
 
 def name_scores(
     scorer: Scorer, texts: Sequence[str], names: Sequence[str], folder: Path, encoder: Encoder
 ) -> np.ndarray:
-    """How much likelier a text makes each label's name, ``float32 [E, C]``: log p(name | text) − log p(name | no text).
+    """How much a text raises the likelihood of each label name, ``float32 [E, C]``: log p(name | text) − log p(name | no text).
 
-    Without the second term a name that is short and common would be named everywhere (Holtzman et al. 2021,
-    arXiv:2104.08315).
+    Without the second term a short and common name would win everywhere (Holtzman et al. 2021, arXiv:2104.08315).
+
+    Args:
+        scorer, folder: as in ``log_likelihood``.
 
     Raises:
-        NoLikelihoodError: as ``log_likelihood``, whose arguments ``scorer`` and ``folder`` are.
+        NoLikelihoodError: as ``log_likelihood``.
     """
     scorer, embedding = _whole(scorer, folder)
 
-    def summed(some: Sequence[str]) -> np.ndarray:
-        pairs = name_pairs(encoder, some, names)
-        own = np.array([e.tokens - e.starts[0] - encoder.after for e in pairs])
-        return (_likelihoods(scorer, embedding, pairs, encoder.after) * own).reshape(len(some), len(names))
+    def summed(window: Sequence[str]) -> np.ndarray:
+        pairs = name_pairs(encoder, window, names)
+        counts = np.array([e.tokens - e.starts[0] - encoder.after for e in pairs])
+        return (_likelihoods(scorer, embedding, pairs, encoder.after) * counts).reshape(len(window), len(names))
 
-    windows = (texts[i : i + ASKED] for i in range(0, len(texts), ASKED))
+    windows = (texts[i : i + TEXTS_AT_ONCE] for i in range(0, len(texts), TEXTS_AT_ONCE))
     return np.concatenate([summed(window) for window in windows]) - summed([""])
 
 
 def _whole(scorer: Scorer, folder: Path) -> tuple[Scorer, Tensor]:
-    """The scorer with all layers that the base model has, and the output embedding."""
+    """The scorer with all layers of the base model, and the output embedding."""
     if scorer.encoder or not scorer.packed:
         raise NoLikelihoodError(f"{scorer.inner.config.model_type} has no likelihood of a next token")
     if scorer.inner.config.num_hidden_layers < load_config(folder).num_hidden_layers:
         if scorer.sharded:
-            raise NoLikelihoodError("the whole base may not fit where a part of each of its layers does")
+            raise NoLikelihoodError("the base is sharded, so the whole of it may not fit")
         dtype = next(scorer.inner.base_model.parameters()).dtype
         pad = scorer.inner.config.pad_token_id
         spec = ScorerSpec(base=folder, task=Task(name="ranking"), pad_token_id=pad, dtype=dtype, device=scorer.device)
@@ -104,7 +106,7 @@ def _likelihoods(scorer: Scorer, embedding: Tensor, texts: Sequence[Encoded], af
 
 
 def output_embedding(scorer: Scorer, folder: Path) -> Tensor:
-    """``[V, H]``: the input embedding where the two are tied, else the tensor that the folder calls ``lm_head.weight``."""
+    """The output embedding ``[V, H]``: the input embedding where the two are tied, else ``lm_head.weight`` of the folder."""
     if scorer.inner.config.tie_word_embeddings:
         return scorer.inner.get_input_embeddings().weight
     for path in sorted(folder.glob("*.safetensors")):
@@ -116,7 +118,10 @@ def output_embedding(scorer: Scorer, folder: Path) -> Tensor:
 
 
 def _segment_likelihood(states: Tensor, batch: PackedBatch, embedding: Tensor, after: int) -> Tensor:
-    """``float32 [S]``. A token's likelihood is read one row before it; before a segment's first row ends its parent."""
+    """Mean log-likelihood of each segment, ``float32 [S]``.
+
+    A token's likelihood is read one row before it. For the first row of a segment that is its parent's last row.
+    """
     tokens, before, owner = [], [], []
     for s, segment in enumerate(batch.scored):
         start, parent = batch.start[segment], batch.parent[segment]
@@ -132,8 +137,11 @@ def _segment_likelihood(states: Tensor, batch: PackedBatch, embedding: Tensor, a
         owner.append(np.full(len(rows), s))
     target, at, belongs = (torch.from_numpy(np.concatenate(x)).to(states.device) for x in (tokens, before, owner))
     parts = [
-        (states[at[i : i + ROWS]] @ embedding.T).float().log_softmax(1).gather(1, target[i : i + ROWS, None])[:, 0]
-        for i in range(0, len(at), ROWS)
+        (states[at[i : i + LOGIT_ROWS]] @ embedding.T)
+        .float()
+        .log_softmax(1)
+        .gather(1, target[i : i + LOGIT_ROWS, None])[:, 0]
+        for i in range(0, len(at), LOGIT_ROWS)
     ]
     total = torch.zeros(len(batch.scored), device=states.device)
     total = total.index_add(0, belongs, torch.cat(parts)) if parts else total

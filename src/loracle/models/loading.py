@@ -44,9 +44,10 @@ class BaseModel:
     note: str | None = None
 
     @property
-    def hub_id(self) -> str | None:
-        """Name on Hugging Face, which plain PEFT can resolve; None for any other source."""
-        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else None
+    def peft_name(self) -> str:
+        """The name of the base in PEFT's files: an id that plain PEFT can fetch, else the folder."""
+        source = hubs.remote_source(self.source)
+        return source.id if source and hubs.HUBS[source.hub].known_to_peft else str(self.folder)
 
     def checksum(self) -> str:
         """SHA-256 over config.json and the weights (of a GGUF file: over that file, whoever unpacked it)."""
@@ -66,10 +67,10 @@ def resolve_base(spec: str, revision: str | None = None) -> BaseModel:
         revision: branch, tag or commit of a hub's model.
 
     Raises:
-        UserError: it cannot be had, or it is no model that can be opened safely.
+        UserError: it cannot be fetched, or is no model that can be opened safely.
     """
-    if spec == "demo" and revision is None:
-        folder = demo_model_folder()  # converted once, so that its file is not even looked at later
+    if spec == hubs.DEMO and revision is None:
+        folder = demo_model_folder()  # does not need the GGUF file once it is converted
         return BaseModel(folder, spec, note=read_conversion(folder).get("note"))
     path, source = hubs.fetch(spec, repo_type="model", revision=revision), str(hubs.parse(spec))
     folder = gguf_model_folder(path) if path.is_file() else path

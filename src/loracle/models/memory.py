@@ -1,4 +1,4 @@
-"""What a training will take, in memory and in time, before it begins; and what running out of memory looks like."""
+"""Memory and time that a training needs, estimated before it starts; and how to recognise that memory ran out."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from loracle.models.architectures import architecture_of, is_packable_decoder
+from loracle.models.loading import load_config
 from loracle.models.lora import forget
 from loracle.models.quantization import BITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """Bytes beside the weights that are there already, and floating-point operations."""
+    """Bytes beside the loaded weights, and floating-point operations."""
 
-    fixed: int  # gradients and AdamW's two moments of what is trained
-    per_token: int  # activations that wait for their backward, a token of a round
+    fixed: int  # gradients of the trained weights and AdamW's two moments
+    per_token: int  # activations kept for the backward, a token of a micro-batch
     flops_per_token: float  # forward and backward of a token
-    forward_flops: float  # forward alone
-    lower_flops: float  # of that, below the lowest adapter
+    forward_flops: float  # forward of a token
+    lower_flops: float  # the part of forward_flops below the lowest adapter
 
     def bytes(self, tokens: int) -> int:
-        """For rounds of that many tokens."""
+        """Bytes for micro-batches of that many tokens."""
         return self.fixed + self.per_token * tokens
 
     def tokens(self, free: int) -> int:
-        """The largest round that fits."""
+        """Tokens of the largest micro-batch that fits."""
         return max(0, (free - self.fixed) // self.per_token)
 
 
 def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
-    """What training ``scorer`` takes, from the shapes of its matrices, so that it holds for any architecture.
+    """The need of training ``scorer``, from the shapes of its matrices, so for any architecture.
 
-    Products: 2 operations a weight forward, 2 for the gradient of what came in, 2 more where the weight itself is trained.
-    Kept for the backward: what goes in and out of each product and, of that, a fifth more for norms and attention. Layers
-    below the adapters are not gone back through.
+    Operations a weight: 2 forward, 2 for the gradient of the input, and 2 more where the weight is trained. The backward keeps
+    the inputs and outputs of each product, plus a fifth for norms and attention. It stops below the lowest adapter.
     """
     trained = [p for p in scorer.parameters() if p.requires_grad]
     ids = {id(p) for p in trained}
@@ -59,67 +60,69 @@ def training_need(scorer: Any, adapt_top: int | None = None) -> Need:
 
 
 def _matrices(scorer: Any) -> dict[str, torch.Tensor]:
-    """What a token is multiplied by: all of the backbone but the embeddings."""
+    """The matrices of the backbone, without the embeddings, which are only looked up."""
     base = scorer.inner.base_model
-    looked_up = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)}
-    return {name: p for name, p in base.named_parameters() if p.dim() == 2 and id(p) not in looked_up}
+    embeddings = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Embedding)}
+    return {name: p for name, p in base.named_parameters() if p.dim() == 2 and id(p) not in embeddings}
 
 
 def _shape(matrix: torch.Tensor) -> tuple[int, int]:
-    """Of a 4-bit weight the shape that it stands for."""
+    """The shape of a matrix; of a 4-bit weight the shape before quantisation."""
     rows, columns = getattr(matrix, "quant_state", matrix).shape
     return rows, columns
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype, *, four_bit: bool = False) -> int:
-    """What the weights of a model folder take in memory as ``dtype``, or with those of the layers in 4 bits."""
-    total = 0.0
+    """Bytes of a model folder's weights in memory as ``dtype``; ``four_bit``: with those of the layers in 4 bits."""
+    total, config = 0.0, load_config(folder)
+    quantised = f".{architecture_of(config).layers}." if four_bit and is_packable_decoder(config) else None
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
                 shape = weights.get_slice(name).get_shape()
-                small = four_bit and len(shape) == 2 and ".layers." in f".{name}"
+                small = quantised is not None and len(shape) == 2 and quantised in f".{name}"
                 total += math.prod(shape) * (BITS / 8 if small else dtype.itemsize)
     return int(total)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device."""
+    """Free bytes on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil  # accelerate needs it too
+    import psutil
 
     return min(psutil.virtual_memory().available, left_in_container())
 
 
 def left_in_container(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes until a limit on this process's control group, which the kernel kills for; what it can take back from files counts
-    as free. Without a limit a number larger than any memory.
+    """Bytes until the memory limit of this process's control group, at which the kernel kills it. File caches count as free.
+
+    Without a limit it is larger than any memory.
     """
-    least = 1 << 62
+    smallest = 1 << 62
     with contextlib.suppress(OSError):
         for line in own.read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
+            _, controllers, path = line.split(":", 2)
             folder, names = (root, ("memory.max", "memory.current", "inactive_file"))  # version 2
-            if kinds:
-                if "memory" not in kinds.split(","):
+            if controllers:
+                if "memory" not in controllers.split(","):
                     continue
                 folder = root / "memory"
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            for place in {folder, folder / path.lstrip("/")}:  # the first one is its own where it has a namespace
+            for place in {folder, folder / path.lstrip("/")}:  # in a namespace of its own, the first is the right one
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    most, used = (int((place / name).read_text()) for name in names[:2])
+                    limit, used = (int((place / name).read_text()) for name in names[:2])
                     stat = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
-                    least = min(least, max(0, most - used + int(stat[names[2]])))
-    return least
+                    smallest = min(smallest, max(0, limit - used + int(stat[names[2]])))
+    return smallest
 
 
 def training_rate(scorer: Any, batch: Any) -> float:
-    """Tokens a second that go through the model and back; no gradient is left."""
-    lower, scorer.lower = scorer.lower, None  # states that are kept or read would be another matter
+    """Tokens a second, forward and backward. No gradient is left behind."""
+    lower, scorer.lower = scorer.lower, None  # cached states would change the time
     try:
-        for _ in range(2):  # the first time makes kernels
+        for _ in range(2):  # the first pass compiles kernels
             started = time.perf_counter()
             scorer(batch).sum().backward()
             if scorer.device.type == "cuda":
@@ -131,7 +134,7 @@ def training_rate(scorer: Any, batch: Any) -> float:
 
 
 def matrix_rate(scorer: Any, seconds: float = 0.1, rows: int = 1024) -> float:
-    """Floating-point operations a second of the machine's own product with the largest of the model's matrices."""
+    """Floating-point operations a second of one product with the model's largest matrix."""
     shape = max(map(_shape, _matrices(scorer).values()), key=math.prod)
     like = next(scorer.inner.base_model.parameters())
     device = like.device
@@ -151,12 +154,12 @@ def matrix_rate(scorer: Any, seconds: float = 0.1, rows: int = 1024) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: CUDA's own, or the CPU allocator's RuntimeError."""
+    """Whether an error means that memory ran out: CUDA's error, or the CPU allocator's RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def release(scorer: Any) -> None:
-    """Let go of what a round that failed has left, so that a smaller one finds room."""
+    """Free what a failed micro-batch has left, so that a smaller one fits."""
     forget(scorer)
     if scorer.device.type == "cuda":
         torch.cuda.empty_cache()

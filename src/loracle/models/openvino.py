@@ -1,11 +1,11 @@
-"""Scoring on a CPU in 8-bit integers, by OpenVINO: a run's model, adapters merged, converted once and opened without its base.
+"""Scoring on a CPU in 8-bit integers, by OpenVINO: a run's model with merged adapters, converted once, opened without its base.
 
-Weights are rounded once, every output to its own scale; inputs as they come, in groups of ``GROUP`` numbers of one token, so
-that no text's score depends on what is scored beside it. OpenVINO's attention takes rectangles: texts are padded here, sorted
-by length, and an instruction before them is computed for each. Of the ways that were measured (dev/LOG.md, 2026-11-25) it
-is the fastest one that leaves labels as they are.
+Weights are rounded once, with a scale for each output. Inputs are rounded as they come, in groups of ``GROUP`` numbers of one
+token, so that a text's score does not depend on its neighbours. OpenVINO's attention takes rectangles. So texts are padded,
+sorted by length, and an instruction before them is computed for each. Of the measured ways (dev/LOG.md, 2026-11-25) it is the
+fastest one that keeps the labels.
 
-Legend of shapes: N rows of a rectangle, L tokens of its longest, H hidden size, C labels.
+Shapes: N rows of a rectangle, L tokens of its longest, H hidden size, C labels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def convert(model: Any, folder: Path, *, pooling: str) -> None:
     example = {name: torch.ones(2, 7, dtype=torch.long) for name in padded.inputs}
     example |= {name: torch.tensor([at, at + 1]) for name, at in (("pool_from", 0), ("read_at", 5)) if name in example}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's tracer explains itself at length
+        warnings.simplefilter("ignore")  # torch's tracer prints many
         converted = openvino.convert_model(padded, example_input=example)
     for port, name in zip(converted.inputs, padded.inputs, strict=True):
         port.get_tensor().set_names({name})
@@ -54,7 +54,7 @@ def convert(model: Any, folder: Path, *, pooling: str) -> None:
 
 
 def _round_weights(converted: Any, ops: Any, *, labels: int) -> None:
-    """Put ``int8 [out, in] · scale [out]`` in the place of each matrix of the backbone; OpenVINO takes it as it is."""
+    """Replace each matrix of the backbone by ``int8 [out, in] · scale [out]``, which OpenVINO computes as it is."""
     for node in converted.get_ordered_ops():
         matrix = node.input_value(1).get_node() if node.get_type_name() == "MatMul" else None
         if (
@@ -71,7 +71,7 @@ def _round_weights(converted: Any, ops: Any, *, labels: int) -> None:
 
 
 class Int8Scorer(nn.Module):
-    """What ``Scorer`` is to a run folder, to one that holds a converted model: packed batches in, float32 scores out."""
+    """Like ``Scorer``, for a folder with a converted model: packed batches in, float32 scores out."""
 
     packed = sharded = False
     share_from = None
@@ -89,23 +89,23 @@ class Int8Scorer(nn.Module):
         self.device = torch.device("cpu")
 
     def pack(self, texts: list[Encoded]) -> PackedBatch:
-        """Equal texts once; nothing else is shared."""
+        """Pack texts. Equal texts are computed once; nothing else is shared."""
         return pack(texts, share_from=self.share_from)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Scores of the batch's texts, ``float32 [E, C]``."""
-        given = rectangle(batch, self.pad_token_id)
+        inputs = rectangle(batch, self.pad_token_id)
         begin = batch.start[batch.scored]
-        given["pool_from"] = torch.from_numpy(batch.pool_from - begin)
-        given["read_at"] = torch.from_numpy(batch.read_at - begin)
-        scores = self.compiled({name: given[name].numpy() for name in self.inputs})[0]
+        inputs["pool_from"] = torch.from_numpy(batch.pool_from - begin)
+        inputs["read_at"] = torch.from_numpy(batch.read_at - begin)
+        scores = self.compiled({name: inputs[name].numpy() for name in self.inputs})[0]
         return by_text(torch.from_numpy(scores.copy()), batch)
 
 
 class _Padded(nn.Module):
-    """The model as OpenVINO is to see it: a rectangle in, scores out, pooled as the run does it.
+    """The model for OpenVINO's tracer: a rectangle in, scores out, pooled as in the run.
 
-    A decoder's texts see nothing to their right, so padding there needs no mask.
+    A decoder's tokens attend to nothing on their right, so padding there needs no mask.
     """
 
     def __init__(self, model: Any, pooling: str):
@@ -117,7 +117,7 @@ class _Padded(nn.Module):
         else:
             self.inputs = ["input_ids", *(["pool_from"] if self.mean else []), "read_at"]
 
-    def forward(  # every input by its name: OpenVINO's tracer passes over what a ** would take
+    def forward(  # every input by name, because OpenVINO's tracer ignores **
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -128,17 +128,19 @@ class _Padded(nn.Module):
         if read_at is None:
             types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
-        seen = torch.ones_like(input_ids)
-        states = self.model.base_model(input_ids=input_ids, attention_mask=seen, use_cache=False).last_hidden_state
+        mask = torch.ones_like(input_ids)
+        states = self.model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         at, last = torch.arange(input_ids.shape[1])[None], read_at[:, None]
-        own = at == last if pool_from is None else (at >= pool_from[:, None]) & (at <= last)
-        return self.model.score((states * own[..., None]).sum(1) / own.sum(1, keepdim=True))
+        pooled = at == last if pool_from is None else (at >= pool_from[:, None]) & (at <= last)
+        return self.model.score((states * pooled[..., None]).sum(1) / pooled.sum(1, keepdim=True))
 
 
 @functools.cache
 def _core() -> Any:
-    """One for the process, for good: each brings a stack for signals, and one that goes before a later one leaves a signal
-    without any, which ends in a segmentation fault (OpenVINO 2026.4).
+    """OpenVINO's core, one for the process and never freed.
+
+    Each core installs a stack for signals. Freeing one before a later one leaves a signal without a stack, which ends in a
+    segmentation fault (OpenVINO 2026.4).
     """
     return _package().Core()
 
@@ -148,5 +150,7 @@ def _package() -> Any:
         import openvino
         import openvino.opset13
     except ImportError as e:
-        raise UserError("the package openvino for int8", "none installed", "run pip install 'loracle[int8]'") from e
+        raise UserError(
+            "int8 needs the package openvino, which is not installed.", "Run pip install 'loracle[int8]'."
+        ) from e
     return openvino

@@ -51,7 +51,7 @@ class Scorer(nn.Module):
         self.model: Any = model
         self.pooling = pooling
         inner = self.inner
-        architecture = architecture_of(inner.config)
+        self.architecture = architecture = architecture_of(inner.config)
         self.encoder = not architecture.decoder
         self.packed = architecture.packable
         if self.packed:
@@ -67,8 +67,8 @@ class Scorer(nn.Module):
             None  # the rows that are read, while a forward computes only those in its last layer
         )
         if architecture.decoder and architecture.packable:
-            last = layers_of(inner.base_model)[-1]
-            for module in (last.self_attn.o_proj, last.mlp):
+            for name in architecture.row_wise:
+                module = layers_of(inner.base_model)[-1].get_submodule(name)
                 module.register_forward_pre_hook(self._take_rows)
                 module.register_forward_hook(self._put_rows)
         self.first_position = architecture.first_position(inner.config)
@@ -134,10 +134,10 @@ class Scorer(nn.Module):
     def layer_features(self, batch: PackedBatch, layers: Sequence[int] | None = None) -> Tensor:
         """The same after each layer of a decoder, or after ``layers``, as if it were the last one, ``float32 [E, L, H]``."""
         decoder, means = self.inner.base_model, []
-        all_layers = layers_of(decoder)
+        all_layers, norm = layers_of(decoder), getattr(decoder, self.architecture.norm)
 
         def keep(module: nn.Module, inputs: Any, states: Tensor) -> None:
-            means.append(by_text(_mean(decoder.norm(states)[0], batch), batch))
+            means.append(by_text(_mean(norm(states)[0], batch), batch))
 
         hooks = [
             all_layers[i].register_forward_hook(keep) for i in (range(len(all_layers)) if layers is None else layers)
@@ -221,12 +221,14 @@ class Scorer(nn.Module):
     def _head(self, pooled: Tensor) -> Tensor:
         """The model's own head on pooled states ``[S, H]``, ``[S, C]``."""
         inner = self.inner
+        head = getattr(inner, self.architecture.head)
+        pooled = pooled.to(_dtype(head))
         if not self.encoder:
-            return inner.score(pooled.to(_dtype(inner.score)))
-        first = pooled[:, None].to(_dtype(inner.classifier))
+            return head(pooled)
+        first = pooled[:, None]
         if (pooler := getattr(inner.base_model, "pooler", None)) is not None:
             first = inner.dropout(pooler(first))
-        return inner.classifier(first)
+        return head(first)
 
     def _padded(self, batch: PackedBatch) -> Tensor:
         """The model's own forward on a padded rectangle, for architectures that are not packable."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from loracle import hubs
 from loracle.config import RunConfig
 from loracle.formatting import markdown_table
 from loracle.reporting.terminal import ceiling_line, result_rows
@@ -71,11 +72,11 @@ def _front_matter(info: RunInfo) -> list[str]:
     """What the hubs read: Hugging Face knows the base by its id there, ModelScope by the same key."""
     from huggingface_hub import ModelCardData
 
-    place, _, base = info.base["source"].partition(":")
+    base = hubs.remote_source(info.base["source"])
     data = ModelCardData(
         library_name="transformers" if info.config.lora.full else "peft",
         pipeline_tag=info.task.output.pipeline_tag,
-        base_model=base if place in ("hf", "modelscope") else None,
+        base_model=base.id if base is not None else None,
         tags=["loracle"],
     )
     return data.to_yaml().splitlines()
@@ -131,10 +132,10 @@ def _cell(text: str) -> str:
 
 
 def _peft_lines(place: str | None) -> list[str]:
-    where, _, repo = (place or "").partition(":")
-    client = "huggingface_hub" if where == "hf" else "modelscope"
-    folder = ["folder = '.'  # this one"] if place is None else [
-        f"from {client} import snapshot_download", "", f"folder = snapshot_download({repo!r})"]  # fmt: skip
+    source = hubs.parse(place) if place is not None else None
+    folder = ["folder = '.'  # this one"] if source is None else [
+        f"from {hubs.HUBS[source.hub].client} import snapshot_download",
+        "", f"folder = snapshot_download({source.id!r})"]  # fmt: skip
     return [
         "import pathlib, tomllib",
         "from peft import AutoPeftModelForSequenceClassification",

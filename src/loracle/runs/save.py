@@ -106,7 +106,7 @@ def _save(run: Run, model: PreparedModel, results: Results, data: Data, log: Log
         model.scorer.inner.save_pretrained(folder)
     else:
         source = model.base.source
-        save_adapter(model.scorer.model, folder, base=source.hub_id or str(source.folder), revision=source.revision)
+        save_adapter(model.scorer.model, folder, base=source.peft_name, revision=source.revision)
     run_folder.write_text(folder / run_folder.METRICS, json.dumps(results.metrics, indent=1))
     write_predictions(folder, results, data, texts=config.train.texts)
     run_folder.write_text(folder / run_folder.CARD, model_card(folder.name, info, results.metrics))

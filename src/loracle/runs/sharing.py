@@ -18,7 +18,6 @@ from loracle.runs import folder as run_folder
 from loracle.runs.model_card import model_card
 
 Log = Callable[[str], None]
-DEMO_LICENCE = "apache-2.0"  # SmolLM2, the embedded model
 
 
 def push(run: Path, to: str, *, private: bool = False, revision: str | None = None, log: Log = print) -> str:
@@ -35,7 +34,7 @@ def push(run: Path, to: str, *, private: bool = False, revision: str | None = No
     with tempfile.TemporaryDirectory(prefix="loracle-push-") as scratch:
         staged = Path(scratch) / run.resolve().name
         left = stage(run, staged, info, place)
-        if info.base["source"] not in ("demo",) and _is_local(info.base["source"]):
+        if _is_local(info.base["source"]):
             log("note: the base model is a folder on this machine; to use the run elsewhere, copy it and pass --base")
         log(f"pushed: {', '.join(sorted(p.name for p in staged.iterdir()))}")
         log(f"left out (texts, paths, or not needed to predict): {', '.join(left) or 'nothing'}")
@@ -53,11 +52,10 @@ def stage(run: Path, to: Path, info: run_folder.RunInfo, place: str) -> list[str
     shared = without_paths(info)
     run_folder.write_info(to, shared, out=to.name)
     source = shared.base["source"]
-    local = None if source.startswith("hf:") else source.removeprefix("modelscope:")
-    if local and (adapter := _json(to / "adapter_config.json")):
-        run_folder.write_text(
-            to / "adapter_config.json", json.dumps(adapter | {"base_model_name_or_path": local}, indent=2)
-        )
+    if adapter := _json(to / "adapter_config.json"):
+        remote = hubs.remote_source(source)
+        adapter["base_model_name_or_path"] = source if remote is None else remote.id
+        run_folder.write_text(to / "adapter_config.json", json.dumps(adapter, indent=2))
     if metrics := _json(to / run_folder.METRICS):
         metrics["base"] = shared.base.get("note") or source
         run_folder.write_text(to / run_folder.METRICS, json.dumps(metrics, indent=1))
@@ -93,10 +91,8 @@ def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
         UserError: nothing is there, it is not a run, or files differ from the pushed ones. ``out`` does not exist then.
     """
     place, _, revision = spec.partition("@")
-    if not hubs.is_hub_spec(place):
-        raise UserError(
-            f"Cannot pull {spec!r}: it is not hf:owner/name or modelscope:owner/name.", "Example: hf:me/topics"
-        )
+    if hubs.remote_source(place) is None:
+        raise UserError(f"Cannot pull {spec!r}: it is not {hubs.remote_forms()}.", "Example: hf:me/topics")
     out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "Pick another --out.")
     cached = hubs.download(place, repo_type="run", revision=revision or None)
     if not (cached / run_folder.MANIFEST).is_file() or not (cached / run_folder.RUN).is_file():
@@ -142,8 +138,7 @@ def _names(manifest: Path, spec: str) -> list[str]:
 
 
 def _licence(info: run_folder.RunInfo) -> str | None:
-    source = info.base["source"]
-    return DEMO_LICENCE if source == "demo" else hubs.licence_of(source, info.base.get("revision"))
+    return hubs.licence_of(info.base["source"], info.base.get("revision"))
 
 
 def _is_local(spec: str) -> bool:
