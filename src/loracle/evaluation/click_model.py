@@ -54,7 +54,7 @@ class ClickModel:
     spread_se: float
     log_likelihood: float
     level: float = -np.inf  # mean of the groups' μ_g; minus infinity: clicks so rare that odds are rates
-    groups: int = 0  # that told something
+    groups: int = 0  # groups with some but not only clicks
 
 
 def fit_click_model(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | None = None) -> ClickModel:
@@ -62,21 +62,21 @@ def fit_click_model(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | 
 
     For each group a trapezoid rule over μ around its mode, for each arm and μ an adaptive Gauss-Hermite rule over z
     (Liu and Pierce 1994); L-BFGS-B on the exact gradient (Fisher's identity). Groups without clicks, or with nothing but
-    clicks, say nothing of either and are left out.
+    clicks, carry no information about either and are left out.
 
     Args:
         groups: with clicks. scores: floats ``[n_i]`` a group; without, only τ is fitted.
     """
     from scipy.optimize import minimize  # here, since who only predicts can do without its half second
 
-    told = [
+    informative = [
         i for i, group in enumerate(groups) if group.clicks and 0 < sum(group.clicks) < sum(group.impressions or ())
     ]
-    if not told:
+    if not informative:
         return ClickModel(slope=0.0, spread=np.nan, slope_se=np.nan, spread_se=np.nan, log_likelihood=np.nan)
-    chosen = None if scores is None else [np.asarray(scores[i], dtype=np.float64) for i in told]
+    chosen = None if scores is None else [np.asarray(scores[i], dtype=np.float64) for i in informative]
     unit = _unit(chosen)  # of score, in which β is searched for; 0 where scores tell no titles apart
-    parts = list(blocks([groups[i] for i in told], chosen, FIT_LEVELS.size * FIT_Z.size))
+    parts = list(blocks([groups[i] for i in informative], chosen, FIT_LEVELS.size * FIT_Z.size))
 
     def likelihood(slope: float, spread: float) -> Array:
         """Log likelihood, its derivatives by β (in 1 / ``unit``) and τ, and the sum of the groups' mean μ."""
@@ -87,7 +87,7 @@ def fit_click_model(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | 
         """Of β and τ². Not of τ, in which the likelihood is even: at τ = 0 its derivative is 0, be it a top or not."""
         spread = np.sqrt(at[1])
         value, by_slope, by_spread, _ = likelihood(at[0], spread)
-        return -value / len(told), -np.array([by_slope, by_spread / (2 * spread)]) / len(told)
+        return -value / len(informative), -np.array([by_slope, by_spread / (2 * spread)]) / len(informative)
 
     bounds = [(-STEEPEST, STEEPEST) if unit else (0.0, 0.0), (SMALLEST**2, LARGEST**2)]
     options = {"ftol": 1e-12, "gtol": 1e-6}
@@ -101,8 +101,8 @@ def fit_click_model(groups: Sequence[RankGroup], scores: Sequence[np.ndarray] | 
         slope_se=slope_se / (unit or 1.0),
         spread_se=spread_se,
         log_likelihood=float(value),
-        level=float(levels / len(told)),
-        groups=len(told),
+        level=float(levels / len(informative)),
+        groups=len(informative),
     )
 
 

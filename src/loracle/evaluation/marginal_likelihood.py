@@ -22,7 +22,7 @@ from loracle.evaluation.intervals import Array
 from loracle.examples import RankGroup
 
 NEWTON_STEPS = 8  # a mode need not be exact, as the nodes around it only have to cover the mass
-CELLS = 1 << 18  # values of an integrand held at once: 2 MB an array
+CELLS = 1 << 18  # values of an integrand in memory at once: 2 MB an array
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from loracle.evaluation.pairs import (
 from loracle.examples import RankGroup
 
 TRUTH_SEED = 0  # of the posterior draws, whatever the bootstrap's: the ceiling is a property of the log, not of a run
-CELLS = 1 << 20  # comparisons of draws held at once
+CELLS = 1 << 20  # comparisons of draws in memory at once
 GAPS = ("under_10", "10_to_25", "25_to_50", "over_50")  # per cent by which the winner's rate is above the loser's
 GAP_EDGES = (0.1, 0.25, 0.5)
 

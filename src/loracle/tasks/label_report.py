@@ -125,7 +125,7 @@ def coverage(confidence: Array, right: Array) -> list[dict[str, float]]:
 def worst_errors(
     proba: Array, assigned: np.ndarray, examples: Sequence[LabeledText], names: Sequence[str], labels: Labels
 ) -> list[dict[str, Any]]:
-    """Wrongly labelled texts. Those whose true labels the model held for least likely come first."""
+    """Wrongly labelled texts. Those whose true labels got the lowest probability come first."""
     targets = labels.targets(examples, len(names))
     true = labels.indicator(targets, len(names))
     likelihood = np.where(true, proba, 1.0 if targets.ndim == 1 else 1 - proba)

@@ -132,16 +132,16 @@ def micro_batches(
     ends = [[next(each) for e in unit for _ in e.chunks] for unit in units]
     paths = [{n for end in of_unit for n in (end, *ancestors(forest.parent, end))} for of_unit in ends]
     chosen: list[int] = []
-    held: set[int] = set()
+    packed: set[int] = set()
     total = 0
     for i, path in enumerate(paths):
-        more = forest.tokens(path - held)
+        more = forest.tokens(path - packed)
         if chosen and total + more > budget:
             yield chosen
-            chosen, held, total = [], set(), 0
+            chosen, packed, total = [], set(), 0
             more = forest.tokens(path)
         chosen.append(i)
-        held |= path
+        packed |= path
         total += more
     if chosen:
         yield chosen
