@@ -92,9 +92,7 @@ def pull(spec: str, out: Path | None = None, *, log: Log = print) -> Path:
     """
     place, _, revision = spec.partition("@")
     if hubs.remote_source(place) is None:
-        raise UserError(
-            f"Cannot pull {spec!r}: it is not {hubs.remote_forms()}.", "Example: hf:me/topics"
-        )
+        raise UserError(f"Cannot pull {spec!r}: it is not {hubs.remote_forms()}.", "Example: hf:me/topics")
     out = run_folder.free(out or Path("runs") / place.rpartition("/")[2], "Pick another --out.")
     cached = hubs.download(place, repo_type="run", revision=revision or None)
     if not (cached / run_folder.MANIFEST).is_file() or not (cached / run_folder.RUN).is_file():
