@@ -96,20 +96,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(found, PreTrainedTokenizerFast):
-            raise ValueError(f"{type(found).__name__} has no fast version")
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(loaded, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(loaded).__name__} has no fast version")
     except Exception as error:  # missing, broken and foreign tokenizers raise anything from OSError to pyo3's Exception
         raise UserError(
             f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.",
             "Add the tokenizer.json of the model.",
         ) from error
-    specials = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
+    specials = {name: token for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer,
-        model_max_length=found.model_max_length,
-        padding_side=found.padding_side,
-        chat_template=found.chat_template,
+        tokenizer_object=loaded.backend_tokenizer,
+        model_max_length=loaded.model_max_length,
+        padding_side=loaded.padding_side,
+        chat_template=loaded.chat_template,
         **specials,
     )
 

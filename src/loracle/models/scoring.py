@@ -53,7 +53,7 @@ def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[En
 
     A text gets the label whose name has the most similar state (dataless classification: Chang, Ratinov, Roth and
     Srikumar, AAAI 2008). States are standardised by those of ``texts``; otherwise a few large features decide. Names are
-    centred and scaled to equal length, so that none is favoured. The head has no bias, so the mean text is projected out.
+    centred and scaled to equal length, to favour none. The head has no bias, so the mean text is projected out.
 
     Args:
         names: of C labels, encoded as texts are.
@@ -66,7 +66,8 @@ def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[En
         raise needs_decoder("--head-init names", scorer.inner.config)
     of_names, of_texts = (in_micro_batches(scorer, scorer.pooled, items).astype(np.float64) for items in (names, texts))
     mean, spread = of_texts.mean(axis=0), np.concatenate([of_texts, of_names]).std(axis=0)
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-6 * spread.max())
+    varies, scale = spread > 1e-6 * spread.max(), np.zeros_like(spread)
+    scale[varies] = 1.0 / spread[varies]
     towards = (of_names - of_names.mean(axis=0)) * scale
     towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-12)
     weight = towards * scale
