@@ -27,6 +27,7 @@ from loracle.evaluation.classification import target_array
 from loracle.models import build
 from loracle.models.devices import pick_device
 from loracle.models.loading import load_tokenizer
+from loracle.models.scoring import features
 from loracle.reporting.terminal import result_rows
 from loracle.tasks import Task
 from loracle.tasks.dataset import read_examples
@@ -60,17 +61,14 @@ def minilm_folder() -> Path:
 
 def frozen_minilm(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]:
     """Logits of logistic regression on mean states of all-MiniLM-L6-v2."""
-    import torch
-
     folder = minilm_folder()
     seen = read_examples(open_table(str(train)), RunConfig().data)
     unseen = read_examples(open_table(str(test)), RunConfig().data, task=seen.task)
     tokenizer = install_template(load_tokenizer(folder), None, 256, encoder=True)
-    scorer = build.new_scorer(
-        folder, seen.task, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=pick_device("auto")
-    )
+    pad, device = tokenizer.pad_token_id, pick_device("auto")
+    scorer = build.new_scorer(build.ScorerSpec(base=folder, outputs=1, pad_token_id=pad, device=device))
     encoder = Encoder(tokenizer, encoder=True)
-    states = [build.features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
+    states = [features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
     targets = target_array(seen.items, seen.task)
     return (
         list(linear_models.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]),

@@ -110,11 +110,15 @@ def new_scorer(base: Path, task: Any, *, lora: dict[str, Any] | None = None, see
     """``build.new_scorer`` of a spec with these fields."""
     from loracle.models import build
 
-    return build.new_scorer(build.ScorerSpec(base=base, task=task, **spec), lora=lora, seed=seed)
+    outputs, names = task.learning.outputs(task), task.label_names
+    spec |= {"base": base, "outputs": outputs, "label_names": names, "problem_type": task.learning.problem_type}
+    return build.new_scorer(build.ScorerSpec(**spec), lora=lora, seed=seed)
 
 
 def load_scorer(base: Path, run: Path, task: Any, **spec: Any) -> Any:
     """``build.load_scorer`` of a spec with these fields."""
     from loracle.models import build
 
-    return build.load_scorer(build.ScorerSpec(base=base, task=task, **spec), run)
+    outputs, names = task.learning.outputs(task), task.label_names
+    spec |= {"base": base, "outputs": outputs, "label_names": names, "problem_type": task.learning.problem_type}
+    return build.load_scorer(build.ScorerSpec(**spec), run)

@@ -22,7 +22,7 @@ from loracle.errors import UserError
 from loracle.hubs import wheel
 
 
-def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_commit(hubs):
+def test_hf_model_without_code_pinned_by_commit(hubs):
     folder, revision = hubs.download("tiny/qwen")
     assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
@@ -30,14 +30,14 @@ def test_hugging_face_model_comes_without_code_and_pickles_and_is_pinned_by_comm
     assert "broke off" in hubs.log  # and still the weights came whole
 
 
-def test_hugging_face_goes_on_with_half_a_file(hubs):
+def test_hf_resumes_half_a_file(hubs):
     folder, _ = hubs.download("tiny/large")
     assert (folder / "model.safetensors").read_bytes() == LARGE
     (went_on,) = (line for line in hubs.log if line.startswith("went on at "))
     assert int(went_on.split()[-1]) >= 10_000_000  # the pieces that came are not fetched again
 
 
-def test_hugging_face_revision_and_offline_copy(hubs):
+def test_hf_revision_and_offline_copy(hubs):
     folder, revision = hubs.download("hf:tiny/qwen", revision="v1")
     assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", SHA["v1"])
     hubs.log.clear()
@@ -47,12 +47,12 @@ def test_hugging_face_revision_and_offline_copy(hubs):
     assert has_facts(hubs.refusal("hf:tiny/qwen", HF_HUB_OFFLINE="1"), "hf:tiny/qwen", "HF_HUB_OFFLINE=0")
 
 
-def test_hugging_face_token_is_sent(hubs):
+def test_hf_token_is_sent(hubs):
     assert hubs.download("tiny/private", HF_TOKEN="secret")[1] == SHA["main"]
     assert "Check its spelling, or set HF_TOKEN." in hubs.refusal("tiny/private", revision="v1", HF_TOKEN="wrong")
 
 
-def test_hugging_face_refusals(hubs):
+def test_hf_missing_gated_and_pickled_raise(hubs):
     assert has_facts(hubs.refusal("tiny/none"), "model hf:tiny/none", hubs.url, "private", "HF_TOKEN")
     assert has_facts(hubs.refusal("tiny/gated"), "hf:tiny/gated", "gated", f"{hubs.url}/tiny/gated", "HF_TOKEN")
     assert has_facts(hubs.refusal("tiny/qwen", revision="v9"), "hf:tiny/qwen", "v9", f"{hubs.url}/tiny/qwen")
@@ -61,14 +61,14 @@ def test_hugging_face_refusals(hubs):
     assert has_facts(refusal, "http://127.0.0.1:9", "hf:tiny/qwen", "111", "HF_ENDPOINT")
 
 
-def test_hugging_face_dataset_keeps_its_folders_and_loses_its_code(hubs):
+def test_hf_dataset_without_code(hubs):
     folder, _ = hubs.download("hf:tiny/news", "dataset")
     assert [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()] == ["data/train.csv"]
     assert has_facts(hubs.refusal("hf:tiny/code", "dataset"), "hf:tiny/code", "CSV")
 
 
 @pytest.mark.parametrize("where", ["hf:", "modelscope:"])
-def test_data_and_model_of_a_hub_train_and_predict(hubs, tiny_model, tmp_path, monkeypatch, where):
+def test_hub_ids_train_and_predict(hubs, tiny_model, tmp_path, monkeypatch, where):
     """The whole way from two ids to a scored file, the second part offline."""
     files = {path.name: path.read_bytes() for path in tiny_model("qwen2").iterdir()}
     rows = "".join(f"{'good' if i % 2 else 'bad'} number {i},{'pos' if i % 2 else 'neg'}\n" for i in range(60))
@@ -98,7 +98,7 @@ def test_data_and_model_of_a_hub_train_and_predict(hubs, tiny_model, tmp_path, m
     assert done.stdout.splitlines()[1].startswith(f"good day,{label},")
 
 
-def test_modelscope(hubs):
+def test_modelscope_model_and_data(hubs):
     pytest.importorskip("modelscope")
     folder, revision = hubs.download("modelscope:tiny/qwen")
     assert {p.name for p in folder.iterdir() if p.is_file()} >= {"config.json", "model.safetensors", "tokenizer.json"}
@@ -112,7 +112,7 @@ def test_modelscope(hubs):
     assert (data / "data" / "train.csv").is_file()
 
 
-def test_modelscope_goes_on_with_half_a_file_and_sends_its_token_and_pins_a_revision(hubs):
+def test_modelscope_resumes_with_token_and_revision(hubs):
     pytest.importorskip("modelscope")
     token = {"MODELSCOPE_API_TOKEN": "secret"}
     folder, _ = hubs.download("modelscope:tiny/private", **token)
@@ -179,7 +179,7 @@ def test_parse_prefers_what_is_on_disk(tmp_path, monkeypatch):
         ("a\0b", "path"),
     ],
 )
-def test_parse_refuses(spec, message, tmp_path, monkeypatch):
+def test_invalid_specs_raise(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pyproject.toml").touch()
     with pytest.raises(UserError) as refused:
@@ -187,7 +187,7 @@ def test_parse_refuses(spec, message, tmp_path, monkeypatch):
     assert has_facts(str(refused.value), *message.split(" | "))
 
 
-def test_download_wants_a_hub(tmp_path):
+def test_download_of_a_folder_raises(tmp_path):
     with pytest.raises(UserError, match="no hub id"):
         hubs.download(str(tmp_path), repo_type="dataset")
 
@@ -265,13 +265,13 @@ def test_wheel_folder(index):
     assert (folder / "b.txt").read_text() + (folder / "deep" / "c.txt").read_text() == "betagamma"
 
 
-def test_wheel_member_by_many_at_once(index):
+def test_wheel_member_by_four_threads(index):
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(hubs.fetch_wheel_member, "loracle-test-wheel==1.0", "pkg/a.txt") for _ in range(4)]
         assert {task.result().read_text() for task in asked} == {"alpha"}
 
 
-def test_wheel_refusals(index, tmp_path):
+def test_unusable_wheels_raise(index, tmp_path):
     with pytest.raises(UserError, match=facts("1.0")):
         hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/none")
     with pytest.raises(UserError, match=facts("a.txt", "256", "00", "8")):
@@ -283,7 +283,7 @@ def test_wheel_refusals(index, tmp_path):
     assert not list(tmp_path.rglob("outside.txt"))
 
 
-def test_installed_package_is_read_where_it_lies_in_that_version_only(monkeypatch, tmp_path):
+def test_installed_package_needs_same_version(monkeypatch, tmp_path):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path))
     path = hubs.fetch_wheel_member(f"pytest=={pytest.__version__}", "pytest/py.typed")
     assert path == Path(pytest.__file__).parent / "py.typed"
@@ -292,7 +292,7 @@ def test_installed_package_is_read_where_it_lies_in_that_version_only(monkeypatc
         hubs.fetch_wheel_member("pytest==0", "pytest/py.typed")
 
 
-def test_no_pip(monkeypatch, index):
+def test_missing_pip_raises(monkeypatch, index):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=facts("environment")):
         hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt")
@@ -323,7 +323,7 @@ def test_building_on_a_full_disk(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [".target.lock"]
 
 
-def test_building_where_nothing_may_be_written(tmp_path):
+def test_building_in_read_only_folder(tmp_path):
     words = "Permission"
     with pytest.raises(UserError, match=facts(*words.split(" | "))), hubs.building(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "Permission denied")

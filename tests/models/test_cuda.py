@@ -143,7 +143,7 @@ def trained(made: Scorer, folder, *, steps: int = 8, batch: int = 16, **schedule
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_a_training_has_the_losses_of_the_cpu(tmp_path):
+def test_training_losses_match_the_cpu(tmp_path):
     cpu, gpu = both(scorer("Qwen2"))
     wanted = trained(cpu, tmp_path / "cpu", tokens_per_micro_batch=300)
     found = trained(gpu, tmp_path / "gpu", tokens_per_micro_batch=300)
@@ -164,7 +164,7 @@ def test_dropout_in_bfloat16_learns_as_in_float32(tmp_path):
     np.testing.assert_allclose(found, wanted, atol=0.1)
 
 
-def test_memory_that_runs_out_halves_the_rounds(tmp_path):
+def test_out_of_memory_halves_micro_batches(tmp_path):
     made = scorer("Qwen2", hidden_size=512, intermediate_size=2048, head_dim=128)
     wanted = trained(copied(made).to("cuda"), tmp_path / "small", steps=3, batch=512, tokens_per_micro_batch=1024)
     torch.cuda.empty_cache()
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_halves_the_rounds(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"adapt_top": 1}, {"pooling": "mean", "head": "mlp"}], ids=str)
-def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
+def test_run_scores_the_same_on_both(tiny_model, tmp_path, more):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "dtype": "float32", "epochs": 4.0, "baselines": True}
     run = pipeline.train(RunConfig.from_flat(config | more), log=lambda line: None, quiet=True)
@@ -190,7 +190,7 @@ def test_a_run_scores_on_both_as_it_was_trained(tiny_model, tmp_path, more):
     assert gpu.predict(texts[:3]) == ["pos", "neg", "mid"]
 
 
-def test_served_on_a_gpu_is_what_was_learnt(tiny_model, tmp_path):
+def test_served_scores_match_the_run(tiny_model, tmp_path):
     config = QUICK | {"data": str(write(tmp_path / "a.csv", labelled())), "model": str(tiny_model("qwen2"))}
     config |= {"out": str(tmp_path / "run"), "device": "cuda", "epochs": 4.0}
     run = pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)

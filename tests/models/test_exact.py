@@ -94,7 +94,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
-def test_transformers_draws_no_mask(tiny_model, monkeypatch, kind):
+def test_transformers_builds_no_mask(tiny_model, monkeypatch, kind):
     """Nor looks whether positions are those of packed texts, for which a GPU's work would be waited for."""
     made = scorer(tiny_model(kind))
     assert interface.NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
@@ -105,7 +105,7 @@ def test_transformers_draws_no_mask(tiny_model, monkeypatch, kind):
 @torch.inference_mode()
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", DECODERS)
-def test_packed_is_alone_through_transformers(tiny_model, kind, shape):
+def test_packed_scores_equal_scores_alone(tiny_model, kind, shape):
     texts = SHAPES[shape]
     made = scorer(tiny_model(kind))
     wanted = alone(plain(made, tiny_model(kind)), texts)
@@ -125,7 +125,7 @@ def test_packed_is_alone_through_transformers(tiny_model, kind, shape):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_packed_is_padded_through_transformers(tiny_model, kind, side, attn):
+def test_packed_scores_equal_padded_scores(tiny_model, kind, side, attn):
     texts = SHAPES["instruction and contexts"]
     made = scorer(tiny_model(kind))
     reference = plain(made, tiny_model(kind), attn)
@@ -135,7 +135,7 @@ def test_packed_is_padded_through_transformers(tiny_model, kind, side, attn):
 @torch.inference_mode()
 @pytest.mark.parametrize("fused_from", [1, 10_000])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_both_ways_to_attend_agree(tiny_model, monkeypatch, kind, fused_from):
+def test_fused_and_plain_blocks_agree(tiny_model, monkeypatch, kind, fused_from):
     monkeypatch.setattr(plan, "FUSED_FROM", fused_from)
     made = scorer(tiny_model(kind))
     for shape in ("instruction and contexts", "long behind an instruction"):
@@ -154,7 +154,7 @@ def nothing_below_float64(monkeypatch):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", DECODERS)
-def test_float64(tiny_model, monkeypatch, kind):
+def test_packed_scores_in_float64(tiny_model, monkeypatch, kind):
     made = scorer(tiny_model(kind)).double()
     reference = plain(made, tiny_model(kind), "eager")
     with nothing_below_float64(monkeypatch):
@@ -194,7 +194,7 @@ def each_alone(made: Scorer, texts):
 
 @pytest.mark.parametrize("shape", ["instruction and contexts", "long behind an instruction"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_gradients_packed_shared_and_alone(tiny_model, kind, shape):
+def test_packed_gradients_equal_gradients_alone(tiny_model, kind, shape):
     texts = SHAPES[shape][:5]
     made = scorer(tiny_model(kind), lora=LORA)
     wanted = gradients(made, each_alone(made, texts))
@@ -220,7 +220,7 @@ def test_gradients_in_float64(tiny_model, monkeypatch, kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS])
-def test_these_models_would_notice(tiny_model, kind):
+def test_tiny_models_react_to_wrong_masks(tiny_model, kind):
     """Scores differ between texts, and a text that sees its neighbour, or starts at another place, scores otherwise."""
     texts = SHAPES["flat"]
     made = scorer(tiny_model(kind))
@@ -234,7 +234,7 @@ def test_these_models_would_notice(tiny_model, kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
-def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
+def test_windows_are_shorter_than_texts(tiny_model, monkeypatch, kind):
     texts = SHAPES["instruction"]
     made = scorer(tiny_model(kind))
     scores = made(made.pack(texts))
@@ -248,7 +248,7 @@ def test_the_window_is_shorter_than_the_texts(tiny_model, monkeypatch, kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_packed_are_alone(tiny_model, kind):
+def test_packed_encoder_scores_equal_scores_alone(tiny_model, kind):
     encode = Encoder(install_template(load_tokenizer(tiny_model(kind)), None, 64, encoder=True), encoder=True)
     texts = encode(
         ["banks fall", "", "the quick brown fox " * 30, "news", "banks fall"], [None, "a", "b", "of foxes", None]
@@ -266,7 +266,7 @@ def test_encoders_packed_are_alone(tiny_model, kind):
 
 
 @torch.inference_mode()
-def test_an_encoders_token_types_count(tiny_model):
+def test_token_types_change_encoder_scores(tiny_model):
     made = scorer(tiny_model("bert"))
     ids = SHAPES["flat"][0].chunks[0]
     one, two = (Encoded(chunks=(ids,), starts=(0,), types=((t,) * len(ids),)) for t in (0, 1))
@@ -275,13 +275,13 @@ def test_an_encoders_token_types_count(tiny_model):
 
 
 @torch.inference_mode()
-def test_encoders_are_never_prefix_shared(tiny_model):
+def test_encoders_share_no_prefix(tiny_model):
     made = scorer(tiny_model("bert"))
     assert made.pack(SHAPES["instruction"]).tokens == made.pack(SHAPES["instruction"]).useful_tokens
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_gradients(tiny_model, kind):
+def test_packed_encoder_gradients_equal_gradients_alone(tiny_model, kind):
     texts = some_texts(lengths=(5, 9, 3, 20))
     made = scorer(tiny_model(kind), lora=LORA)
     wanted = gradients(made, each_alone(made, texts))
@@ -293,7 +293,7 @@ def test_encoders_gradients(tiny_model, kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", PADDED)
-def test_unproven_architectures_are_padded_and_right(tiny_model, kind):
+def test_other_architectures_are_padded_and_exact(tiny_model, kind):
     assert load_config(tiny_model(kind)).model_type not in ARCHITECTURES
     made = scorer(tiny_model(kind))
     assert not made.packed
@@ -307,7 +307,7 @@ HEADLINES = ["Markets fall as banks report losses", "A fox, and a dog", "你好 
 
 
 @torch.inference_mode()
-def test_the_embedded_model(demo_folder, record_property):
+def test_embedded_model_is_exact(demo_folder, record_property):
     """Float32 to 1e-4; in bfloat16 labels agree wherever the margin exceeds the measured noise."""
     instruction = "Sort the headline below by the topic of the article that it stands above in the newspaper.\n{text}"
     tokenizer = install_template(load_tokenizer(demo_folder), instruction, 128)
@@ -339,7 +339,7 @@ def test_the_embedded_model(demo_folder, record_property):
     assert torch.equal(low.argmax(1)[sure], packed.argmax(1)[sure])
 
 
-def test_gradients_of_the_embedded_model(demo_folder):
+def test_embedded_model_gradients_are_exact(demo_folder):
     """Adapters and head, two texts behind an instruction: packed and shared as alone through transformers' attention."""
     template = "Sort this headline by the topic of its article, please.\n{text}"
     tokenizer = install_template(load_tokenizer(demo_folder), template, 64)

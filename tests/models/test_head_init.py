@@ -11,34 +11,35 @@ from click.testing import CliRunner
 from small import facts, has_facts, integers, labelled, pairs, write
 from transformers import AutoModel
 
-from loracle import pipeline
 from loracle.cli import main
 from loracle.config import ModelConfig, RunConfig
 from loracle.data.demo import bbc_headlines
 from loracle.errors import UserError
 from loracle.examples import LabeledText
+from loracle.models.scoring import score
 from loracle.runs.predictor import Predictor
 from loracle.tasks import Task
-from loracle.training import scoring
+from loracle.tasks.dataset import Data, prepare_data
+from loracle.training import prepare, scoring
 
 CUE = "Topic of this headline: {text}\nThe topic is"
 
 
 def started(config, data):
-    base, _, tokenizer, _ = pipeline.open_base(config, data, lambda line: None)
-    scorer, encoder = pipeline.new_model(config, data.task, base, tokenizer)
-    pipeline.start_head(config, scorer, encoder, data)
+    base = prepare.open_base(config, data, lambda line: None)
+    scorer, encoder = prepare.new_model(config, data.task, base, None)
+    prepare.init_head(config, scorer, encoder, data)
     return scorer, encoder
 
 
-def test_topics_are_told_apart_without_training(demo_folder):
+def test_names_separate_topics_without_training(demo_folder):
     """Accuracy of five topics, chance 20 %; a head that was drawn is at chance."""
     headlines = bbc_headlines()[::18]  # sorted by topic, so that all five are there
     topics = sorted({topic for _, topic in headlines})
     task = Task(name="single_label", label_names=tuple(topics))
     some = [LabeledText(text=text, labels=(topics.index(topic),), row=i) for i, (text, topic) in enumerate(headlines)]
     some = [*some[::2], *some[1::2]]
-    data = pipeline.Data(task=task, train=some[:60], validation=some[60:80], test=some[60:])
+    data = Data(task=task, train=some[:60], validation=some[60:80], test=some[60:])
     accuracy = {}
     for how in ("random", "names"):
         config = RunConfig.from_flat({"head_init": how, "template": CUE, "device": "cpu"})
@@ -51,11 +52,11 @@ def test_topics_are_told_apart_without_training(demo_folder):
     assert 0.3 < (spread - spread.mean(1, keepdims=True)).std() < 3
 
 
-def test_the_head_is_the_formula_and_is_blind_to_the_mean_text(tiny_model, tmp_path):
+def test_head_ignores_the_mean_text(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     folder = tiny_model("qwen2")
     config = RunConfig.from_flat({"data": str(data), "model": str(folder), "head_init": "names", "dtype": "float32"})
-    sides = pipeline.read_data(config, lambda line: None)
+    sides = prepare_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     head = scorer.inner.score.modules_to_save["default"].weight.detach().double().numpy()
     seen = np.concatenate([_state(folder, encoder, e.text) for e in sides.train])
@@ -73,16 +74,16 @@ def _state(folder, encoder, text):
         return AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state[:, -1].double().numpy()
 
 
-def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
+def test_head_from_names_reloads_unchanged(tiny_model, tmp_path):
     data, run = write(tmp_path / "data.csv", labelled()), tmp_path / "run"
     flags = ["--model", tiny_model("qwen2"), "--head-init", "names", "--max-steps", "1", "--lr", "1e-9", "-o", run]
     done = CliRunner().invoke(main, ["train", str(data), *map(str, flags), "--no-baselines"])
     assert done.exit_code == 0, done.output
     config = RunConfig.from_flat({"data": str(data), "model": str(tiny_model("qwen2")), "head_init": "names"})
-    sides = pipeline.read_data(config, lambda line: None)
+    sides = prepare_data(config, lambda line: None)
     scorer, encoder = started(config, sides)
     texts = [e.text for e in sides.test]
-    np.testing.assert_allclose(Predictor(run).scores(texts), scoring.score(scorer, encoder(texts)), atol=1e-5)
+    np.testing.assert_allclose(Predictor(run).scores(texts), score(scorer, encoder(texts)), atol=1e-5)
     assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 1
 
 
@@ -94,7 +95,7 @@ def test_it_is_saved_and_reloaded_as_it_is(tiny_model, tmp_path):
         (labelled, "bert", "--head-init"),
     ],
 )
-def test_it_is_refused_where_it_means_nothing(tiny_model, tmp_path, rows, kind, words):
+def test_head_init_needs_names_and_decoder(tiny_model, tmp_path, rows, kind, words):
     data = write(tmp_path / "data.jsonl", rows())
     flags = ["--model", str(tiny_model(kind)), "--head-init", "names", "-o", str(tmp_path / "run")]
     done = CliRunner().invoke(main, ["train", str(data), *flags])
@@ -104,6 +105,6 @@ def test_it_is_refused_where_it_means_nothing(tiny_model, tmp_path, rows, kind, 
     assert not (tmp_path / "run").exists()
 
 
-def test_an_mlp_has_no_rows_to_start():
+def test_mlp_head_cannot_start_from_names():
     with pytest.raises(UserError, match=facts("--head-init")):
         ModelConfig(head="mlp", head_init="names")

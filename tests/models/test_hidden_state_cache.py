@@ -58,7 +58,7 @@ def cached(scorer, below=None, **options):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model, kind, pooling):
+def test_cached_scores_and_gradients_equal_uncached(tiny_model, kind, pooling):
     scorer = made(tiny_model(kind), pooling=pooling)
     wanted, slopes = gradients(scorer, TEXTS)
     cached(scorer)
@@ -73,7 +73,7 @@ def test_scores_and_gradients_are_those_of_the_whole_model(tiny_model, kind, poo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_kept_in_bfloat16_are_those_of_the_whole_model(tiny_model, kind):
+def test_cached_bfloat16_states_equal_uncached(tiny_model, kind):
     """They are what the upper layers would have been given, bit for bit; so scores and gradients are the same."""
     scorer = made(tiny_model(kind), dtype=torch.bfloat16)
     wanted, slopes = gradients(scorer, TEXTS)
@@ -88,7 +88,7 @@ def test_states_kept_in_bfloat16_are_those_of_the_whole_model(tiny_model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_gone_back_through_below_the_lowest_adapter(tiny_model, kind):
+def test_backward_stops_below_lowest_adapter(tiny_model, kind):
     scorer, recorded = made(tiny_model(kind), top=1).train(), []
     for layer in scorer.inner.base_model.layers:
         layer.register_forward_hook(lambda module, inputs, out: recorded.append(out.requires_grad))
@@ -106,7 +106,7 @@ def test_only_the_top_layers_have_adapters(tiny_model):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
+def test_depth_drops_layers_above_it(tiny_model, kind):
     """With the states that the whole model has there, through the final norm."""
     shallow, whole = (made(tiny_model(kind), depth=d, lora=False) for d in (1, None))
     original = small.new_scorer(tiny_model(kind), TASK, pad_token_id=1, dtype=torch.float32, device=torch.device("cpu"))
@@ -122,7 +122,7 @@ def test_a_model_cut_at_a_depth_ends_there(tiny_model, kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kind):
+def test_layer_features_equal_cut_models(tiny_model, kind):
     whole = made(tiny_model(kind), lora=False)
     found = scoring.layer_features(whole, TEXTS)
     layers = whole.inner.config.num_hidden_layers
@@ -134,7 +134,7 @@ def test_features_of_each_layer_are_those_of_the_model_cut_there(tiny_model, kin
     np.testing.assert_allclose(found[:, -1], scoring.features(whole, TEXTS), rtol=1e-6, atol=1e-6)
 
 
-def test_features_of_some_layers_whatever_a_cache_holds(tiny_model):
+def test_layer_features_ignore_the_cache(tiny_model):
     """Two of three layers are read from the cache by a training; asked for their features, they are run."""
     scorer = made(tiny_model("qwen2"))
     wanted = scoring.layer_features(scorer, TEXTS)
@@ -150,7 +150,7 @@ def test_features_of_some_layers_whatever_a_cache_holds(tiny_model):
 @pytest.mark.parametrize(("kind", "wanted", "words"), [
     ("qwen2", 99, "--depth of"), ("bert", 1, "a decoder for --depth"),
 ])  # fmt: skip
-def test_a_depth_that_is_not_there_is_refused(tiny_model, kind, wanted, words):
+def test_invalid_depth_raises(tiny_model, kind, wanted, words):
     with pytest.raises(UserError, match=words):
         made(tiny_model(kind), depth=wanted, lora=False)
 
@@ -166,7 +166,7 @@ def rows(count, value):
     return np.full((count, 16), value, dtype=np.uint8)
 
 
-def test_what_is_put_is_found_again_by_others():
+def test_other_caches_read_put_segments():
     one, other = store(), store()
     one.put({b"a" * 16: rows(2, 1), b"b" * 16: rows(3, 2)})
     assert other.get(b"b" * 16) is None
@@ -178,12 +178,12 @@ def test_what_is_put_is_found_again_by_others():
         assert [int(c.get(d * 16)[0, 0]) for d in (b"a", b"b", b"c")] == [1, 2, 3]
 
 
-def test_other_models_depths_and_dtypes_keep_apart():
+def test_other_depths_have_other_folders():
     store(depth=3).put({b"a" * 16: rows(1, 1)})
     assert store(depth=4).get(b"a" * 16) is None
 
 
-def test_a_kill_while_writing_loses_what_was_being_written_and_nothing_else():
+def test_kill_while_writing_loses_only_that_segment():
     one = store()
     one.put({b"a" * 16: rows(2, 1)})
     with (one.folder / STATES).open("ab") as f:
@@ -199,7 +199,7 @@ def test_a_kill_while_writing_loses_what_was_being_written_and_nothing_else():
     assert fresh.get(b"z" * 16) is None
 
 
-def test_it_takes_no_more_than_it_may():
+def test_cache_stays_within_limit():
     old = store(depth=1)
     old.put({bytes([i]) * 16: rows(100, i) for i in range(10)})
     size = sum(e.size for e in hidden_state_cache.entries())
@@ -211,7 +211,7 @@ def test_it_takes_no_more_than_it_may():
     np.testing.assert_array_equal(new.get(bytes([0]) * 16), rows(100, 0))
 
 
-def test_what_nobody_uses_any_more_makes_room_and_what_is_in_use_does_not(caplog):
+def test_unused_folders_are_removed_first(caplog):
     """A cache that another model has filled serves the next one too, at the same limit."""
     store(depth=1).put({bytes([i]) * 16: rows(100, i) for i in range(10)})
     limit = sum(e.size for e in hidden_state_cache.entries()) + 1000
@@ -228,7 +228,7 @@ def test_what_nobody_uses_any_more_makes_room_and_what_is_in_use_does_not(caplog
     assert caplog.text.count("the cache of states is full") == 1
 
 
-def test_clearing_it_under_a_running_process_is_harmless():
+def test_clearing_under_running_process_is_harmless():
     one = store()
     one.put({b"a" * 16: rows(2, 1)})
     np.testing.assert_array_equal(one.get(b"a" * 16), rows(2, 1))
@@ -238,7 +238,7 @@ def test_clearing_it_under_a_running_process_is_harmless():
     np.testing.assert_array_equal(store().get(b"b" * 16), rows(1, 2))
 
 
-def test_a_folder_that_was_cleared_and_made_anew_is_not_taken_for_the_old_one():
+def test_cleared_folder_is_noticed():
     one = store()
     one.put({b"a" * 16: rows(1, 1), b"x" * 16: rows(9, 1)})
     assert one.get(b"a" * 16) is not None
@@ -251,7 +251,7 @@ def test_a_folder_that_was_cleared_and_made_anew_is_not_taken_for_the_old_one():
     np.testing.assert_array_equal(store().get(b"a" * 16), rows(1, 1))
 
 
-def test_after_clearing_it_is_still_listed_and_bounded():
+def test_cleared_folder_stays_listed_and_bounded():
     one = store(limit=2000)
     hidden_state_cache.clear()
     for i in range(50):
@@ -261,7 +261,7 @@ def test_after_clearing_it_is_still_listed_and_bounded():
 
 
 @pytest.mark.parametrize("text", ["", "{", None])
-def test_a_broken_note_is_passed_over(text):
+def test_broken_notes_are_skipped(text):
     broken = hidden_state_cache.cache_root() / "broken"
     broken.mkdir(parents=True)
     if text is not None:
@@ -270,7 +270,7 @@ def test_a_broken_note_is_passed_over(text):
     assert len(hidden_state_cache.entries()) == 1
 
 
-def test_a_full_disk_ends_the_keeping_and_not_the_training(monkeypatch, caplog):
+def test_full_disk_stops_caching_only(monkeypatch, caplog):
     one = store()
 
     def full(new):
@@ -288,7 +288,7 @@ def _write(start):
         mine.put({i.to_bytes(16, "little"): rows(i % 5 + 1, i % 256)})
 
 
-def test_processes_may_write_at_once():
+def test_processes_write_at_once():
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_write, args=(start,)) for start in (0, 50)]
     for w in workers:
@@ -307,7 +307,7 @@ def test_processes_may_write_at_once():
     assert (found.folder / INDEX).stat().st_size == hidden_state_cache.NAME + 150 * RECORD.size
 
 
-def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
+def test_segment_key_includes_its_prefix(tiny_model):
     scorer = made(tiny_model("qwen2"))
     flat = Encoded(chunks=(tuple(range(50, 55)),), starts=(0,))
     shared, alone = scorer.pack(TEXTS), scorer.pack([flat])
@@ -316,7 +316,7 @@ def test_a_segment_is_known_by_what_stands_before_it(tiny_model):
     assert set(segment_digests(scorer.pack(TEXTS[:2]))) < set(segment_digests(shared))
 
 
-def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
+def test_cached_text_keeps_its_first_states(tiny_model):
     """Beside texts that are not there yet it is read all the same, so that a resumed run goes on bit for bit."""
     scorer = cached(made(tiny_model("qwen2")))
     scorer(scorer.pack(TEXTS))
@@ -335,7 +335,7 @@ def test_a_text_stays_what_it_was_first_computed_as(tiny_model):
     assert below[batch.start[batch.scored[batch.chunk_segment[0]]]].any()
 
 
-def test_a_cache_that_vanished_is_made_anew(tiny_model):
+def test_removed_cache_is_made_again(tiny_model):
     scorer = cached(made(tiny_model("qwen2")))
     wanted = scorer(scorer.pack(TEXTS)).detach()
     shutil.rmtree(hidden_state_cache.cache_root())

@@ -43,7 +43,7 @@ def test_rotation_value_and_gradient():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
-def test_only_this_model_is_fused(tiny_model, kind):
+def test_fuse_changes_only_its_model(tiny_model, kind):
     one, other = (AutoModel.from_pretrained(tiny_model(kind)) for _ in range(2))
     fuse(one)
     changed = {type(m).__name__ for m in one.modules() if "forward" in vars(m)}
@@ -61,7 +61,7 @@ def test_gated_unit_value_and_gradient():
     assert torch.autograd.gradcheck(SwiGlu.apply, (gate, up))
 
 
-def test_what_is_turned_at_once_is_turned():
+def test_both_rotations_agree():
     x, angle = drawn(1, 4, 6, 8), drawn(1, 1, 6, 4).repeat(1, 1, 1, 2)
     for sign in (1, -1):
         torch.testing.assert_close(
@@ -71,7 +71,7 @@ def test_what_is_turned_at_once_is_turned():
 
 
 @pytest.mark.parametrize("lacks", [None, "Triton", "a C compiler", "Python's headers"])
-def test_nothing_is_compiled_where_something_lacks(monkeypatch, tmp_path, lacks):
+def test_compiling_needs_triton_compiler_and_headers(monkeypatch, tmp_path, lacks):
     (tmp_path / "Python.h").touch()
     include = tmp_path / "elsewhere" if lacks == "Python's headers" else tmp_path
     monkeypatch.setattr(kernels, "has_triton", lambda: lacks != "Triton")

@@ -75,7 +75,7 @@ def edit(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_without_a_word(families, family, capfd):
+def test_every_family_loads_silently(families, family, capfd):
     model = load(families[family], label_names=("a", "b", "c"), problem_type="single_label_classification")
     assert capfd.readouterr() == ("", "")
     assert type(model).__name__.endswith("ForSequenceClassification")
@@ -107,7 +107,7 @@ def test_new_head_follows_the_seed(families):
     assert not torch.equal(head(1), head(2))
 
 
-def test_trained_head_of_the_same_size_is_kept_and_of_another_size_replaced(families, tmp_path):
+def test_head_of_another_size_is_replaced(families, tmp_path):
     trained = load(families["qwen2"])
     trained.save_pretrained(tmp_path)
     assert torch.equal(load(tmp_path).score.weight, trained.score.weight)
@@ -125,7 +125,7 @@ def test_dtype(families):
     assert {p.dtype for p in load(families["qwen2"], dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-def test_missing_weights_are_an_error(folder):
+def test_missing_weights_raise(folder):
     weights = load_file(folder / "model.safetensors")
     gone = [name for name in weights if "layers.1.mlp" in name]
     for name in gone:
@@ -134,19 +134,19 @@ def test_missing_weights_are_an_error(folder):
     assert has_facts(refusal(load, folder), f"{len(gone)} weights", str(folder))
 
 
-def test_weights_of_another_shape_are_an_error(folder):
+def test_weights_of_another_shape_raise(folder):
     edit(folder / "config.json", intermediate_size=48)
     assert has_facts(refusal(load, folder), "0", "config.json", "5")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -50])
-def test_cut_weights_are_an_error_that_names_the_file(folder, keep):
+def test_truncated_weights_name_the_file(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert "safetensors" in refusal(load, folder)
 
 
-def test_configs_that_cannot_be_used(folder, families):
+def test_unusable_configs_raise(folder, families):
     config = folder / "config.json"
     original = config.read_text()
     own_code = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"}
@@ -170,7 +170,7 @@ def test_configs_that_cannot_be_used(folder, families):
     assert "config.json" in refusal(load, folder)
 
 
-def test_code_in_the_folder_of_a_known_architecture_never_runs(folder):
+def test_code_in_model_folder_never_runs(folder):
     trap = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
     for name in ("own.py", "configuration_own.py", "tokenization_own.py"):
         (folder / name).write_text(trap)
@@ -195,7 +195,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_tokenizer_is_the_generic_fast_class_whatever_the_folder_says(tmp_path, capfd):
+def test_tokenizer_is_the_generic_fast_class(tmp_path, capfd):
     save_tokenizer(tmp_path)
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     tokenizer = loading.load_tokenizer(tmp_path)
@@ -204,7 +204,7 @@ def test_tokenizer_is_the_generic_fast_class_whatever_the_folder_says(tmp_path, 
     assert capfd.readouterr() == ("", "")
 
 
-def test_tokenizer_without_tokenizer_json_is_built_from_its_vocabulary(tmp_path):
+def test_tokenizer_is_built_from_vocabulary(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "model_max_length": 32}')
@@ -215,7 +215,7 @@ def test_tokenizer_without_tokenizer_json_is_built_from_its_vocabulary(tmp_path)
     assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (0, 32)
 
 
-def test_tokenizers_that_cannot_be_used(tmp_path):
+def test_unusable_tokenizers_raise(tmp_path):
     assert "tokenizer" in refusal(loading.load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
     assert "Add the tokenizer.json of the model." in refusal(loading.load_tokenizer, tmp_path)
@@ -243,7 +243,7 @@ def test_pick_dtype():
     assert "'int8'" in refusal(devices.pick_dtype, "int8", False, cpu)
 
 
-def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
+def test_auto_dtype_is_the_faster_one():
     def seconds(dtype):
         x, w = (torch.ones(512, 512, dtype=dtype) for _ in range(2))
         x @ w.t()
@@ -256,7 +256,7 @@ def test_auto_is_the_dtype_that_this_cpu_multiplies_faster():
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
-def test_resolve_a_folder(folder):
+def test_resolve_base_of_a_folder(folder):
     base = loading.resolve_base(str(folder))
     assert base == loading.BaseModel(folder, str(folder), revision=None, note=None)
     before = base.checksum()
@@ -268,7 +268,7 @@ def test_resolve_a_folder(folder):
     assert has_facts(refusal(loading.resolve_base, str(folder), "main"), "--revision")
 
 
-def test_resolve_refuses_pickles_and_nothing(folder):
+def test_pickles_and_missing_folders_raise(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "pytorch" in refusal(loading.resolve_base, str(folder))
     assert "./nowhere" in refusal(loading.resolve_base, "./nowhere")
@@ -277,7 +277,7 @@ def test_resolve_refuses_pickles_and_nothing(folder):
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_model(capfd):
+def test_demo_model_loads(capfd):
     base = loading.resolve_base("demo")
     capfd.readouterr()  # making it, once for a machine, may take a while and says so
     assert base == loading.BaseModel(
@@ -349,7 +349,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_any_gguf_file(tmp_path, cache):
+def test_gguf_file_is_converted_once(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny-Q4_0.gguf")
     base = loading.resolve_base(str(path))
     assert (base.source, base.note) == (str(path), "tiny, dequantised from a 4-bit GGUF file")
@@ -372,7 +372,7 @@ def test_any_gguf_file(tmp_path, cache):
     assert loading.resolve_base(str(renamed)).checksum() == base.checksum()
 
 
-def test_gguf_files_that_cannot_be_used(tmp_path, cache):
+def test_unusable_gguf_files_raise(tmp_path, cache):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF and no more")
     assert "transformers" in refusal(gguf_reading.gguf_model_folder, broken)
@@ -382,7 +382,7 @@ def test_gguf_files_that_cannot_be_used(tmp_path, cache):
     assert not [p for p in (cache / "models").iterdir() if not p.name.endswith(".lock")]
 
 
-def test_two_processes_unpack_one_file(tmp_path, cache):
+def test_two_processes_convert_one_file(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny.gguf")
     script = f"from loracle.models import loading as b; print(b.resolve_base({str(path)!r}).folder)"
     command = [sys.executable, "-c", script]

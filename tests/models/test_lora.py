@@ -66,7 +66,7 @@ def test_plain_peft_gives_the_same_scores(tiny_model, tmp_path, kind, labels, si
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert", "roberta"])
-def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
+def test_reloaded_and_merged_scores_equal_trained(tiny_model, tmp_path, kind):
     encoder = kind in ("bert", "roberta")
     tokenizer = install_template(load_tokenizer(tiny_model(kind)), None, 24, encoder=encoder)
     made, texts = trained(tiny_model(kind), tokenizer), Encoder(tokenizer, encoder=encoder)(TEXTS)
@@ -86,7 +86,7 @@ def test_reloaded_is_trained_and_merged_is_unmerged(tiny_model, tmp_path, kind):
     close(scoring.score(again, texts), wanted)
 
 
-def test_mlp_head_and_mean_pooling_come_back(tiny_model, tmp_path):
+def test_mlp_head_and_mean_pooling_reload(tiny_model, tmp_path):
     folder = tiny_model("qwen2")
     tokenizer = install_template(load_tokenizer(folder), None, 24)
     options = {"pooling": "mean", "head": "mlp"}
@@ -109,7 +109,7 @@ def test_the_head_is_trained_and_never_a_target(tiny_model, kind):
         assert all("modules_to_save" in n for n in trainable)
 
 
-def test_an_unknown_target_is_refused(tiny_model):
+def test_unknown_target_raises(tiny_model):
     folder = tiny_model("qwen2")
     with pytest.raises(UserError, match=r"names of linear layers to adapt; found wq.*q_proj"):
         trained(folder, load_tokenizer(folder), lora=LORA | {"targets": "q_proj,wq"})
@@ -125,7 +125,7 @@ def test_scaling(tiny_model, rslora, scaling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lean_is_pefts_own(tiny_model, monkeypatch, dtype):
+def test_lean_layer_equals_peft(tiny_model, monkeypatch, dtype):
     folder = tiny_model("qwen2")
     made = trained(folder, load_tokenizer(folder)).to(dtype)
     layer = next(m for m in made.modules() if isinstance(m, LeanLinear))
@@ -140,7 +140,7 @@ def test_lean_is_pefts_own(tiny_model, monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
+def test_dropout_keeps_rate_and_mean(dtype):
     x = torch.ones(401, 501, dtype=dtype)
     torch.manual_seed(0)
     keep, scale = lora._dropout(x, 0.05)
@@ -154,7 +154,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
     assert not torch.equal(keep, lora._dropout(x, 0.05)[0])
 
 
-def test_layers_that_read_the_same_drop_the_same_and_learn_by_it(tiny_model):
+def test_grouped_layers_share_dropout_and_gradients(tiny_model):
     folder = tiny_model("qwen2")
     made = trained(folder, load_tokenizer(folder), lora=LORA | {"dropout": 0.4}).double().train()
     attention = next(m for m in made.modules() if hasattr(m, "q_proj"))
@@ -180,7 +180,7 @@ def test_layers_that_read_the_same_drop_the_same_and_learn_by_it(tiny_model):
     assert not torch.equal(layers[0](x), layers[0](x))  # drawn anew once each layer has had its part
 
 
-def test_only_some_of_those_that_read_the_same_are_asked(tiny_model):
+def test_single_layers_of_a_group(tiny_model):
     folder = tiny_model("qwen2")
     made = trained(folder, load_tokenizer(folder))
     attention = next(m for m in made.modules() if hasattr(m, "q_proj"))
@@ -191,7 +191,7 @@ def test_only_some_of_those_that_read_the_same_are_asked(tiny_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_scoring_keeps_of_adapters_follows_their_weights(tiny_model, dtype):
+def test_cached_adapters_follow_weight_changes(tiny_model, dtype):
     """However they are written to: a cast that is kept too long would score with the weights of an earlier step."""
     tokenizer = install_template(load_tokenizer(tiny_model("qwen2")), None, 24)
     made = trained(tiny_model("qwen2"), tokenizer)

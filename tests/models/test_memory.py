@@ -47,7 +47,7 @@ def short_of(made, tokens: int):
     return forward, seen
 
 
-def test_scoring_goes_on_in_smaller_rounds(tiny_model):
+def test_out_of_memory_halves_scoring_batches(tiny_model):
     made = scorer(tiny_model("qwen2"))
     wanted = scoring.score(made, TEXTS)
     forward, seen = short_of(made, 40)
@@ -60,7 +60,7 @@ def test_scoring_goes_on_in_smaller_rounds(tiny_model):
         scoring.in_micro_batches(made, forward, TEXTS)
 
 
-def test_a_sharded_model_is_not_asked_again(tiny_model):
+def test_sharded_model_raises_out_of_memory(tiny_model):
     """The other processes wait in the midst of a layer."""
     made = scorer(tiny_model("qwen2"))
     made.sharded = True
@@ -70,7 +70,7 @@ def test_a_sharded_model_is_not_asked_again(tiny_model):
     assert len(seen) == 1
 
 
-def test_a_forward_that_failed_keeps_nothing_alive(tiny_model):
+def test_failed_forward_frees_its_graph(tiny_model):
     """q has asked for what k and v read too, and then k fails: the graph below must not wait for them."""
     made = scorer(tiny_model("qwen2")).train()
     attention = made.inner.base_model.layers[-1].self_attn
@@ -88,7 +88,7 @@ def test_a_forward_that_failed_keeps_nothing_alive(tiny_model):
     assert not attention.q_proj.group.outputs
 
 
-def test_other_errors_are_not_taken_for_it(tiny_model):
+def test_other_runtime_errors_are_raised(tiny_model):
     def broken(batch):
         raise RuntimeError("shapes differ")
 
@@ -97,7 +97,7 @@ def test_other_errors_are_not_taken_for_it(tiny_model):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
-def test_the_cpus_own_error_is_known():
+def test_cpu_allocator_error_is_recognised():
     code = (
         "import resource, torch\n"
         "from loracle.models.memory import out_of_memory\n"
@@ -109,7 +109,7 @@ def test_the_cpus_own_error_is_known():
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text", "bert"])
-def test_activations_are_foreseen(tiny_model, kind):
+def test_activation_estimate_matches_autograd(tiny_model, kind):
     """Against what autograd really keeps, counted once for each piece of memory that is no weight."""
     made = scorer(tiny_model(kind)).train()
     batch, kept = made.pack(TEXTS), {}
@@ -127,7 +127,7 @@ def test_activations_are_foreseen(tiny_model, kind):
     assert 0.5 < sum(kept.values()) / foreseen < 2
 
 
-def test_operations_of_a_token(tiny_model):
+def test_flops_per_token(tiny_model):
     made = scorer(tiny_model("qwen2"))
     weights = sum(p.numel() for n, p in made.inner.base_model.named_parameters() if n.endswith("base_layer.weight"))
     adapters = sum(p.numel() for n, p in made.named_parameters() if "lora_" in n)
@@ -140,7 +140,7 @@ def test_operations_of_a_token(tiny_model):
     )
 
 
-def test_weights_are_weighed_before_they_are_read(tiny_model):
+def test_weight_bytes_of_a_folder(tiny_model):
     folder = tiny_model("qwen2")
     model = scorer(folder).inner.base_model
     numbers = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
@@ -149,7 +149,7 @@ def test_weights_are_weighed_before_they_are_read(tiny_model):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_limit_on_the_container_counts(tmp_path, version):
+def test_container_memory_limit(tmp_path, version):
     """Pages of files that the kernel can take back do not."""
     folder, own = tmp_path / "memory" if version == 1 else tmp_path, tmp_path / "cgroup"
     own.write_text("4:memory:/box\n3:cpu:/\n" if version == 1 else "0::/box\n")
@@ -166,7 +166,7 @@ def test_a_limit_on_the_container_counts(tmp_path, version):
     assert memory.left_in_container(tmp_path, own) > 1e18
 
 
-def test_a_round_is_timed_and_leaves_all_as_it_was(tiny_model):
+def test_training_rate_leaves_no_trace(tiny_model):
     made = scorer(tiny_model("qwen2"), adapt_top=1).train()
     lower = made.lower = object()
     assert 1 < memory.training_rate(made, made.pack(TEXTS)) < 1e9
@@ -174,6 +174,6 @@ def test_a_round_is_timed_and_leaves_all_as_it_was(tiny_model):
     assert all(p.grad is None for p in made.parameters())
 
 
-def test_the_rate_of_products_is_of_this_world(tiny_model):
+def test_matrix_rate_is_plausible(tiny_model):
     assert 1e7 < memory.matrix_rate(scorer(tiny_model("qwen2")), 0.01) < 1e15
     assert memory.free_memory(CPU) > 0

@@ -34,14 +34,14 @@ def run(tiny_model, tmp_path_factory):
     return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
-def test_it_learns_and_says_so_after_a_reload(run):
+def test_four_bit_run_learns_and_reloads(run):
     predictor = Predictor(run)
     assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]
     kinds = {type(m).__name__ for m in predictor.scorer.inner.base_model.modules()}
     assert "Linear4bit" in kinds  # nothing was silently left in 16 bits
 
 
-def test_adapters_are_not_added_to_four_bits(run):
+def test_merge_of_four_bits_raises(run):
     with pytest.raises(UserError, match=facts("4", "--merge")):
         Predictor(run, merged=True)
 
@@ -57,7 +57,7 @@ def test_only_layers_of_the_backbone_are_quantised(tiny_model):
     assert {dtypes[name] for name in trained} == {torch.float32}
 
 
-def test_what_a_training_takes_is_counted_in_whole_weights(tiny_model):
+def test_training_need_counts_whole_weights(tiny_model):
     whole, small = (memory.training_need(scorer(tiny_model("qwen2"), q)) for q in (None, "nf4"))
     assert small.flops_per_token == whole.flops_per_token
     assert small.per_token == whole.per_token
@@ -65,7 +65,7 @@ def test_what_a_training_takes_is_counted_in_whole_weights(tiny_model):
     assert memory.weight_bytes(folder, torch.bfloat16, four_bit=True) < memory.weight_bytes(folder, torch.bfloat16)
 
 
-def test_an_export_holds_the_weights_that_it_was_trained_on(run, tmp_path):
+def test_export_has_dequantised_weights(run, tmp_path):
     """``export`` compares with the 4-bit run to 1e-4 itself; the unquantised base would be far off."""
     from transformers import AutoModelForSequenceClassification
 
@@ -75,14 +75,14 @@ def test_an_export_holds_the_weights_that_it_was_trained_on(run, tmp_path):
     assert np.isfinite(model.score.weight.detach().numpy()).all()
 
 
-def test_what_cannot_be_quantised_is_refused(tiny_model, tmp_path):
+def test_invalid_quantisation_raises(tiny_model, tmp_path):
     with pytest.raises(UserError, match="--quantize needs a decoder"):
         scorer(tiny_model("bert"), "nf4", lora=None)
     with pytest.raises(UserError, match="4-bit weights do not train"):
         RunConfig.from_flat({"quantize": "nf4", "full": True})
 
 
-def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
+def test_missing_bitsandbytes_names_the_extra(tiny_model, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
@@ -90,7 +90,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model, monkeypatch):
         scorer(tiny_model("qwen2"), "nf4")
 
 
-def test_a_probe_reads_the_states_of_the_model_that_will_be_trained(tiny_model, tmp_path, monkeypatch):
+def test_probe_reads_quantised_states(tiny_model, tmp_path, monkeypatch):
     read: dict[str | None, list[np.ndarray]] = {None: [], "nf4": []}
     plain = scoring.layer_features
     for quantize, kept in read.items():

@@ -27,7 +27,7 @@ def scorer(tiny_model):
 
 
 @torch.inference_mode()
-def test_mean_pooling_reads_the_texts_own_states(scorer):
+def test_mean_pooling_excludes_the_prefix(scorer):
     made = scorer(pooling="mean")
     for score, text in zip(made(made.pack(TEXTS)), TEXTS, strict=True):
         states = made.states(made.pack([text]))
@@ -35,7 +35,7 @@ def test_mean_pooling_reads_the_texts_own_states(scorer):
 
 
 @torch.inference_mode()
-def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
+def test_chunked_text_scores_mean_of_chunks(scorer):
     made = scorer()
     whole = Encoded(chunks=tuple(t.chunks[0] for t in TEXTS[:3]), starts=(20,) * 3)
     scores = made(made.pack([TEXTS[0], whole, TEXTS[1]]))
@@ -44,7 +44,7 @@ def test_a_chunked_text_scores_the_mean_of_its_chunks(scorer):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
-def test_rounds_change_nothing(scorer, kind):
+def test_micro_batch_size_keeps_scores(scorer, kind):
     made = scorer(kind).train()
     small, large = (scoring.score(made, TEXTS, tokens_per_micro_batch=n) for n in (1, 8192))
     assert small.dtype == np.float32
@@ -54,19 +54,19 @@ def test_rounds_change_nothing(scorer, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert", "gpt2"])
-def test_features_are_one_row_a_text(scorer, kind):
+def test_features_have_one_row_per_text(scorer, kind):
     found = scoring.features(scorer(kind), TEXTS)
     assert found.shape == (4, 32)
     np.testing.assert_allclose(found[:1], scoring.features(scorer(kind), TEXTS[:1]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_head_is_float32_over_a_bfloat16_base(scorer):
+def test_head_is_float32_over_bfloat16(scorer):
     made = scorer(dtype=torch.bfloat16)
     assert made.inner.score.weight.dtype == torch.float32
     assert scoring.score(made, TEXTS).dtype == np.float32
 
 
-def test_a_seed_makes_the_head(scorer):
+def test_seed_determines_the_head(scorer):
     one, same, other = (scorer(seed=s).inner.score.weight for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -74,7 +74,7 @@ def test_a_seed_makes_the_head(scorer):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma3_text"])
-def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
+def test_last_layer_computes_only_read_rows(scorer, kind):
     """What the head reads stays the same; of the others neither the MLP nor the output projection hears."""
     made, seen = scorer(kind), []
     batch = made.pack(TEXTS)
@@ -89,7 +89,7 @@ def test_the_last_layer_computes_only_rows_that_are_read(scorer, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "bert"])
-def test_the_rows_that_fill_up_are_heard_by_nobody(scorer, kind, monkeypatch):
+def test_padding_rows_change_nothing(scorer, kind, monkeypatch):
     """Scores and gradients of all weights are those of the batch without them."""
     made = scorer(kind, dtype=torch.float64)
     texts = [Encoded(chunks=((*BEFORE, *range(50, 50 + n)),), starts=(20,)) for n in (13, 7, 30, 9)]

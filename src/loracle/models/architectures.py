@@ -111,7 +111,7 @@ def positions(config: Any) -> int:
 
 
 def needs_decoder(setting: str, config: Any) -> UserError:
-    """The error for a setting that only decoders of the table can have."""
+    """The error for a setting that needs a packable decoder."""
     return UserError(
         f"{setting} needs a decoder, and the model is a {config.model_type}.", f"Leave out {setting.split()[0]}."
     )

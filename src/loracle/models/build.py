@@ -1,9 +1,9 @@
-"""A scorer for a new run, or the one that a run folder holds."""
+"""Build the scorer of a new run, or load the one in a run folder."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from loracle.errors import UserError
 from loracle.models import quantization
-from loracle.models.architectures import is_encoder, is_packable_decoder, layers_of, needs_decoder
-from loracle.models.loading import head_names, load_config, load_sequence_classifier
+from loracle.models.architectures import is_encoder, is_packable_decoder, layers_of, needs_decoder, set_layers
+from loracle.models.loading import ProblemType, head_names, load_config, load_sequence_classifier
 from loracle.models.lora import add_lora, load_adapter, merge
 from loracle.models.scorer import Scorer, mlp_head
-from loracle.tasks import Task
 
 FULL_WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
@@ -30,17 +29,20 @@ class ScorerSpec:
 
     Attributes:
         base: folder of the base model.
-        task: gives the number of scores, their names and transformers' problem type.
+        outputs: scores of a text. label_names: one for each, or none.
+        problem_type: as transformers names it, kept in the config.
         pooling: ``last`` or ``mean``. head: ``linear`` or ``mlp``.
         depth: layers that are kept; None: all.
         quantize: ``nf4`` or None.
     """
 
     base: Path
-    task: Task
+    outputs: int
     pad_token_id: int
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    label_names: Sequence[str] = ()
+    problem_type: ProblemType | None = None
     pooling: str = "last"
     head: str = "linear"
     depth: int | None = None
@@ -48,7 +50,9 @@ class ScorerSpec:
 
 
 def new_scorer(spec: ScorerSpec, *, lora: dict[str, Any] | None = None, seed: int = 0) -> Scorer:
-    """A base model with a fresh head and fresh adapters; without ``lora`` (keywords of ``add_lora``) every weight is trained.
+    """A base model with a fresh head and fresh adapters.
+
+    ``lora`` holds keywords of ``add_lora``. Without it every weight is trained.
 
     ``seed`` draws head and adapters.
 
@@ -63,7 +67,7 @@ def new_scorer(spec: ScorerSpec, *, lora: dict[str, Any] | None = None, seed: in
 
 
 def load_scorer(spec: ScorerSpec, run: Path, *, merged: bool = False) -> Scorer:
-    """The scorer that a run folder holds: adapter and head on the base, or the run's own full weights.
+    """Load the scorer of a run folder: adapter and head on the base, or the run's own full weights.
 
     ``merged``: adapters are added to the base's weights, and the sum is rounded to ``spec.dtype``.
 
@@ -82,7 +86,7 @@ def load_scorer(spec: ScorerSpec, run: Path, *, merged: bool = False) -> Scorer:
 
 
 def load_merged(spec: ScorerSpec, run: Path) -> Any:
-    """What a run holds as a plain transformers model: adapters added to the weights, the trained head in place."""
+    """Load a run as a plain transformers model: adapters added to the weights, and the trained head in place."""
     return merge(_saved_model(spec, run, plain_weights=spec.quantize is not None)).eval()
 
 
@@ -91,14 +95,14 @@ def share_weights(models: Iterable[nn.Module]) -> int:
 
     For models that are only read. Returns the bytes that were freed.
     """
-    known: dict[tuple, Tensor] = {}
+    firsts: dict[tuple, Tensor] = {}
     freed = 0
     for model in models:
         for name, weight in model.named_parameters():
             if type(weight) is not nn.Parameter:  # 4-bit ones hold more than numbers
                 continue
             key = (name.replace(".base_layer", ""), weight.shape, weight.dtype, weight.device)
-            first = known.setdefault(key, weight.data)
+            first = firsts.setdefault(key, weight.data)
             if first.data_ptr() != weight.data_ptr() and torch.equal(first, weight.data):
                 freed += weight.nbytes
                 weight.data = first
@@ -119,26 +123,23 @@ def _saved_model(spec: ScorerSpec, run: Path, *, plain_weights: bool = False) ->
 
 def _base_with_head(spec: ScorerSpec) -> Any:
     """The base with a float32 head, before PEFT copies it: a float32 head read into a bfloat16 copy loses its bits."""
-    config, learning = load_config(spec.base), spec.task.learning
-    dtype = spec.dtype
-    if not is_packable_decoder(
-        config
-    ):  # its own forward hands states to the head (BERT's: to the pooler) in their dtype
+    config, dtype = load_config(spec.base), spec.dtype
+    if not is_packable_decoder(config):  # their own forward hands states to head or pooler in this dtype
         dtype = torch.promote_types(dtype, torch.float32)
     model = load_sequence_classifier(
         spec.base,
-        num_labels=learning.outputs(spec.task),
+        num_labels=spec.outputs,
         pad_token_id=spec.pad_token_id,
         dtype=dtype,
-        problem_type=learning.problem_type,
-        label_names=spec.task.label_names,
+        problem_type=spec.problem_type,
+        label_names=spec.label_names,
     )
     if spec.depth is not None:
         _keep_layers(model, spec.depth)
     if spec.head == "mlp":
         if is_encoder(config) or not hasattr(model, "score"):
             raise needs_decoder("--head mlp", config)
-        model.score = mlp_head(config.hidden_size, learning.outputs(spec.task))
+        model.score = mlp_head(config.hidden_size, spec.outputs)
     for name in head_names(model):
         model.get_submodule(name).to(torch.promote_types(dtype, torch.float32))
     if spec.quantize is not None:
@@ -149,7 +150,7 @@ def _base_with_head(spec: ScorerSpec) -> Any:
 
 
 def _keep_layers(model: Any, depth: int) -> None:
-    """Drop the layers of a decoder above ``depth``; its final norm then follows the last one that is left."""
+    """Drop the layers of a decoder above ``depth``. Its final norm then follows the last remaining layer."""
     config, layers = model.config, layers_of(model.base_model)
     if layers is None or is_encoder(config):
         raise needs_decoder("--depth", config)
@@ -157,7 +158,7 @@ def _keep_layers(model: Any, depth: int) -> None:
         raise UserError(
             f"--depth is {depth}, but the model has {config.num_hidden_layers} layers.", "Give a smaller --depth."
         )
-    model.base_model.layers = layers[:depth]
+    set_layers(model.base_model, layers[:depth])
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:depth]

@@ -21,23 +21,23 @@ CONVERSION = "conversion.json"  # in a converted folder: the file it came from, 
 def demo_model_folder() -> Path:
     """The embedded model, SmolLM2-135M-Instruct (Apache-2.0), as a plain transformers folder in the cache.
 
-    It comes out of a 4-bit GGUF file in a wheel of the package index, so it is a little worse than the original: every
-    figure made with it says so (``BaseModel.note``). Made once (half a minute), then only checked.
+    It is converted from a 4-bit GGUF file in a wheel, so it is a little worse than the original. ``BaseModel.note`` says so for
+    every figure made with it. The conversion takes half a minute, once.
 
     Raises:
-        UserError: the wheel cannot be had.
+        UserError: the wheel cannot be fetched.
     """
     folder = _unpacked_folder(hubs.DEMO_SHA256)
     if not is_intact(folder):
-        _unpack(hubs.fetch("demo", repo_type="model"), hubs.DEMO_SHA256)
+        _unpack(hubs.fetch(hubs.DEMO, repo_type="model"), hubs.DEMO_SHA256)
     return folder
 
 
 def gguf_model_folder(gguf: Path) -> Path:
-    """Any GGUF file, dequantised, as a plain transformers folder in the cache, found again by the file's content.
+    """Any GGUF file, dequantised, as a plain transformers folder in the cache. Its key is the file's content.
 
-    The weights pass through float32 (so that the result depends on no version of the reader) and are kept in bfloat16:
-    it takes four bytes of memory a parameter once, and two on disk.
+    The weights pass through float32, so that the result does not depend on the reader's version, and are stored in bfloat16. A
+    parameter takes four bytes of memory during the conversion and two on disk.
 
     Raises:
         UserError: the file is broken, a part of several, or of an architecture that transformers cannot read.
@@ -69,7 +69,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether the files are what was written; they are read only if size or time have changed, so this is cheap."""
+    """Whether the files are unchanged. They are read only if size or time have changed, so this is cheap."""
     try:
         files = json.loads((folder / CONVERSION).read_text(encoding="utf-8"))["files"]
         for name, wanted in files.items():
@@ -83,7 +83,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def _dequantise(gguf: Path, folder: Path) -> str:
-    """Write ``gguf`` as a transformers folder; returns the sentence that every figure of this model must carry."""
+    """Write ``gguf`` as a transformers folder; returns the note for every figure of this model."""
     model, tokenizer, reader = _read_gguf(gguf)
     model.config.__dict__.pop("_model_name_or_path", None)
     if hasattr(model.config, "quantization_config"):
@@ -123,8 +123,8 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any, GGUFReader]:
                 gguf.parent, gguf_file=gguf.name, trust_remote_code=False
             )
     except Exception as error:  # the readers raise anything on a broken or unknown file
-        found = hubs.first_line(error)
-        raise UserError(f"transformers cannot read {gguf}: {found}.", "Use the original model.") from error
+        reason = hubs.first_line(error)
+        raise UserError(f"transformers cannot read {gguf}: {reason}.", "Use the original model.") from error
     return model, tokenizer, reader
 
 
@@ -133,7 +133,7 @@ def _field(reader: GGUFReader, key: str) -> Any:
 
 
 def _precision(reader: GGUFReader) -> str:
-    """How most of the weights are written: "4-bit" for the block formats Q4_1, Q4_K or IQ4_XS, else "F16" and such."""
+    """The format of most weights: "4-bit" for the block formats Q4_1, Q4_K or IQ4_XS, else its name, such as "F16"."""
     weights: Counter[str] = Counter()
     for tensor in reader.tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -143,9 +143,9 @@ def _precision(reader: GGUFReader) -> str:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Give SmolLM2 its own pre-tokenizer: every digit alone, which transformers' reader of GGUF files does not know.
+    """Give SmolLM2 its own pre-tokenizer, which makes every digit a token. transformers' GGUF reader does not know it.
 
-    Without it "a  7" (two blanks) would be cut differently from how the model was trained.
+    Without it "a  7" (two blanks) gets other tokens than in pretraining.
     """
     from tokenizers import pre_tokenizers
 

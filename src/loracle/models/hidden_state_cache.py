@@ -276,8 +276,8 @@ def segment_digests(batch: PackedBatch) -> list[bytes]:
     """The key of each segment: a hash of its token ids, those of its ancestors, and the place where its own start."""
     ids = [batch.input_ids[s : s + n].astype("<i4").tobytes() for s, n in zip(batch.start, batch.length, strict=True)]
     digests = []
-    for n, own in enumerate(ids):
+    for n, own_ids in enumerate(ids):
         before = b"".join(ids[a] for a in ancestors(batch.parent, n))
-        key = struct.pack("<q", len(before)) + before + own
+        key = struct.pack("<q", len(before)) + before + own_ids
         digests.append(hashlib.blake2b(key, digest_size=16).digest())
     return digests

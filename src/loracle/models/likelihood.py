@@ -18,7 +18,6 @@ from loracle.models.build import ScorerSpec, new_scorer
 from loracle.models.loading import load_config
 from loracle.models.scorer import Scorer, by_text
 from loracle.models.scoring import in_micro_batches
-from loracle.tasks import Task
 from loracle.text.packing import ROOT, PackedBatch
 from loracle.text.tokenize import Encoded, Encoder
 
@@ -93,7 +92,7 @@ def _whole(scorer: Scorer, folder: Path) -> tuple[Scorer, Tensor]:
             raise NoLikelihoodError("the base is sharded, so the whole of it may not fit")
         dtype = next(scorer.inner.base_model.parameters()).dtype
         pad = scorer.inner.config.pad_token_id
-        spec = ScorerSpec(base=folder, task=Task(name="ranking"), pad_token_id=pad, dtype=dtype, device=scorer.device)
+        spec = ScorerSpec(base=folder, outputs=1, pad_token_id=pad, dtype=dtype, device=scorer.device)
         scorer = new_scorer(spec)
     return scorer, output_embedding(scorer, folder)
 

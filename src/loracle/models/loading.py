@@ -1,7 +1,7 @@
-"""Base models: from a hub, a folder, a GGUF file or the embedded default to a transformers folder, and into memory.
+"""Base models: from a hub, a folder, a GGUF file or the embedded model to a transformers folder, and into memory.
 
-A base is always a folder of ``config.json``, ``*.safetensors`` and a tokenizer, whatever it came from. Code that a
-folder brings along is never run and pickled weights are never opened.
+A base is always a folder of ``config.json``, ``*.safetensors`` and a tokenizer. Code in the folder is never run, and pickled
+weights are never opened.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loracle import hubs
 from loracle.errors import UserError
 from loracle.models.architectures import SUPPORTED
 from loracle.models.gguf import demo_model_folder, gguf_model_folder, read_conversion
 from loracle.models.quiet import quiet_transformers
-from loracle.tasks import ProblemType
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]  # of transformers
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
@@ -33,9 +34,9 @@ class BaseModel:
 
     Attributes:
         folder: config.json, safetensors and tokenizer.
-        source: what finds it again from anywhere: "hf:owner/name", "modelscope:owner/name", an absolute path, "demo".
+        source: the spec that finds it again: "hf:owner/name", "modelscope:owner/name", an absolute path, "demo".
         revision: the hub's commit (ModelScope: branch or tag).
-        note: what every figure made with this model must say, or None.
+        note: a sentence for every figure made with this model, or None.
     """
 
     folder: Path
@@ -50,7 +51,7 @@ class BaseModel:
         return source.id if source and hubs.HUBS[source.hub].known_to_peft else str(self.folder)
 
     def checksum(self) -> str:
-        """SHA-256 over config.json and the weights (of a GGUF file: over that file, whoever unpacked it)."""
+        """SHA-256 of config.json and the weights; of a converted GGUF file the SHA-256 of that file."""
         if conversion := read_conversion(self.folder):
             return conversion["gguf_sha256"]
         whole = hashlib.sha256()
@@ -60,7 +61,7 @@ class BaseModel:
 
 
 def resolve_base(spec: str, revision: str | None = None) -> BaseModel:
-    """Find the base model that ``spec`` names and bring it to this disk.
+    """Find the base model that ``spec`` names and fetch it to this disk.
 
     Args:
         spec: hub id, ``hf:owner/name``, ``modelscope:owner/name``, folder, .gguf file, or ``demo``.
@@ -84,8 +85,8 @@ def resolve_base(spec: str, revision: str | None = None) -> BaseModel:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, as the generic fast class.
 
-    ``tokenizer.json`` says everything about how a text is cut; the families' own classes rebuild parts of it from other
-    files when they load, so that what one saves is not always what the next one reads.
+    ``tokenizer.json`` alone defines the tokens. The families' own classes rebuild parts of it from other files when they load,
+    so a saved tokenizer may differ after loading.
 
     Raises:
         UserError: the folder has none, or only one that needs its own code.
@@ -95,20 +96,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(found, PreTrainedTokenizerFast):
-            raise ValueError(f"{type(found).__name__} has no fast version")
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(loaded, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(loaded).__name__} has no fast version")
     except Exception as error:  # missing, broken and foreign tokenizers raise anything from OSError to pyo3's Exception
         raise UserError(
             f"{folder} has no tokenizer that can be read: {hubs.first_line(error)}.",
             "Add the tokenizer.json of the model.",
         ) from error
-    specials = {name: token for name, token in found.special_tokens_map.items() if isinstance(token, str)}
+    specials = {name: token for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
     return PreTrainedTokenizerFast(
-        tokenizer_object=found.backend_tokenizer,
-        model_max_length=found.model_max_length,
-        padding_side=found.padding_side,
-        chat_template=found.chat_template,
+        tokenizer_object=loaded.backend_tokenizer,
+        model_max_length=loaded.model_max_length,
+        padding_side=loaded.padding_side,
+        chat_template=loaded.chat_template,
         **specials,
     )
 
@@ -198,7 +199,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise UserError(f"The weights in {folder} are quantised.", "Use the model that they were made from.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # each config class checks its own fields and raises what it likes
+    except Exception as error:  # each config class raises errors of its own
         reason = hubs.first_line(error)
         raise UserError(
             f"config.json of {folder} does not fit {model_type}: {reason}.", "Fetch the model again."
@@ -208,7 +209,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Modules between the last hidden state and the scores: ("score",), ("classifier",), ("classifier", "bert.pooler").
 
-    They are what a task has to train, and to save, whole.
+    They are trained and saved whole.
     """
     backbone = model.base_model_prefix
     names = [n for n, m in model.named_children() if n != backbone and any(True for _ in m.parameters())]
@@ -221,10 +222,10 @@ def _check_complete(model: PreTrainedModel, report: dict[str, Any], folder: Path
     head = tuple(f"{name}." for name in head_names(model))
     misfits = [key for key, *_ in report["mismatched_keys"] if not key.startswith(head)]
     missing = [key for key in report["missing_keys"] if not key.startswith(head)]
-    for gaps, what in ((misfits, "of another shape than in config.json"), (missing, "missing")):
+    for gaps, problem in ((misfits, "of another shape than in config.json"), (missing, "missing")):
         if gaps:
             raise UserError(
-                f"{len(gaps)} weights of {model.config.model_type} in {folder} are {what}, among them {sorted(gaps)[0]}.",
+                f"{len(gaps)} weights of {model.config.model_type} in {folder} are {problem}, among them {sorted(gaps)[0]}.",
                 "Fetch the model again.",
             )
 
@@ -236,7 +237,7 @@ def _explain_weights(folder: Path, error: Exception) -> UserError:
         try:
             with safe_open(path, "pt"):
                 pass
-        except Exception as damage:  # safetensors raises one class of its own for all that can be wrong
+        except Exception as damage:  # safetensors raises one error class for any damage
             return UserError(f"{path} is damaged: {damage}.", "Fetch the model again.")
     reason = hubs.first_line(error)
     return UserError(f"The weights in {folder} do not fit config.json: {reason}.", "Fetch the model again.")

@@ -229,8 +229,8 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
 class _LoraProducts(torch.autograd.Function):
     """``x Wᵀ + bias + s (x ⊙ keep) Aᵀ Bᵀ / (1 - p)`` of several layers, with gradients for x and each A and B.
 
-    W and the bias are frozen. Inputs: x ``[..., in]``, and of each layer W ``[out, in]``, bias ``[out]`` or None, A ``[r, in]``
-    and B ``[out, r]``, where out and r differ between layers. Output: ``[..., out]`` for each layer.
+    W and the bias are frozen. Inputs: x ``[..., in]``. Then of each layer: W ``[out, in]``, bias ``[out]`` or None,
+    A ``[r, in]``, B ``[out, r]``. Sizes out and r differ between layers. Output: ``[..., out]`` for each layer.
     """
 
     @staticmethod

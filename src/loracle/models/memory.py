@@ -95,14 +95,14 @@ def free_memory(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, left_in_container())
 
 
-def left_in_container(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def left_in_container(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes until the memory limit of this process's control group, at which the kernel kills it. File caches count as free.
 
     Without a limit it is larger than any memory.
     """
     smallest = 1 << 62
     with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in groups.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             folder, names = (root, ("memory.max", "memory.current", "inactive_file"))  # version 2
             if controllers:

@@ -1,7 +1,7 @@
 """Scoring on a CPU in 8-bit integers, by OpenVINO: a run's model with merged adapters, converted once, opened without its base.
 
-Weights are rounded once, with a scale for each output. Inputs are rounded as they come, in groups of ``GROUP`` numbers of one
-token, so that a text's score does not depend on its neighbours. OpenVINO's attention takes rectangles. So texts are padded,
+Weights are rounded once, with a scale for each output. Inputs are rounded in groups of ``GROUP`` numbers of one token. So a
+text's score does not depend on its neighbours. OpenVINO's attention takes rectangles. So texts are padded,
 sorted by length, and an instruction before them is computed for each. Of the measured ways (dev/LOG.md, 2026-11-25) it is the
 fastest one that keeps the labels.
 

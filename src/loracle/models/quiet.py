@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without progress bar and load report; the caller checks what the report would say."""
+    """Turn off progress bars and load reports inside this context. The caller checks the report itself."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -132,7 +132,7 @@ class Scorer(nn.Module):
         return by_text((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), batch)
 
     def layer_features(self, batch: PackedBatch, layers: Sequence[int] | None = None) -> Tensor:
-        """The same after each layer of a decoder, or after ``layers``, as if it were the last one, ``float32 [E, L, H]``."""
+        """The same after each layer of a decoder (by default all), as if it were the last one, ``float32 [E, L, H]``."""
         decoder, means = self.inner.base_model, []
         all_layers, norm = layers_of(decoder), getattr(decoder, self.architecture.norm)
 

@@ -1,6 +1,6 @@
 """Scores and hidden states of encoded texts, without gradients.
 
-Shapes: E encoded texts, C labels (1 when ranking), H hidden size, L layers, X columns of whatever a function gives.
+Shapes: E encoded texts, C labels (1 when ranking), H hidden size, L layers, X columns of a result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loracle.text.tokenize import Encoded
 def score(scorer: Scorer | Int8Scorer, texts: Sequence[Encoded], *, tokens_per_micro_batch: int = 4096) -> np.ndarray:
     """Scores of encoded texts, ``float32 [E, C]``: the one way to evaluate, predict and rank.
 
-    Texts of similar length go together, which the attention likes; results come back in the order given.
+    Texts of similar length go together, which is faster. Results have the order of the texts.
     """
     return in_micro_batches(scorer, scorer.forward, texts, tokens_per_micro_batch)
 
@@ -53,20 +53,21 @@ def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[En
 
     A text gets the label whose name has the most similar state (dataless classification: Chang, Ratinov, Roth and
     Srikumar, AAAI 2008). States are standardised by those of ``texts``; otherwise a few large features decide. Names are
-    centred and scaled to equal length, so that none is favoured. The head has no bias, so the mean text is projected out.
+    centred and scaled to equal length, to favour none. The head has no bias, so the mean text is projected out.
 
     Args:
-        names: of C labels, encoded as texts are. texts: some of the training texts; their labels are not asked for. Logits
-            of these get a mean square of 1 about their mean.
+        names: of C labels, encoded as texts are.
+        texts: a sample of the training texts, without labels. Their logits get a mean square of 1 about their mean.
 
     Raises:
         UserError: the model is no decoder that can be packed.
     """
     if scorer.encoder or not scorer.packed:
         raise needs_decoder("--head-init names", scorer.inner.config)
-    of_names, of_texts = (in_micro_batches(scorer, scorer.pooled, some).astype(np.float64) for some in (names, texts))
+    of_names, of_texts = (in_micro_batches(scorer, scorer.pooled, items).astype(np.float64) for items in (names, texts))
     mean, spread = of_texts.mean(axis=0), np.concatenate([of_texts, of_names]).std(axis=0)
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-6 * spread.max())
+    varies, scale = spread > 1e-6 * spread.max(), np.zeros_like(spread)
+    scale[varies] = 1.0 / spread[varies]
     towards = (of_names - of_names.mean(axis=0)) * scale
     towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-12)
     weight = towards * scale
@@ -74,8 +75,8 @@ def head_from_names(scorer: Scorer, names: Sequence[Encoded], texts: Sequence[En
     logits = of_texts @ weight.T
     weight /= max(float((logits - logits.mean(axis=1, keepdims=True)).std()), 1e-12)
     with torch.no_grad():
-        own = trained_copy(scorer.inner.score).weight
-        own.copy_(torch.from_numpy(weight).to(own))
+        trained = trained_copy(scorer.inner.score).weight
+        trained.copy_(torch.from_numpy(weight).to(trained))
 
 
 def in_micro_batches(
@@ -84,10 +85,10 @@ def in_micro_batches(
     texts: Sequence[Encoded],
     tokens_per_micro_batch: int = 4096,
 ) -> np.ndarray:
-    """What ``function`` gives for encoded texts, ``float32 [E, X]``, ``tokens_per_micro_batch`` at a time (fewer where the
-    scorer is faster with fewer), without gradients.
+    """Results of ``function`` for encoded texts, ``float32 [E, X]``, without gradients.
 
-    Where memory runs out, micro-batches are halved. Threads that use the same scorer wait for each other.
+    A micro-batch has at most ``tokens_per_micro_batch`` tokens, and fewer where the scorer is faster with fewer. If memory runs
+    out, micro-batches are halved. Threads that use the same scorer wait for each other.
 
     Raises:
         UserError: memory runs out over one text alone.
@@ -117,11 +118,9 @@ def _run_in_micro_batches(
                 results.append(function(scorer.pack([texts[order[i]] for i in part])).float().cpu().numpy())
                 return
             except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e) or scorer.sharded:  # then other processes wait in the midst of a layer
+                if not out_of_memory(e) or scorer.sharded:  # other processes of a sharded model wait inside a layer
                     raise
-            if (
-                len(part) == 1
-            ):  # outside of the handler, whose traceback holds the tensors of the micro-batch that failed
+            if len(part) == 1:  # raise outside of the handler, whose traceback keeps the failed tensors in memory
                 raise UserError(
                     f"There is too little memory on {scorer.device} for a text of {tokens:,} tokens.",
                     "Use another --device, or train with a smaller --max-length.",
@@ -131,7 +130,7 @@ def _run_in_micro_batches(
         run(part[: len(part) // 2])
         run(part[len(part) // 2 :])
 
-    # Gathered weights are used again by training, which may not touch what inference mode has made.
+    # Training uses gathered weights again, and may not use tensors made in inference mode.
     without_gradients: Any = torch.no_grad() if scorer.sharded else torch.inference_mode()
     with without_gradients:
         limit_tokens = min(tokens_per_micro_batch, scorer.max_micro_batch)

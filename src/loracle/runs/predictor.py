@@ -103,7 +103,9 @@ class Predictor:
             where = pick_device(device)
             spec = ScorerSpec(
                 base=find_base(self.info, self.folder, base).folder,
-                task=self.task,
+                outputs=self.task.learning.outputs(self.task),
+                label_names=self.task.label_names,
+                problem_type=self.task.learning.problem_type,
                 pad_token_id=tokenizer.pad_token_id,
                 dtype=pick_dtype(dtype or model.dtype, self.info.config.lora.full, where),
                 device=where,

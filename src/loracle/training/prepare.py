@@ -161,7 +161,9 @@ def new_model(
     model, device = config.model, pick_device(config.model.device)
     spec = build.ScorerSpec(
         base=base.source.folder,
-        task=task,
+        outputs=task.learning.outputs(task),
+        label_names=task.label_names,
+        problem_type=task.learning.problem_type,
         pad_token_id=base.tokenizer.pad_token_id,
         dtype=pick_dtype(model.dtype, config.lora.full, device),
         device=torch.device("cpu") if model.shard else device,  # each process takes its parts from the CPU

@@ -4,8 +4,8 @@ Segments of similar length are padded to a rectangle. That costs little, because
 over short texts is about one per cent of the arithmetic. Ancestors that all segments of a block share (the instruction) are
 not copied: their keys meet all queries in one product, and one softmax runs over both parts.
 
-Shapes: T tokens, P rows with padding, B segments of a block, L its longest segment, A shared tokens above it, K keys of a row,
-H query heads, G key heads (R = H / G queries a key head), D head size.
+Shapes: T tokens, H query heads, G key heads, R = H / G, D head size. In a block: B segments, L tokens of the longest, A shared
+tokens above them, K keys of a row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, 
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, block: Block, settings: AttentionSettings) -> Tensor:
-    """A block by torch's fused kernel, ``[B, L, H, D]``, for ``q [B, L, H, D]``, ``k`` and ``v [B, K, G, D]``."""
+    """A block by torch's fused kernel, ``[B, L, H, D]``; ``q [B, L, H, D]``, ``k`` and ``v [B, K, G, D]``."""
     mask, _ = block.mask(settings.causal, settings.window)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -76,8 +76,8 @@ class _Graph:
 def lay_out(batch: PackedBatch, rows: int) -> np.ndarray | None:
     """A batch as the int64 numbers that a graph of that many rows reads; None where they do not fit.
 
-    One after the other: ids ``[R]``, positions ``[R]``, token row of each key ``[K]``, ends of the segments' queries
-    ``[N + 2]`` and of their keys ``[N + 2]``, and the rows that are read ``[N]``.
+    It has six parts: ids ``[R]``; positions ``[R]``; token row of each key ``[K]``; ends of the segments' queries ``[N + 2]``;
+    ends of their keys ``[N + 2]``; rows that are read ``[N]``.
     """
     tokens, segments = batch.tokens, len(batch.start)
     sequences = Sequences.of(batch, CPU) if tokens <= rows and segments <= rows // ROWS_PER_SEGMENT else None

@@ -1,8 +1,8 @@
 """Attention over a token tree, as a function that ``transformers`` calls in place of its own.
 
-The models stay unforked. Qwen2, Qwen3, Llama, Mistral, Gemma, BERT and RoBERTa all hand their queries, keys and values to
-``ALL_ATTENTION_FUNCTIONS[config._attn_implementation]``, with every keyword of ``model.forward``. The scorer passes
-``plan=AttentionPlan(...)`` and gets it back here in every layer.
+The models stay unforked. All of them hand their queries, keys and values to one function of a registry. It is the function
+``ALL_ATTENTION_FUNCTIONS[config._attn_implementation]``, and gets every keyword of ``model.forward``. The scorer passes
+``plan=AttentionPlan(...)``, which arrives here in every layer.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ causally to its own segment. For example a prefix ``P`` of 2 tokens with the tit
 Two ways compute the same attention. ``BlockPlan`` pads segments of similar length to a few rectangles and works on any device
 and in any dtype (``blocks.py``). ``Sequences`` lists each segment's keys for flash attention (``flash.py``).
 
-Shapes: T tokens, N segments, B segments of a block, L its longest segment, A tokens of ancestors that all of a block share,
-K keys of a row of a block.
+Shapes: T tokens, N segments; in a block: B segments, L tokens of the longest, A shared tokens above them, K keys of a row.
 """
 
 from __future__ import annotations

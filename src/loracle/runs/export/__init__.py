@@ -88,10 +88,12 @@ def _merged_model(run: Path, info: RunInfo, base: str | None) -> Any:
     from loracle.models.loading import load_tokenizer
     from loracle.runs.predictor import find_base
 
-    settings = info.config.model
+    settings, task = info.config.model, info.task
     spec = ScorerSpec(
         base=find_base(info, run, base).folder,
-        task=info.task,
+        outputs=task.learning.outputs(task),
+        label_names=task.label_names,
+        problem_type=task.learning.problem_type,
         pad_token_id=load_tokenizer(run).pad_token_id,
         head=settings.head,
         depth=settings.layers,
