@@ -161,7 +161,7 @@ def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from loracle.models.loading import pick_device
+    from loracle.models.devices import pick_device
     from loracle.models.memory import matrix_rate, training_need
 
     device = pick_device("auto")

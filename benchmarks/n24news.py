@@ -23,9 +23,10 @@ from loracle import pipeline
 from loracle.config import RunConfig
 from loracle.data.sources import open_table
 from loracle.evaluation import linear_models
-from loracle.models import build
+from loracle.models.build import ScorerSpec, new_scorer
 from loracle.models.devices import pick_device
 from loracle.models.loading import load_tokenizer
+from loracle.models.scoring import features
 from loracle.reporting.terminal import result_rows
 from loracle.tasks import Task
 from loracle.tasks.dataset import read_examples
@@ -60,17 +61,16 @@ def minilm_folder() -> Path:
 
 def minilm_probe(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]:
     """Logits of logistic regression on mean states of all-MiniLM-L6-v2."""
-    import torch
-
     folder = minilm_folder()
     train_file = read_examples(open_table(str(train)), RunConfig().data)
     test_file = read_examples(open_table(str(test)), RunConfig().data, task=train_file.task)
     tokenizer = install_template(load_tokenizer(folder), None, 256, encoder=True)
-    scorer = build.new_scorer(
-        folder, train_file.task, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32, device=pick_device("auto")
+    spec = ScorerSpec(
+        base=folder, task=train_file.task, pad_token_id=tokenizer.pad_token_id, device=pick_device("auto")
     )
+    scorer = new_scorer(spec)
     encoder = Encoder(tokenizer, encoder=True)
-    states = [build.features(scorer, encoder([e.text for e in part.items])) for part in (train_file, test_file)]
+    states = [features(scorer, encoder([e.text for e in part.items])) for part in (train_file, test_file)]
     task = train_file.task
     targets = LABELS.targets(train_file.items, len(task.label_names))
     logits = linear_models.feature_classifier((states[0], states[1]), targets, LABELS, len(task.label_names))

@@ -53,7 +53,7 @@ def ours() -> dict[str, float]:
     from loracle.config import TrainConfig
     from loracle.evaluation.pairs import group_pairs
     from loracle.examples import RankGroup
-    from loracle.models.build import new_scorer
+    from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
     from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
@@ -71,10 +71,8 @@ def ours() -> dict[str, float]:
     titles = sorted({t for g in groups for t in g.texts})
     ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
     task = Task(name="click_ranking")
-    scorer = new_scorer(
-        demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),
-        lora={"r": 16, "alpha": 32, "dropout": 0.0},
-    )  # fmt: skip
+    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+    scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": 0.0})
     pairs = sum(len(group_pairs(g)) for g in groups)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

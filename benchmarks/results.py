@@ -24,7 +24,7 @@ ROUNDS = 3
 
 def dtype_name() -> str:
     """The dtype that ``--dtype auto`` picks on this machine, for both sides."""
-    from loracle.models.loading import pick_device, pick_dtype
+    from loracle.models.devices import pick_device, pick_dtype
 
     return str(pick_dtype("auto", False, pick_device("auto"))).removeprefix("torch.")
 

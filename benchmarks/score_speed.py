@@ -28,9 +28,11 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     import torch
 
     from loracle.models import openvino
-    from loracle.models.build import new_scorer, score
-    from loracle.models.loading import demo_model_folder, load_sequence_classifier, load_tokenizer
+    from loracle.models.build import ScorerSpec, new_scorer
+    from loracle.models.gguf import demo_model_folder
+    from loracle.models.loading import load_sequence_classifier, load_tokenizer
     from loracle.models.scorer import Scorer
+    from loracle.models.scoring import score
     from loracle.tasks import Task
     from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
@@ -48,8 +50,8 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
             openvino.convert(model, Path(folder), pooling="last")
             scorer = openvino.Int8Scorer(Path(folder), pad_token_id=0)
     else:
-        task, cpu = Task(name="single_label", label_names=names), torch.device("cpu")
-        scorer = new_scorer(base, task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=cpu, lora=None)
+        task = Task(name="single_label", label_names=names)
+        scorer = new_scorer(ScorerSpec(base=base, task=task, pad_token_id=0, dtype=getattr(torch, dtype_name())))
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))
     started = time.perf_counter()

@@ -54,7 +54,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
 
     from loracle.config import TrainConfig
     from loracle.examples import LabeledText
-    from loracle.models.build import new_scorer
+    from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
     from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
@@ -68,10 +68,8 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     start = len(tokenizer(before).input_ids) if before else 0
     task = Task(name="single_label", label_names=tuple(str(i) for i in range(24)))
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
-    scorer = new_scorer(
-        demo_model_folder(), task, pad_token_id=0, dtype=getattr(torch, dtype_name()), device=torch.device("cpu"),
-        lora={"r": 16, "alpha": 32, "dropout": dropout},
-    )  # fmt: skip
+    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+    scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": dropout})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         outcome = fit(

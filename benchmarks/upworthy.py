@@ -128,20 +128,17 @@ FEATURES: dict[str, np.ndarray] = {}
 
 
 def _minilm_features(titles: list[str]) -> np.ndarray:
-    import torch
     from n24news import minilm_folder
 
-    from loracle.models.build import features, new_scorer
+    from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.loading import load_tokenizer
+    from loracle.models.scoring import features
     from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
 
     folder = minilm_folder()
     tokenizer = install_template(load_tokenizer(folder), None, 128, encoder=True)
-    scorer = new_scorer(
-        folder, Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32,
-        device=torch.device("cpu"), lora=None,
-    )  # fmt: skip
+    scorer = new_scorer(ScorerSpec(base=folder, task=Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id))
     return features(scorer, Encoder(tokenizer, encoder=True)(titles))
 
 
