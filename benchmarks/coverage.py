@@ -1,21 +1,28 @@
-"""Do 95 % intervals hold the truth 95 times in 100? Classifiers are simulated whose true figures are known.
+"""Do 95 % intervals hold the truth 95 times in 100? Classifiers with known true figures are simulated.
 
     python benchmarks/coverage.py
 
-Each run draws a test side anew, some of its texts several times, and asks for the intervals as a report does. The truth is
-the figure of a very large sample. Standard error of a coverage: 0.9 points at 600 runs.
+Each run draws a test set, some of its texts several times, and computes the intervals as a report does. The truth is the
+figure of a very large sample. Standard error of a coverage: 0.9 points at 600 runs.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.special import softmax
 
-from loracle.evaluation.classification import calibration_band, calibration_error, classification_metrics, lead
-from loracle.tasks import Task
+from loracle.evaluation.classification import (
+    calibration_band,
+    calibration_error,
+    classification_differences,
+    classification_metrics,
+)
+from loracle.evaluation.labels import OneLabel
 
 PRIOR = np.array([0.5, 0.25, 0.15, 0.1])
-TASK = Task(name="single_label", label_names=("a", "b", "c", "d"))
+LABELS = OneLabel()
 MEASURED = ("accuracy", "macro_f1", "log_loss")
 LARGE = 400_000
 SIZES, RUNS = (50, 100, 200, 500, 2000), 600
@@ -31,35 +38,36 @@ def drawn(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.
 def truth(large: int = LARGE) -> dict[str, float]:
     """The figures of a very large sample."""
     a, b, targets = drawn(large, np.random.default_rng(0))
-    found = classification_metrics(a, targets, TASK, replicates=1)
-    gap = lead(a, b, targets, TASK, replicates=1)
-    return {name: found[name].value for name in MEASURED} | {"difference": gap.value}
+    metrics = classification_metrics(a, targets, LABELS, replicates=1)
+    gap = classification_differences((a, b), targets, LABELS, replicates=1)["accuracy"]
+    return {name: metrics[name].value for name in MEASURED} | {"difference": gap.value}
 
 
 def coverage(
     n: int, runs: int, true: dict[str, float], *, replicates: int = 1000, copies: int = 2, together: bool = True
 ) -> dict[str, float]:
-    """How often intervals on ``n`` distinct texts, a fifth of which stand there ``copies`` times, hold the truth.
+    """How often intervals on ``n`` distinct texts hold the truth. A fifth of the texts occur ``copies`` times.
 
-    ``together``: copies are resampled as the one text that they are, which is what a report does.
+    ``together``: all copies of a text are resampled together, as in a report.
     """
-    held = dict.fromkeys((*true, "ece_band"), 0)
+    hits = dict.fromkeys((*true, "ece_band"), 0)
     rows = np.concatenate([np.arange(n), *[np.arange(n // 5)] * (copies - 1)])
     groups = rows.tolist() if together else None
     for run in range(runs):
         rng = np.random.default_rng([n, run])
         a, b, targets = (part[rows] for part in drawn(n, rng))
-        how = {"groups": groups, "seed": run, "replicates": replicates}
-        found = classification_metrics(a, targets, TASK, **how)
-        intervals = {name: found[name] for name in MEASURED} | {"difference": lead(a, b, targets, TASK, **how)}
+        how: dict[str, Any] = {"groups": groups, "seed": run, "replicates": replicates}
+        metrics = classification_metrics(a, targets, LABELS, **how)
+        gap = classification_differences((a, b), targets, LABELS, **how)["accuracy"]
+        intervals = {name: metrics[name] for name in MEASURED} | {"difference": gap}
         for name, interval in intervals.items():
-            held[name] += interval.low <= true[name] <= interval.high
-        # The band is for one who is calibrated: labels are drawn as the probabilities say.
+            hits[name] += interval.low <= true[name] <= interval.high
+        # The band is for a calibrated classifier, so labels are drawn with its probabilities.
         sure = softmax(a, axis=1).max(axis=1, keepdims=True)
         right = (rng.random(n) < sure[:n, 0])[rows].astype(float)
         band = calibration_band(sure, **how)
-        held["ece_band"] += band.low <= calibration_error(sure[:, 0], right) <= band.high
-    return {name: count / runs for name, count in held.items()}
+        hits["ece_band"] += band.low <= calibration_error(sure[:, 0], right) <= band.high
+    return {name: count / runs for name, count in hits.items()}
 
 
 def main() -> None:
@@ -73,16 +81,17 @@ def main() -> None:
         print(rows[-1], flush=True)
     naive = coverage(200, RUNS, true, copies=6, together=False)
     kept = coverage(200, RUNS, true, copies=6)
-    for who, found in (("200, a fifth of them six times", kept), ("the same, copies resampled apart", naive)):
-        rows.append([who, *(f"{100 * found[name]:.1f} %" for name in names)])
+    for label, found in (("200, a fifth of them six times", kept), ("the same, copies resampled separately", naive)):
+        rows.append([label, *(f"{100 * found[name]:.1f} %" for name in names)])
     write_table(
         "coverage",
         rows,
         [
-            f"Share of {RUNS:,} simulated test sides whose 95 % interval holds the true figure; a fifth of the texts stand "
-            "there twice. Four labels of 50, 25, 15 and 10 %; true accuracy "
+            f"Share of {RUNS:,} simulated test sets whose 95 % interval holds the true figure. A fifth of the texts occur "
+            "twice. Four labels of 50, 25, 15 and 10 %. True accuracy "
             f"{100 * true['accuracy']:.1f} %, macro F1 {100 * true['macro_f1']:.1f} %, log loss {true['log_loss']:.3f}, "
-            f"difference of two classifiers {100 * true['difference']:.1f} points. The ECE band is for a calibrated one.",
+            f"difference of two classifiers {100 * true['difference']:.1f} points. "
+            "The ECE band is for a calibrated classifier.",
         ],
     )
 

@@ -1,12 +1,12 @@
-"""LoRA training speed of a 7B model on one GPU, beside transformers' Trainer with PEFT, and the share of what the card can do.
+"""LoRA training speed of a 7B model on one GPU beside transformers' Trainer with PEFT, and its share of the card's speed.
 
-    python benchmarks/gpu_train.py                    # Qwen2.5-7B's true shape, random weights: no hub needed
+    python benchmarks/gpu_train.py                    # Qwen2.5-7B's shape, random weights: no hub needed
     python benchmarks/gpu_train.py --size 0.5b --rounds 5
     python benchmarks/gpu_train.py --profile          # where the time goes, by kernel
 
 Texts have the lengths of N24News abstracts (28 tokens on average); LoRA r 16 on every linear layer, bfloat16, no dropout. The
-limit counts 4 N operations a token (N: weights that a token passes through), against the rate that this card reaches for the
-model's own largest product. The Trainer gets the same token ids, sorted by length, in the best of its batch sizes.
+limit counts 4 N operations per token (N: weights that a token passes through), against this card's rate for the model's
+largest product. The Trainer gets the same token ids, sorted by length, at its best batch size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PEER_BATCHES = (32, 64, 128)
 
 
 def model_of(size: str, device: Any) -> Any:
-    """A model of that shape with random weights, made on the device itself."""
+    """A model of that shape with random weights, created on the device."""
     import torch
     import transformers
 
@@ -48,7 +48,7 @@ def model_of(size: str, device: Any) -> Any:
 
 
 def scorer_of(size: str, device: Any) -> Any:
-    """That model with our adapters."""
+    """The model with adapters."""
     from loracle.models.lora import add_lora
     from loracle.models.scorer import Scorer
 
@@ -67,7 +67,7 @@ def texts(count: int, vocabulary: int, seed: int) -> list[Any]:
 
 
 def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batch: int) -> float:
-    """Useful tokens a second over some steps of the loop itself, the first ones left out."""
+    """Tokens per second, padding left out, over the steps after the first ones."""
     from loracle.config import TrainConfig
     from loracle.examples import LabeledText
     from loracle.training.loop import FitJob, fit
@@ -76,8 +76,8 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
     encoded = texts(batch * STEPS, SIZES[size]["vocab_size"], seed)
     examples = [LabeledText(text=str(i), labels=(i % LABELS,), row=i + 1) for i in range(len(encoded))]
 
-    def encode(some: Any) -> list[list[Any]]:
-        return [[encoded[int(e.text)]] for e in some]
+    def encode(examples: Any) -> list[list[Any]]:
+        return [[encoded[int(e.text)]] for e in examples]
 
     settings = TrainConfig(
         epochs=1, batch=batch, save_steps=10**9, seed=seed, tokens_per_micro_batch=tokens_per_micro_batch
@@ -97,7 +97,7 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
             )
         )
         lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    # The log has means since the beginning. In each step the processor waits once for the GPU, so its clock serves for both.
+    # The log has means since the start. The CPU waits for the GPU once a step, so its clock is valid for both.
     steps = [r for line in lines if "loss" in (r := json.loads(line))]
     seconds = [batch * r["step"] / r["examples_per_s"] for r in steps]
     tokens = [r["tokens_per_s"] * s for r, s in zip(steps, seconds, strict=True)]
@@ -105,7 +105,7 @@ def measure(size: str, scorer: Any, seed: int, batch: int, tokens_per_micro_batc
 
 
 def measure_peer(size: str, model: Any, seed: int, batch: int) -> float:
-    """The same of transformers' Trainer, as ``../shared/bench/peer_classify.py`` sets it up."""
+    """The same for transformers' Trainer, with the settings of ``../shared/bench/peer_classify.py``."""
     import torch
     import transformers
 
@@ -114,14 +114,14 @@ def measure_peer(size: str, model: Any, seed: int, batch: int) -> float:
     marks: list[float] = []
     tokens: list[int] = []
 
-    def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = [torch.tensor(row["input_ids"]) for row in some]
+    def collate(batch_rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [torch.tensor(row["input_ids"]) for row in batch_rows]
         tokens.append(sum(map(len, ids)))
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # 0 is the pad token, and in no text
         return {
             "input_ids": padded,
             "attention_mask": (padded != 0).long(),
-            "labels": torch.tensor([row["labels"] for row in some]),
+            "labels": torch.tensor([row["labels"] for row in batch_rows]),
         }
 
     class Clock(transformers.TrainerCallback):
@@ -146,48 +146,57 @@ def measure_peer(size: str, model: Any, seed: int, batch: int) -> float:
 def profile(size: str, scorer: Any, batch: int, tokens_per_micro_batch: int) -> None:
     """Print the kernels of a few steps, longest first."""
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
+    from torch.profiler import profile as torch_profile
 
-    with watch(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    with torch_profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as result:
         measure(size, scorer, 0, batch, tokens_per_micro_batch)
-    kernels = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    kernels = sorted(result.key_averages(), key=lambda e: -e.self_device_time_total)
     print(f"{sum(e.self_device_time_total for e in kernels) / 1e6:.2f} s on the card, of {STEPS} steps:")
     for e in kernels[:40]:
         print(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:7,d}  {e.key[:110]}")
 
 
-def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers: bool, look_inside: bool) -> None:
+def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers: bool, profiled: bool) -> None:
     """Several rounds in turn, then the table."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from loracle.models.loading import pick_device
+    from loracle.models.devices import pick_device
     from loracle.models.memory import matrix_rate, training_need
 
     device = pick_device("auto")
     scorer = scorer_of(size, device)
-    measure(size, scorer, 99, batch, tokens_per_micro_batch)  # what is compiled is compiled here
-    ways = {"loracle": lambda seed: measure(size, scorer, seed, batch, tokens_per_micro_batch)}
+    measure(size, scorer, 99, batch, tokens_per_micro_batch)  # compiles what is compiled once
+    methods = {"loracle": lambda seed: measure(size, scorer, seed, batch, tokens_per_micro_batch)}
     if peers:
         lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear")
         model = get_peft_model(model_of(size, device), lora)
         for n in PEER_BATCHES:
-            ways[f"Trainer + PEFT, batch {n}"] = lambda seed, n=n: measure_peer(size, model, seed, n)
+            methods[f"Trainer + PEFT, batch {n}"] = lambda seed, n=n: measure_peer(size, model, seed, n)
     rate = matrix_rate(scorer, seconds=1.0, rows=tokens_per_micro_batch)
     cuda = device.type == "cuda"
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in methods}
     peak: dict[str, float] = {}
     for seed in range(rounds):
-        for name, way in ways.items():
+        for name, method in methods.items():
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            found[name].append(way(seed))
+            found[name].append(method(seed))
             peak[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
             print(f"{name}: {found[name][-1]:,.0f} tokens/s, {peak[name]:.1f} GB", flush=True)
     best = max((statistics.median(v) for name, v in found.items() if name != "loracle"), default=float("nan"))
     operations = training_need(scorer).flops_per_token
-    rows = [["way", "useful tokens/s, median", "all rounds", "ratio to the best peer", "TFLOP/s", "share of the rate"]]
+    rows = [
+        [
+            "method",
+            "tokens/s without padding, median",
+            "all rounds",
+            "ratio to the best peer",
+            "TFLOP/s",
+            "share of the rate",
+        ]
+    ]
     for name, values in found.items():
         speed = statistics.median(values)
         done = speed * operations
@@ -197,14 +206,15 @@ def main(size: str, rounds: int, batch: int, tokens_per_micro_batch: int, peers:
         ])  # fmt: skip
     card = torch.cuda.get_device_name(device) if cuda else "the CPU"
     notes = [
-        f"Qwen2.5 of {size}, random weights, on {card}; LoRA r 16 on every linear layer, bfloat16, ours in steps of {batch} "
-        f"texts, {tokens_per_micro_batch:,} tokens a micro-batch. Operations are 4 N a token and those of the adapters. "
-        f"The model's largest product runs at {rate / 1e12:.0f} TFLOP/s here. Memory at most: "
-        + ", ".join(f"{name} {gb:.0f} GB" for name, gb in peak.items())
-        + " (both models are held at once).",
+        f"Qwen2.5 of {size}, random weights, on {card}. LoRA r 16 on every linear layer, bfloat16. loracle takes steps "
+        f"of {batch} texts in micro-batches of {tokens_per_micro_batch:,} tokens. "
+        f"Operations: 4 N per token plus the adapters'. "
+        f"The model's largest product runs at {rate / 1e12:.0f} TFLOP/s here. Peak memory: "
+        + "; ".join(f"{name}: {gb:.0f} GB" for name, gb in peak.items())
+        + " (both models are in memory).",
     ]
     write_table(f"gpu_train_{size}", rows, notes)
-    if look_inside:
+    if profiled:
         profile(size, scorer, batch, tokens_per_micro_batch)
 
 

@@ -1,20 +1,20 @@
-"""Which loss learns most from a click log: all of them on Upworthy, same features, same five rotations, paired differences.
+"""Which loss learns most from a click log? All losses on Upworthy: same features, same five rotations, paired differences.
 
     python benchmarks/losses.py
 
-The ranker is linear in frozen all-MiniLM-L6-v2 features, so that a loss is compared with a loss and nothing else, and five
-rotations take minutes. Rotations, sides and m0 are those of ``upworthy.py``.
+The ranker is linear in frozen all-MiniLM-L6-v2 features. So only the loss differs, and five rotations take minutes.
+Rotations, splits and m0 are those of ``upworthy.py``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from results import write_table
-from upworthy import divided, figures, folds, minilm, read_groups
+from upworthy import figures, folds, minilm, read_groups, three_splits
 
-from loracle.evaluation.linear_models import frozen_ranker
+from loracle.evaluation.linear_models import feature_ranker
 from loracle.evaluation.ranking import rank_metrics, ranking_differences
-from loracle.training.losses import fit_saturation, make_loss, numpy_objective
+from loracle.training.losses import LOSSES, LossSettings, fit_saturation, numpy_objective
 
 NEVER = 1e9  # an m0 at which nothing saturates
 SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "regret")
@@ -22,42 +22,41 @@ SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "regret")
 
 def main() -> None:
     """Fit every loss on every rotation and write the table."""
-    sides = [divided(side) for side in folds(read_groups())]
-    held = [g for side in sides for g in side.test]
+    splits = [three_splits(fold) for fold in folds(read_groups())]
+    test = [group for data in splits for group in data.test]
     scores: dict[str, list[np.ndarray]] = {}
     saturations = []
-    for side in sides:
-        groups, watched, tested = (minilm(part) for part in (side.train, side.validation, side.test))
+    for data in splits:
+        train_x, validation_x, test_x = (minilm(part) for part in (data.train, data.validation, data.test))
 
-        def fitted(name: str, m0: float, features: list[np.ndarray], part=side, seen=groups) -> list[np.ndarray]:
-            objective = numpy_objective(make_loss(part.task, name=name, saturation=m0))
-            return frozen_ranker(seen, part.train, features, objective)
+        def fitted(name: str, m0: float, features: list[np.ndarray], data=data, train_x=train_x) -> list[np.ndarray]:
+            objective = numpy_objective(LOSSES[name].make(LossSettings(saturation=m0)))
+            return feature_ranker(train_x, data.train, features, objective)
 
-        m0 = fit_saturation(fitted("list", 200.0, watched), side.validation)
+        m0 = fit_saturation(fitted("list", 200.0, validation_x), data.validation)
         saturations.append(m0)
         for label, name, value in (
             ("list, m0 fitted", "list", m0),
-            ("list, never saturated", "list", NEVER),
-            ("list, a group is a group", "list", 1e-3),
+            ("list, no saturation", "list", NEVER),
+            ("list, every group weighs the same", "list", 1e-3),
             ("Dirichlet-multinomial", "dirichlet", m0),
             ("binomial, m0 fitted", "binomial", m0),
             ("Bradley-Terry, hard pairs", "bradley-terry", m0),
             ("Bradley-Terry, soft pairs", "soft-bradley-terry", m0),
             ("margin ranking", "margin", m0),
         ):
-            scores.setdefault(label, []).extend(fitted(name, value, tested))
+            scores.setdefault(label, []).extend(fitted(name, value, test_x))
             print(label, flush=True)
     first = next(iter(scores))
-    rows = [["loss", *SHOWN, f"pairs, less {first}"]]
+    rows = [["loss", *SHOWN, f"pairs minus {first}"]]
     for label, of_groups in scores.items():
-        found = rank_metrics(of_groups, held)
-        lead = (
-            "" if label == first else figures(ranking_differences(of_groups, scores[first], held), ["pair_accuracy"])[0]
+        gap = (
+            "" if label == first else figures(ranking_differences(of_groups, scores[first], test), ["pair_accuracy"])[0]
         )
-        rows.append([label, *figures(found, SHOWN), lead])
+        rows.append([label, *figures(rank_metrics(of_groups, test), SHOWN), gap])
     notes = [
-        f"Linear rankers on frozen all-MiniLM-L6-v2 features, {len(held):,} Upworthy groups held out in five rotations; m0 "
-        f"{', '.join(f'{m:.0f}' for m in saturations)}. Group-bootstrap intervals, differences in pairs.",
+        f"Linear rankers on frozen all-MiniLM-L6-v2 features, tested on {len(test):,} Upworthy groups in five rotations. m0 is "
+        f"{', '.join(f'{m:.0f}' for m in saturations)}. Intervals are group bootstraps, differences are paired.",
     ]
     write_table("losses", rows, notes)
 

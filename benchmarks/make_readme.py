@@ -63,7 +63,7 @@ class Section(NamedTuple):
 
 def parse(text: str) -> list[Section]:
     """Split a result file into its parts; each paragraph is a table or a note."""
-    sections = []
+    sections: list[Section] = []
     for part in re.split(r"^#{1,2} ", text, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
         blocks = [block.strip() for block in re.split(r"\n\s*\n", body) if block.strip()]

@@ -1,4 +1,4 @@
-"""Peak memory of a training as its data grows a hundredfold, and the wall time of one prediction with warm files.
+"""Peak memory of a training with ever more data, and the time of one prediction with warm files.
 
 python benchmarks/memory.py           # a dated table in benchmarks/results/
 """
@@ -22,7 +22,7 @@ LORACLE = Path(sys.executable).with_name("loracle")
 
 
 def write_rows(path: Path, count: int) -> Path:
-    """Abstracts, numbered, so that each is another text."""
+    """Abstracts with numbers, so that all texts differ."""
     rows = [json.loads(line) for line in DATA.open(encoding="utf-8")]
     with path.open("w", encoding="utf-8") as f:
         for i in range(count):
@@ -34,7 +34,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def peak(command: list) -> tuple[float, float]:
-    """Gigabytes that one process held at most, and its seconds."""
+    """Peak memory of a process in GB, and its seconds."""
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -51,8 +51,8 @@ def main() -> None:
         for size in SIZES:
             data, out = write_rows(Path(scratch) / f"{size}.jsonl", size), Path(scratch) / f"run-{size}"
             command = [LORACLE, "train", data, "--test", test, "-o", out, "--max-steps", 5, "--no-baselines"]
-            held, _ = peak([*command, "--validation-share", 60 / size])
-            rows.append([f"{size:,}", f"{held:.2f}", f"{data.stat().st_size / 1e6:.1f}"])
+            gigabytes, _ = peak([*command, "--validation-share", 60 / size])
+            rows.append([f"{size:,}", f"{gigabytes:.2f}", f"{data.stat().st_size / 1e6:.1f}"])
             print(rows[-1], flush=True)
         one = Path(scratch) / "one.csv"
         one.write_text("text\nA storm is on its way to the coast\n", encoding="utf-8")
@@ -60,10 +60,10 @@ def main() -> None:
         walls = [peak(command)[1] for _ in range(1 + ROUNDS)][1:]
         imports = [peak([sys.executable, "-c", "import loracle.runs.predictor"])[1] for _ in range(ROUNDS)]
     notes = [
-        "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), five steps of 16 N24News abstracts, LoRA on every layer; "
-        "the examples themselves are held in memory.",
+        "SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file), five steps of 16 N24News abstracts, LoRA on every layer. "
+        "The examples are in memory.",
         f"`loracle predict` of one line, whole process: **{statistics.median(walls):.1f} s** "
-        f"({', '.join(f'{w:.1f}' for w in walls)}), of which importing {statistics.median(imports):.1f} s.",
+        f"({', '.join(f'{w:.1f}' for w in walls)}). Imports take {statistics.median(imports):.1f} s.",
     ]
     write_table("memory", rows, notes)
 

@@ -1,12 +1,11 @@
-"""N24News abstracts, one split, three seeds: the embedded model with LoRA beside TF-IDF and MiniLM, frozen and fine-tuned.
+"""N24News abstracts, one split, three seeds: the embedded model with LoRA beside TF-IDF and MiniLM, probed and fine-tuned.
 
-    python benchmarks/n24news_compare.py           # what is finished in LORACLE_SCRATCH is not trained again
+    python benchmarks/n24news_compare.py           # finished trainings in LORACLE_SCRATCH are reused
 
-The table of the original research project, with the models at hand. Learning rate and batch are those that n24news.py found on
-validation texts, the template was chosen on training texts (dev/LOG.md); MiniLM's rate is found on validation texts here.
-Seeds draw the validation part, heads, dropout and order; the test texts are the same; the depth that the probe allows is
-trained with one of them. Accuracies are means over the seeds, and differences to SmolLM2 are in pairs, resampled by text,
-seeds averaged.
+The table of the original research project, with small models. n24news.py found learning rate and batch on validation texts;
+the template was chosen on training texts (dev/LOG.md). MiniLM's rate is found on validation texts here. Seeds draw the
+validation part, heads, dropout and order; the test texts are the same. The depth from the probe is trained with one seed.
+Accuracies are means over the seeds. Differences to SmolLM2 are paired, resampled by text, and averaged over seeds.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ import numpy as np
 from n24news import BATCH, EPOCHS, minilm_folder, write_split
 from results import write_table
 
-from loracle import pipeline
 from loracle.config import CompareConfig, RunConfig
 from loracle.evaluation.intervals import bootstrap
-from loracle.evaluation.significance import credit
 from loracle.experiments import compare
 from loracle.experiments.runner import place, train_once
 from loracle.runs.folder import METRICS
-from loracle.tasks.dataset import Data
+from loracle.tasks.dataset import Data, prepare_data
+from loracle.tasks.single_label import LABELS
 from loracle.training import scoring
 
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-n24news"))
@@ -38,25 +36,25 @@ ENCODER_RATES = (6.1e-5, 2e-4, 5e-4)  # the first is the default
 TEMPLATE = "Article: {text}\nSection:"
 NAMES = {
     "demo": "SmolLM2-135M, LoRA",
-    "demo@depth=auto": "SmolLM2-135M, LoRA, depth by its probe",
+    "demo@depth=auto": "SmolLM2-135M, LoRA, depth from its probe",
     "model": "MiniLM, fine-tuned",
-    "frozen:model": "MiniLM, frozen",
-    "tfidf": "TF-IDF",
+    "linear-probe:model": "MiniLM, linear probe",
+    "tfidf": "tfidf",
 }
 
 
 def main() -> None:
-    """Train what is missing; the table is written anew after each seed, so that a stopped benchmark leaves what it has."""
+    """Train what is missing. The table is rewritten after each seed, so a stopped benchmark keeps its results."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
     train, test = write_split(SCRATCH)
     minilm, found = minilm_folder(), []
-    others = f"{minilm},frozen:{minilm},tfidf"
+    others = f"{minilm},linear-probe:{minilm},tfidf"
     plain = RunConfig.from_flat(
         {"data": str(train), "test": str(test), "batch": BATCH, "epochs": EPOCHS, "lr": LR, "template": TEMPLATE}
     )
-    data = pipeline.read_data(plain, print)  # for its test side
-    looks = {lr: encoder_look(plain, data, minilm, lr) for lr in ENCODER_RATES}
-    encoder_lr = max(looks, key=lambda lr: looks[lr])
+    data = prepare_data(plain, print)  # for its test texts
+    accuracy = {lr: encoder_accuracy(plain, data, minilm, lr) for lr in ENCODER_RATES}
+    encoder_lr = max(accuracy, key=lambda lr: accuracy[lr])
     for seed in range(SEEDS):
         config = dataclasses.replace(
             plain, train=dataclasses.replace(plain.train, seed=seed), out=str(SCRATCH / f"seed-{seed}")
@@ -64,14 +62,15 @@ def main() -> None:
         against = others if seed else f"demo@depth=auto,{others}"
         root = compare.run(config, CompareConfig(against=against, encoder_lr=encoder_lr))
         rows = json.loads((root / compare.JSON).read_text(encoding="utf-8"))["rows"]
+        targets = LABELS.targets(data.test, len(data.task.label_names))
         found.append([
-            row | {"right": credit(np.concatenate(scoring.read_scores(root / row["folder"], data.test)), data.test, data.task)}
+            row | {"right": LABELS.credit(np.concatenate(scoring.read_scores(root / row["folder"], data.test)), targets)}
             for row in rows
         ])  # fmt: skip
-        write(found, looks)
+        write(found, accuracy)
 
 
-def encoder_look(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float:
+def encoder_accuracy(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float:
     """Validation accuracy of MiniLM, every weight trained at a rate."""
     config = dataclasses.replace(
         plain,
@@ -84,8 +83,8 @@ def encoder_look(plain: RunConfig, data: Data, minilm: Path, lr: float) -> float
     return json.loads((folder / METRICS).read_text(encoding="utf-8"))["validation"]["accuracy"]
 
 
-def write(found: list[list[dict]], looks: dict[float, float]) -> None:
-    """One table of some seeds' rows; each row holds which of the test texts came out ``right``."""
+def write(found: list[list[dict]], accuracy: dict[float, float]) -> None:
+    """One table of the finished seeds. Each row says which test texts are ``right``."""
     table = [
         ["", "accuracy, mean", "each seed", "Δ to SmolLM2, points", "log loss", "ECE", "training, s", "weights, M"]
     ]
@@ -104,11 +103,11 @@ def write(found: list[list[dict]], looks: dict[float, float]) -> None:
         ])  # fmt: skip
     after = [row[0]["test"] for row in found]
     notes = [
-        f"3,627 training texts, 403 validation, 1,000 test texts; {EPOCHS:g} epochs, batch {BATCH}, {len(found)} seeds. "
-        f"SmolLM2 is dequantised from a 4-bit GGUF file; LoRA r 16 on every layer, {LR:g}, template {TEMPLATE!r}. "
-        f"MiniLM on validation texts by rate: {', '.join(f'{lr:g}: {100 * look:.1f}' for lr, look in looks.items())}. "
-        "Frozen features learn from all training texts. Other jobs ran beside it: for speed see train_speed.",
-        "SmolLM2's calibration by seed, ECE before → after (what perfect calibration would show), log loss before → after: "
+        f"3,627 training, 403 validation and 1,000 test texts. {EPOCHS:g} epochs, batch {BATCH}, {len(found)} seeds. "
+        f"SmolLM2 is dequantized from a 4-bit GGUF file; LoRA r 16 on every layer, {LR:g}, template {TEMPLATE!r}. "
+        f"MiniLM on validation texts by rate: {', '.join(f'{lr:g}: {100 * value:.1f}' for lr, value in accuracy.items())}. "
+        "Linear probes use all training texts. Other jobs ran at the same time; for speed see train_speed.",
+        "SmolLM2's calibration by seed, ECE before → after (range of a perfectly calibrated model), log loss before → after: "
         + "; ".join(
             f"{t['ece_uncalibrated']['value']:.3f} → {t['ece']['value']:.3f} ({t['ece_if_calibrated']['low']:.3f} to "
             f"{t['ece_if_calibrated']['high']:.3f}), {t['log_loss_uncalibrated']['value']:.3f} → {t['log_loss']['value']:.3f}"
@@ -119,7 +118,7 @@ def write(found: list[list[dict]], looks: dict[float, float]) -> None:
 
 
 def shown(values: np.ndarray) -> str:
-    """Mean of a thousand texts in per cent, with its interval."""
+    """Mean over texts in percent, with its interval."""
     mean = bootstrap(lambda w: {"mean": w @ values / w.sum(1)}, len(values))["mean"]
     return f"{100 * mean.value:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]"
 

@@ -1,12 +1,11 @@
-"""Ranking speed beside what a user runs today: TRL's RewardTrainer + PEFT on pairs, same A/B tests, alternating rounds.
+"""Ranking speed beside TRL's RewardTrainer + PEFT: same pairs of the same A/B tests, rounds in turn.
 
     python benchmarks/rank_speed.py                 # a dated table in benchmarks/results/
-    python benchmarks/rank_speed.py --ours          # one measurement of ours, as a JSON line
+    python benchmarks/rank_speed.py --ours          # one measurement of loracle, as a JSON line
 
-Both train one epoch on the pairs of the same tests (``bench/peer_rank.py``), LoRA r 16 on every linear layer, the base
-in what `--dtype auto` is on this machine. The peer runs two forwards a pair; ours scores each title of a group once and forms
-the pairs from the scores. Ours has the peer's dropout (0) and its Bradley-Terry loss, and ends each title with the
-end-of-text token as the peer does.
+Both train one epoch (``bench/peer_rank.py``) with LoRA r 16 on every linear layer, in the dtype that ``--dtype auto`` picks
+on this machine. The peer runs two forward passes a pair. loracle scores each title of a group once and forms the pairs from
+the scores. Dropout (0), Bradley-Terry loss and the end-of-text token are the same on both sides.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def arms(tests: int) -> list[dict[str, tuple[int, int]]]:
 
 
 def ours() -> dict[str, float]:
-    """One epoch of ours over the peer's pairs."""
+    """One epoch of loracle over the peer's pairs."""
     import torch
     from transformers import AutoTokenizer
 
@@ -56,6 +55,7 @@ def ours() -> dict[str, float]:
     from loracle.examples import RankGroup
     from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
+    from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import FitJob, fit
     from loracle.training.losses import LOSSES, LossSettings
@@ -70,7 +70,12 @@ def ours() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     titles = sorted({t for g in groups for t in g.texts})
     ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
+<<<<<<< HEAD
     spec = ScorerSpec(base=demo_model_folder(), outputs=1, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+=======
+    task = Task(name="click_ranking")
+    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+>>>>>>> docs
     scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": 0.0})
     pairs = sum(len(group_pairs(g)) for g in groups)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,26 +106,26 @@ def peer(batch: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """All ways in turn, several rounds; medians and the ratio."""
+    """All methods in turn, several rounds; medians and the ratio."""
     counts: set[int] = set()
 
     def rate(found: dict[str, float]) -> float:
         counts.add(int(found["pairs"]))
         return found["pairs_per_s"]
 
-    ways = {f"TRL RewardTrainer + PEFT, {b} pairs a step": lambda b=b: rate(peer(b)) for b in BATCHES}
+    methods = {f"TRL RewardTrainer + PEFT, {b} pairs a step": lambda b=b: rate(peer(b)) for b in BATCHES}
     mine = f"loracle, {GROUPS} groups a step"
-    ways[mine] = lambda: rate(last_json([sys.executable, __file__, "--ours"]))
-    rates = in_turn(ways, "pairs/s")
+    methods[mine] = lambda: rate(last_json([sys.executable, __file__, "--ours"]))
+    rates = in_turn(methods, "pairs/s")
     if len(counts) != 1:
-        raise SystemExit(f"the ways saw different pairs: {counts}")
+        raise SystemExit(f"the methods saw different pairs: {counts}")
     median = medians(rates)
     best = max(value for name, value in median.items() if name != mine)
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file) in {dtype_name()}, {TESTS} Upworthy tests, "
-        f"{counts.pop():,} pairs, one epoch, {ROUNDS} rounds in turn; model load left out. No context: what is saved is "
-        "scoring each title once, and padding.",
-        f"Ours / best peer: **{median[mine] / best:.2f}×**.",
+        f"SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file) in {dtype_name()}, {TESTS} Upworthy tests, "
+        f"{counts.pop():,} pairs, one epoch, {ROUNDS} rounds in turn, without loading the model. There is no context: "
+        "the gain comes from scoring each title once and from no padding.",
+        f"loracle / best peer: **{median[mine] / best:.2f}×**.",
     ]
     write_table("rank_speed", rate_rows(rates, "pairs/s", best), notes)
 

@@ -1,7 +1,7 @@
-"""Scoring speed beside what a user runs today: a transformers pipeline, same texts, same model, alternating rounds.
+"""Scoring speed beside a transformers pipeline: same texts, same model, rounds in turn.
 
     python benchmarks/score_speed.py           # a dated table in benchmarks/results/
-    python benchmarks/score_speed.py --ours    # one measurement of ours, as a JSON line
+    python benchmarks/score_speed.py --ours    # one measurement of loracle, as a JSON line
     python benchmarks/score_speed.py --int8    # the same after `loracle export --to openvino`
 
 All cut texts to tokens, score them with an untrained head of 24 labels and no adapter, and sort by length first.
@@ -24,7 +24,7 @@ PEER = SHARED / "bench" / "peer_score.py"
 
 
 def ours(eight: bool, limit: int) -> dict[str, float]:
-    """Texts to scores, as ``predict`` does it."""
+    """Scores of texts, as ``predict`` computes them."""
     import torch
 
     from loracle.models import openvino
@@ -33,6 +33,10 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     from loracle.models.loading import load_sequence_classifier, load_tokenizer
     from loracle.models.scorer import Scorer
     from loracle.models.scoring import score
+<<<<<<< HEAD
+=======
+    from loracle.tasks import Task
+>>>>>>> docs
     from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
 
@@ -49,7 +53,12 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
             openvino.convert(model, Path(folder), pooling="last")
             scorer = openvino.Int8Scorer(Path(folder), pad_token_id=0)
     else:
+<<<<<<< HEAD
         scorer = new_scorer(ScorerSpec(base=base, outputs=24, pad_token_id=0, dtype=getattr(torch, dtype_name())))
+=======
+        task = Task(name="single_label", label_names=names)
+        scorer = new_scorer(ScorerSpec(base=base, task=task, pad_token_id=0, dtype=getattr(torch, dtype_name())))
+>>>>>>> docs
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))
     started = time.perf_counter()
@@ -74,16 +83,16 @@ def main(limit: int) -> None:
         dtype_name(),
     ]
     me = [sys.executable, __file__, "--texts", limit]
-    ways = {
+    methods = {
         "transformers pipeline, best batch of 8, 32, 64": lambda: last_json(command)["texts_per_s"],
         f"loracle, {dtype_name()}": lambda: last_json([*me, "--ours"])["texts_per_s"],
         "loracle, int8": lambda: last_json([*me, "--int8"])["texts_per_s"],
     }
-    rates = in_turn(ways, "texts/s")
+    rates = in_turn(methods, "texts/s")
     theirs, mine, eight = medians(rates).values()
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file), {limit:,} N24News abstracts, {ROUNDS} rounds in turn: "
-        f"**{mine / theirs:.2f}×** in the peer's own {dtype_name()}, **{eight / theirs:.2f}×** in 8-bit integers."
+        f"SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file), {limit:,} N24News abstracts, {ROUNDS} rounds in turn: "
+        f"**{mine / theirs:.2f}×** in {dtype_name()}, as the peer, **{eight / theirs:.2f}×** in 8-bit integers."
     ]
     write_table("score_speed", rate_rows(rates, "texts/s", theirs), notes)
 

@@ -1,4 +1,4 @@
-"""``loracle serve`` beside a transformers pipeline behind FastAPI under the same load, and both under ten times what they bear.
+"""``loracle serve`` and a transformers pipeline behind FastAPI under the same load, and both under ten times their best.
 
     python benchmarks/serve_load.py                              # a dated table in benchmarks/results/, about 14 minutes
     python benchmarks/serve_load.py --seconds 3 --rounds 1       # does it work?
@@ -7,8 +7,8 @@
     python benchmarks/serve_load.py --peer queue --folder FOLDER --port 8001   # a peer alone
 
 Same weights (a run of the demo's topics, and its export to transformers), dtype, headlines, machine, and k6 on it. The peer is
-written as transformers' page "Web server inference" says: a queue, one worker that takes what waits and scores it as one
-batch; its forward is put in a thread besides, so that the loop goes on. ``threads`` is what is written without that page.
+written as in transformers' page "Web server inference": a queue, and one worker that scores all waiting texts as one batch.
+Its forward pass runs in a thread, so the event loop continues. ``threads`` is the plain version without a queue.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from results import dtype_name, write_table
 HERE = Path(__file__).parent
 LORACLE = [sys.executable, "-m", "loracle"]
 USERS = (1, 8, 32)
-OVERLOAD = 10  # times the best throughput that a server showed
+OVERLOAD = 10  # times the best throughput of a server
 CROWD = 800  # users of the overload
 PORT = 8765
 
@@ -64,15 +64,15 @@ def peer(folder: str, how: str, port: int) -> None:
 
     async def work() -> None:
         while True:
-            some = [await waiting.get()]
+            batch = [await waiting.get()]
             while True:
                 try:
-                    some.append(await asyncio.wait_for(waiting.get(), timeout=0.001))
+                    batch.append(await asyncio.wait_for(waiting.get(), timeout=0.001))
                 except TimeoutError:
                     break
-            texts = [text for text, _ in some]
+            texts = [text for text, _ in batch]
             found = await asyncio.to_thread(pipe, texts, truncation=True, top_k=None, batch_size=len(texts))
-            for (_, answer), one in zip(some, found, strict=True):
+            for (_, answer), one in zip(batch, found, strict=True):
                 await answer.put(one)
 
     @asynccontextmanager
@@ -109,7 +109,7 @@ def peer(folder: str, how: str, port: int) -> None:
 
 
 def on_cores(command: list[Any], first: int, count: int) -> list[str]:
-    """The command on so many of this machine's cores; on all of them where the count is 0."""
+    """The command, limited to ``count`` of this machine's cores. 0 means all."""
     return [*(["taskset", "-c", f"{first}-{first + count - 1}"] if count else []), *map(str, command)]
 
 
@@ -136,8 +136,9 @@ def server(command: list[str]) -> Iterator[psutil.Process]:
 
 
 def load(seconds: float, users: int, rate: float = 0.0, *, cores: int = 0) -> np.ndarray:
-    """Status (0: no answer), milliseconds and the second of the end of every request, ``[N, 3]``; what is at work at the end is
-    waited for.
+    """Status (0: no answer), milliseconds and end time in seconds of every request, ``[N, 3]``.
+
+    Requests that run at the end are waited for.
     """
     from loracle.data.demo import bbc_headlines
 
@@ -163,25 +164,25 @@ def load(seconds: float, users: int, rate: float = 0.0, *, cores: int = 0) -> np
 
 
 @contextmanager
-def watched(process: psutil.Process) -> Iterator[list[float]]:
-    """Megabytes that a process holds, twice a second."""
-    held, over = [process.memory_info().rss / 1e6], threading.Event()
+def memory_of(process: psutil.Process) -> Iterator[list[float]]:
+    """Memory of a process in MB, twice a second."""
+    memory, over = [process.memory_info().rss / 1e6], threading.Event()
 
-    def look() -> None:
+    def measure() -> None:
         while not over.wait(0.5):
-            held.append(process.memory_info().rss / 1e6)
+            memory.append(process.memory_info().rss / 1e6)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=measure)
     thread.start()
     try:
-        yield held
+        yield memory
     finally:
         over.set()
         thread.join()
 
 
 def figures(answers: np.ndarray) -> tuple[float, float, float]:
-    """Accepted requests a second, and the milliseconds that half and 99 % of them took at most; NaN where there is none."""
+    """Accepted requests per second, and their p50 and p99 in milliseconds; NaN without any."""
     _, took, at = answers[answers[:, 0] == 200].T
     if not len(took):
         return 0.0, float("nan"), float("nan")
@@ -192,7 +193,7 @@ def figures(answers: np.ndarray) -> tuple[float, float, float]:
 
 
 def random_base(folder: Path, size: str) -> Path:
-    """A model of Qwen2.5's shape with random weights, and a tokenizer made of the headlines, as a hub would serve them."""
+    """A model of Qwen2.5's shape with random weights, and a tokenizer trained on the headlines, as a hub would serve them."""
     import torch
     import transformers
 
@@ -222,16 +223,17 @@ def prepare(root: Path, size: str | None) -> tuple[Path, Path]:
 
 
 def overload(process: psutil.Process, seconds: float, best: float, cores: int) -> str:
-    """Ten times the best that a server showed, in words."""
-    with watched(process) as held:
+    """A note on the server under ten times its best load."""
+    with memory_of(process) as memory:
         answers = load(seconds, CROWD, OVERLOAD * best, cores=cores)
     statuses = answers[:, 0].astype(int).tolist()
     count = max(1, len(statuses))
     return (
         f"{CROWD} users at {OVERLOAD * best:.0f} requests/s ({OVERLOAD}×) for {seconds:g} s: {len(answers):,} answers, "
-        f"{statuses.count(200) / count:.1%} accepted with p99 {figures(answers)[2]:,.0f} ms, "
-        f"{statuses.count(429) / count:.1%} 429, {statuses.count(503) / count:.1%} 503, {statuses.count(0)} broken; "
-        f"memory {held[0]:,.0f} MB before, {max(held):,.0f} at most, {held[len(held) // 2]:,.0f} after half the time."
+        f"{statuses.count(200) / count:.1%} accepted, p99 {figures(answers)[2]:,.0f} ms, "
+        f"{statuses.count(429) / count:.1%} rejected with 429, {statuses.count(503) / count:.1%} 503, "
+        f"{statuses.count(0)} broken connections; "
+        f"memory {memory[0]:,.0f} MB before, {max(memory):,.0f} at most, {memory[len(memory) // 2]:,.0f} after half the time."
     )
 
 
@@ -240,47 +242,47 @@ def main(seconds: float, rounds: int, users: list[int], size: str | None, cores:
     with tempfile.TemporaryDirectory() as scratch:
         run, plain = prepare(Path(scratch), size)
         mine = [sys.executable, __file__, "--folder", plain, "--port", PORT, "--peer"]
-        ways = {
+        methods = {
             "loracle serve": [*LORACLE, "serve", run, "--port", PORT],
             "loracle serve --merge": [*LORACLE, "serve", run, "--port", PORT, "--merge"],
             "pipeline, queue in batches": [*mine, "queue"],
             "pipeline, FastAPI's threads": [*mine, "threads"],
         }
-        ways = {name: command for name, command in ways.items() if not only or name in only}
-        seen: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+        methods = {name: command for name, command in methods.items() if not only or name in only}
+        results: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
         notes = []
         for last in [*[False] * (rounds - 1), True]:
-            for name, command in ways.items():
+            for name, command in methods.items():
                 with server(on_cores(command, 0, cores)) as process:
-                    load(min(3.0, seconds), 8, cores=cores)  # whatever is done once is done now
+                    load(min(3.0, seconds), 8, cores=cores)  # does what is done only once
                     for count in users:
-                        found = figures(load(seconds, count, cores=cores))
-                        seen.setdefault((name, count), []).append(found)
-                        print(f"{name}, {count} users: {found[0]:.1f} texts/s, p99 {found[2]:.0f} ms", flush=True)
+                        figures_ = figures(load(seconds, count, cores=cores))
+                        results.setdefault((name, count), []).append(figures_)
+                        print(f"{name}, {count} users: {figures_[0]:.1f} texts/s, p99 {figures_[2]:.0f} ms", flush=True)
                     if last:
-                        best = max(statistics.median(f[0] for f in seen[name, count]) for count in users)
+                        best = max(statistics.median(f[0] for f in results[name, count]) for count in users)
                         notes.append(f"{name}, {overload(process, 2 * seconds, best, cores)}")
                         print(notes[-1], flush=True)
         rows = [["server", "users", "texts/s, median", "all rounds", "p50, ms", "p99, ms"]]
-        for (name, count), found in seen.items():
-            rate, half, most = (statistics.median(values) for values in zip(*found, strict=True))
+        for (name, count), found in results.items():
+            rate, p50, p99 = (statistics.median(values) for values in zip(*found, strict=True))
             all_rounds = ", ".join(f"{f[0]:.1f}" for f in found)
-            rows.append([name, str(count), f"{rate:.1f}", all_rounds, f"{half:.0f}", f"{most:.0f}"])
+            rows.append([name, str(count), f"{rate:.1f}", all_rounds, f"{p50:.0f}", f"{p99:.0f}"])
         model = (
             f"Qwen2.5 of {size}, random weights"
             if size
-            else "SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file)"
+            else "SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file)"
         )
         where = f"k6 on other cores than the server's {cores}" if cores else "k6 on the same cores"
         about = (
             f"{model}, {dtype_name()} on {card()}, one BBC headline a request, {where}, {rounds} rounds of {seconds:g} s in "
-            "turn; closed loop: each user asks again at once."
+            "turn. Closed loop: each user sends the next request at once."
         )
     write_table("serve_load" + (f"_{size}" if size else ""), rows, [about, *notes])
 
 
 def card() -> str:
-    """What both sides compute on."""
+    """The device of both sides."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"

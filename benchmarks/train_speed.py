@@ -1,14 +1,13 @@
-"""Training speed beside what a user runs today, same model, same token ids, alternating rounds.
+"""Training speed beside transformers' Trainer + PEFT: same model, same token ids, rounds in turn.
 
     python benchmarks/train_speed.py                 # a dated table in benchmarks/results/
     python benchmarks/train_speed.py --prefix 200    # the same with an instruction of 200 words before every text
-    python benchmarks/train_speed.py --ours 32       # one measurement of ours at batch 32, as a JSON line
+    python benchmarks/train_speed.py --ours 32       # one measurement of loracle at batch 32, as a JSON line
 
-Ours is the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, the base in
-what `--dtype auto` is on this machine, on all sides. The peers are ``bench/peer_classify.py`` (transformers Trainer + PEFT) at
-its batch sizes, and the reference script's way, which pads every text to 512 tokens, runs the LM head and adapts q and v only:
-once with its dropout of 0.05 and once without any, each beside ours with the same. The peers need
-`datasets` too.
+loracle runs the loop of ``loracle train`` with the peer's settings: LoRA r 16 on every linear layer, no dropout, the dtype
+that ``--dtype auto`` picks on this machine. One peer is ``bench/peer_classify.py`` (transformers Trainer + PEFT) at several
+batch sizes. The other is the reference script, which pads every text to 512 tokens, runs the LM head and adapts q and v only.
+It is measured with its dropout of 0.05 and without any, each beside loracle with the same. The peers need `datasets`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from results import ROUNDS, SHARED, dtype_name, in_turn, last_json, medians, rat
 LIMIT, PREFIXED_LIMIT, REFERENCE_LIMIT, BATCHES = 320, 96, 24, (16, 32, 64)
 OURS = (32,)
 DROPOUT = 0.05  # the reference script's
-REFERENCE = "the reference script's way"
+REFERENCE = "the reference script"
 DATA = SHARED / "data" / "n24news" / "abstracts.json"
 PEER = SHARED / "bench" / "peer_classify.py"
 
 
 def texts_and_labels(limit: int) -> tuple[list[str], list[int]]:
-    """The examples that the peer trains on, in its order."""
+    """The peer's training examples, in its order."""
     rows: dict[str, int] = {}
     for line in DATA.open(encoding="utf-8"):
         row = json.loads(line)
@@ -49,7 +48,7 @@ def instruction(words: int) -> str:
 
 
 def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float]:
-    """One epoch of ours over the peer's token ids."""
+    """One epoch of loracle over the peer's token ids."""
     import torch
     from transformers import AutoTokenizer
 
@@ -57,6 +56,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     from loracle.examples import LabeledText
     from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
+    from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import FitJob, fit
     from loracle.training.losses import LOSSES, LossSettings
@@ -67,7 +67,11 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     ids = {t: tuple(i) for t, i in zip(texts, tokenizer([before + t for t in texts]).input_ids, strict=True)}
     start = len(tokenizer(before).input_ids) if before else 0
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
+<<<<<<< HEAD
     spec = ScorerSpec(base=demo_model_folder(), outputs=24, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+=======
+    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
+>>>>>>> docs
     scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": dropout})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -92,9 +96,11 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     }
 
 
-def reference_way(dropout: float) -> dict[str, float]:
-    """As github.com/xiaohaochen0308/LLM_seq_cls does it (lora_cls.py, data.py): batches of 8 padded to 512, LM head, hidden
-    states of all layers, mean over the padding too, q and v adapted with PEFT's dropout, of 0.05 there."""
+def reference(dropout: float) -> dict[str, float]:
+    """The steps of github.com/xiaohaochen0308/LLM_seq_cls (lora_cls.py, data.py).
+
+    Batches of 8 padded to 512, LM head, hidden states of all layers, mean over the padding too, q and v adapted.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,40 +142,42 @@ def peer(batch: int, prefix: int, limit: int) -> dict[str, float]:
 
 
 def main(prefix: int, limit: int) -> None:
-    """All ways in turn, several rounds; medians and ratios."""
+    """All methods in turn, several rounds; medians and ratios."""
     me = [sys.executable, __file__, "--prefix", prefix, "--examples", limit]
-    batches = (
-        BATCHES[:1] if prefix else BATCHES
-    )  # behind a long prefix its smallest was the best by a third (dev/LOG.md)
-    ways = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix, limit)["examples_per_s"] for b in batches}
-    ways |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b])["examples_per_s"] for b in OURS}
+    batches = BATCHES[:1] if prefix else BATCHES  # behind a long prefix the smallest was the best by a third
+    methods = {f"Trainer + PEFT, batch {b}": lambda b=b: peer(b, prefix, limit)["examples_per_s"] for b in batches}
+    methods |= {f"loracle, batch {b}": lambda b=b: last_json([*me, "--ours", b])["examples_per_s"] for b in OURS}
     if not prefix:
         for p in (0.0, DROPOUT):
-            way = [*me, "--dropout", p]
-            ways[f"loracle, dropout {p:g}, steps alone"] = lambda w=way: last_json([*w, "--ours", OURS[0]])["in_steps"]
-            ways[f"{REFERENCE}, dropout {p:g}, steps alone"] = lambda w=way: last_json([*w, "--reference"])["in_steps"]
-    rates = in_turn(ways, "examples/s")
+            command = [*me, "--dropout", p]
+            methods[f"loracle, dropout {p:g}, steps only"] = lambda w=command: last_json([*w, "--ours", OURS[0]])[
+                "in_steps"
+            ]
+            methods[f"{REFERENCE}, dropout {p:g}, steps only"] = lambda w=command: last_json([*w, "--reference"])[
+                "in_steps"
+            ]
+    rates = in_turn(methods, "examples/s")
     median = medians(rates)
     best_peer = max(value for name, value in median.items() if name.startswith("Trainer"))
     mine = max(median[f"loracle, batch {b}"] for b in OURS)
     notes = [
-        f"SmolLM2-135M-Instruct (dequantised from a 4-bit GGUF file) in {dtype_name()}, N24News abstracts, "
-        f"{limit} examples, one epoch, {ROUNDS} rounds in turn; model load left out.",
-        f"Ours / best Trainer, both from the call of their loop to its end: **{mine / best_peer:.2f}×**.",
+        f"SmolLM2-135M-Instruct (dequantized from a 4-bit GGUF file) in {dtype_name()}, N24News abstracts, "
+        f"{limit} examples, one epoch, {ROUNDS} rounds in turn, without loading the model.",
+        f"loracle / best Trainer, whole training loops: **{mine / best_peer:.2f}×**.",
     ]
     if prefix:
         notes.append(
-            f"An instruction of {prefix} words stands before every text: computed once a step here, every time there."
+            f"An instruction of {prefix} words precedes every text. loracle computes it once a step, the peer once a text."
         )
     else:
         ratios = [
-            f"**{median[f'loracle, dropout {p:g}, steps alone'] / median[f'{REFERENCE}, dropout {p:g}, steps alone']:.1f}×** "
-            f"with dropout {p:g} on both sides"
+            f"**{median[f'loracle, dropout {p:g}, steps only'] / median[f'{REFERENCE}, dropout {p:g}, steps only']:.1f}×** "
+            f"with dropout {p:g}"
             for p in (0.0, DROPOUT)
         ]
         notes.append(
-            f"Ours / the reference script's way, both timed over their steps alone ({REFERENCE_LIMIT} of its examples, the "
-            f"first 8 not timed): {', '.join(ratios)}."
+            f"loracle / the reference script, steps only ({REFERENCE_LIMIT} of its examples, the first 8 not timed): "
+            f"{', '.join(ratios)}, the same for both."
         )
     write_table("train_speed_prefix" if prefix else "train_speed", rate_rows(rates, "examples/s", best_peer), notes)
 
@@ -186,6 +194,6 @@ if __name__ == "__main__":
     if given.ours:
         print(json.dumps(ours(given.ours, given.dropout, given.prefix, limit)))
     elif given.reference:
-        print(json.dumps(reference_way(given.dropout)))
+        print(json.dumps(reference(given.dropout)))
     else:
         main(given.prefix, limit)

@@ -1,12 +1,12 @@
-"""Five rotations on the Upworthy archive: the ranker beside its baselines and a frozen MiniLM, differences in pairs.
+"""Five rotations on the Upworthy archive: the ranker beside its baselines and a linear probe on MiniLM, paired differences.
 
     python benchmarks/upworthy.py                 # all five, then a dated table
-    python benchmarks/upworthy.py --rotation 0    # one of them; what is there already is not done again
+    python benchmarks/upworthy.py --rotation 0    # one of them; finished rotations are skipped
 
-Headlines of one test and one image compete. Each rotation holds a fifth of the tests out, every test is held out once, and
-no headline stands on both sides. A tenth of the rest is watched for early stopping and settles m0; every baseline is fitted
-anew, with the same loss. Intervals and differences are from one bootstrap over all tests. Scores are kept in
-``LORACLE_SCRATCH`` (a folder of the system's temporary one by default), so that an interrupted benchmark goes on.
+Headlines of one test and one image compete. Each rotation tests on another fifth of the tests, and no headline is on both
+sides. A tenth of the rest is for validation: early stopping and m0. Every baseline is fitted with the same loss. Intervals
+and differences come from one bootstrap over all tests. Scores are kept in ``LORACLE_SCRATCH`` (by default a temporary
+folder), so an interrupted benchmark continues.
 
 Cite Matias et al. 2021 (CC BY 4.0).
 """
@@ -33,16 +33,17 @@ from loracle.config import RunConfig
 from loracle.data.sources import open_table
 from loracle.data.splits import Split, group_folds, split_groups
 from loracle.evaluation.intervals import as_json
-from loracle.evaluation.linear_models import frozen_ranker, length_ranker, tfidf_ranker
+from loracle.evaluation.linear_models import feature_ranker, length_ranker, tfidf_ranker
 from loracle.evaluation.ranking import rank_metrics, ranking_differences
 from loracle.examples import RankGroup
 from loracle.reporting.terminal import figure
-from loracle.tasks.dataset import read_examples
-from loracle.training.losses import numpy_objective
+from loracle.tasks import Task
+from loracle.tasks.dataset import Data, read_examples
+from loracle.training.losses import choose_loss, numpy_objective
 
 ROTATIONS = 5
 DATA = SHARED / "data" / "upworthy" / "packages.csv.gz"
-DOUBTED = ("201325", "201401")  # weeks, as the file counts them, whose randomisation the archive's authors doubt
+DOUBTED = ("201325", "201401")  # weeks, in the file's numbers; the archive's authors doubt their randomization
 SCRATCH = Path(os.environ.get("LORACLE_SCRATCH", Path(tempfile.gettempdir()) / "loracle-upworthy"))
 SETTINGS: dict[str, Any] = {
     "depth": 24, "adapt_top": 9, "pooling": "mean", "epochs": 3.0, "batch": 8, "lr": 5e-4, "evals_per_epoch": 2, "patience": 0,
@@ -52,7 +53,12 @@ SHOWN = ("pair_accuracy", "significant_pair_accuracy", "ctr_lift", "top1", "regr
 
 def config() -> RunConfig:
     """Where the log is, what its columns mean, and the settings found on validation tests (dev/LOG.md)."""
-    columns = {"group": "clickability_test_id", "compare": "eyecatcher_id", "text": "headline", "date": "test_week"}
+    columns = {
+        "group": "clickability_test_id",
+        "compare_within": "eyecatcher_id",
+        "text": "headline",
+        "date": "test_week",
+    }
     return RunConfig.from_flat({"data": str(DATA), **columns, **SETTINGS})
 
 
@@ -63,27 +69,26 @@ def read_groups() -> list[RankGroup]:
 
 
 def rotation(number: int, groups: list[RankGroup]) -> Path:
-    """Train and score one rotation; returns the file with ``{scorer: [scores of each held-out group]}``."""
+    """Train and score one rotation. Returns the file with ``{scorer: [scores of each test group]}``."""
     path = result_file(number)
     if path.exists():
         return path
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    side = folds(groups)[number]
-    data = divided(side)
-    loss, chosen = pipeline.choose_loss(config(), data)
+    data = three_splits(folds(groups)[number])
+    loss, chosen = choose_loss(data, config().train)
     objective = numpy_objective(loss)
-    learnt_from, held = [*data.train, *data.validation], data.test  # the baselines choose by folds of their own
+    train, test = [*data.train, *data.validation], data.test  # the baselines choose on parts of their own
     scores = {
-        "length": length_ranker(learnt_from, held, objective),
-        "tfidf": tfidf_ranker(learnt_from, held, objective),
-        "frozen MiniLM": frozen_ranker(minilm(learnt_from), learnt_from, minilm(held), objective),
+        "length": length_ranker(train, test, objective),
+        "tfidf": tfidf_ranker(train, test, objective),
+        "linear-probe MiniLM": feature_ranker(minilm(train), train, minilm(test), objective),
     }
     run = SCRATCH / f"run-{number}"
     shutil.rmtree(run, ignore_errors=True)
     pipeline.train_on(config(), data, run)
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as f:
         own = np.array([float(row["score"]) for row in csv.DictReader(f)])
-    scores["loracle"] = np.split(own, np.cumsum([len(g.texts) for g in held])[:-1])
+    scores["loracle"] = np.split(own, np.cumsum([len(g.texts) for g in test])[:-1])
     found = {name: [s.tolist() for s in of_groups] for name, of_groups in scores.items()}
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     path.write_text(json.dumps({"scores": found, "loss": chosen, "metrics": metrics}), encoding="utf-8")
@@ -91,7 +96,7 @@ def rotation(number: int, groups: list[RankGroup]) -> Path:
 
 
 def result_file(number: int) -> Path:
-    """Named by the settings too, so that no result of other ones is taken for theirs."""
+    """Its name holds the settings, so results of other settings are not reused."""
     settings = hashlib.sha256(json.dumps(SETTINGS, sort_keys=True).encode()).hexdigest()[:8]
     return SCRATCH / f"rotation-{number}-{settings}.json"
 
@@ -101,11 +106,10 @@ def folds(groups: list[RankGroup]) -> list[Split]:
     return group_folds(groups, ROTATIONS, seed=0)
 
 
-def divided(side: Split) -> pipeline.Data:
-    """A rotation's three sides."""
-    inner = split_groups([_undated(g) for g in side.train], 0.1, 1)
-    task = pipeline.Task(name="click_ranking")
-    return pipeline.Data(task=task, train=inner.train, validation=inner.held, test=side.held)
+def three_splits(fold: Split) -> Data:
+    """Training, validation and test groups of a rotation."""
+    inner = split_groups([_undated(g) for g in fold.train], 0.1, 1)
+    return Data(task=Task(name="click_ranking"), train=inner.train, validation=inner.held_out, test=fold.held_out)
 
 
 def _undated(group: RankGroup) -> RankGroup:
@@ -113,7 +117,7 @@ def _undated(group: RankGroup) -> RankGroup:
 
 
 def minilm(groups: list[RankGroup]) -> list[np.ndarray]:
-    """Frozen all-MiniLM-L6-v2 features of each group's titles; a title is computed once a process."""
+    """Frozen all-MiniLM-L6-v2 features of each group's titles, computed once per process."""
     titles = {t for g in groups for t in g.texts}
     if new := sorted(titles - FEATURES.keys()):
         FEATURES.update(zip(new, _minilm_features(new), strict=True))
@@ -134,7 +138,7 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
 
     folder = minilm_folder()
     tokenizer = install_template(load_tokenizer(folder), None, 128, encoder=True)
-    scorer = new_scorer(ScorerSpec(base=folder, outputs=1, pad_token_id=tokenizer.pad_token_id))
+    scorer = new_scorer(ScorerSpec(base=folder, task=Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id))
     return features(scorer, Encoder(tokenizer, encoder=True)(titles))
 
 
@@ -145,38 +149,38 @@ def main(only: int | None) -> None:
     results = [json.loads(rotation(n, groups).read_text(encoding="utf-8")) for n in numbers]
     if only is not None:
         return
-    held = [g for side in folds(groups) for g in side.held]
+    tested = [group for fold in folds(groups) for group in fold.held_out]
     pooled = {name: [np.array(s) for r in results for s in r["scores"][name]] for name in results[0]["scores"]}
-    certain = [i for i, g in enumerate(held) if not DOUBTED[0] <= str(g.date) <= DOUBTED[1]]
-    doubtful = sorted(set(range(len(held))) - set(certain))
+    certain = [i for i, g in enumerate(tested) if not DOUBTED[0] <= str(g.date) <= DOUBTED[1]]
+    doubtful = sorted(set(range(len(tested))) - set(certain))
     rows = [["", *SHOWN]]
     for title, chosen in (
-        ("all weeks", range(len(held))),
+        ("all weeks", range(len(tested))),
         ("without doubted weeks", certain),
         ("doubted weeks", doubtful),
     ):
-        part = [held[i] for i in chosen]
+        part = [tested[i] for i in chosen]
         for name, scores in pooled.items():
             found = rank_metrics([scores[i] for i in chosen], part)
             rows.append([f"{name}, {title}", *figures(found, SHOWN)])
-        for other in ("frozen MiniLM", "tfidf"):
+        for other in ("linear-probe MiniLM", "tfidf"):
             theirs, ours = ([pooled[n][i] for i in chosen] for n in (other, "loracle"))
             lead = ranking_differences(ours, theirs, part)
-            rows.append([f"loracle less {other}, {title}", *figures(lead, SHOWN)])
+            rows.append([f"loracle minus {other}, {title}", *figures(lead, SHOWN)])
         rows.append([f"noise ceiling, {title}", *figures(found, ("ceiling", "significant_ceiling")), "", "", ""])
     saturations = [f"{r['loss']['saturation']:.0f}" for r in results]
     speed = [r["metrics"]["train"]["examples_per_s"] for r in results]
     notes = [
-        f"{len(held):,} groups of {len({g.group for g in held}):,} tests, five rotations by test, seed 0; settings "
-        f"{SETTINGS}; loss {results[0]['loss']['name']}, m0 "
-        f"{', '.join(saturations)}. Model: {results[0]['metrics']['base']}.",
-        f"Trained at {np.median(speed):.2f} groups/s.",
+        f"{len(tested):,} groups of {len({g.group for g in tested}):,} tests, five rotations by test, seed 0. Settings: "
+        f"{SETTINGS}. Loss: {results[0]['loss']['name']}. m0 is {', '.join(saturations)}. "
+        f"Model: {results[0]['metrics']['base']}.",
+        f"Training ran at {np.median(speed):.2f} groups/s.",
     ]
     write_table("upworthy", rows, notes)
 
 
 def figures(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Metrics as a table has them; a dash for what there is none of."""
+    """Metrics as table cells, with a dash for missing ones."""
     known = as_json(found)
     return [figure(known.get(n), n) for n in names]
 
