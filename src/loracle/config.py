@@ -1,359 +1,323 @@
-"""Every dial of loracle, with its default and its unit: the only place where defaults are written down.
+"""Every setting of loracle: default, unit, help and allowed values. No other file holds a default.
 
-One frozen, keyword-only dataclass per concern. They feed the command line, recipe files and the ``run.toml`` that a run
-leaves behind, so that a name means the same thing in all three. Classes elsewhere take plain arguments, never a config.
+One frozen, keyword-only dataclass for each concern. The command line, recipe files and ``run.toml`` are made from them, so
+a name means the same in all three. Classes elsewhere take plain arguments, never a config.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loracle.errors import UserError
-
-
-def setting(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] = (),
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A config field: its default, what it does (shown by ``--help``) and which values it may take.
-
-    ``choices`` of an enumeration; of a number, that it is more than ``above``, ``least`` or more, and less than ``below``.
-    """
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "above": above, "least": least, "below": below}
-    )
-
-
-def _check(config: Any) -> None:
-    """Refuse values outside of what the fields allow."""
-    for f in dataclasses.fields(config):
-        value, may, flag = getattr(config, f.name), f.metadata, "--" + f.name.replace("_", "-")
-        if value is None or not may:
-            continue
-        if may["choices"] and value not in may["choices"]:
-            listed = ", ".join(may["choices"])
-            raise UserError(f"{f.name} to be one of {listed}", repr(value), f"pick one of these for {flag}")
-        if isinstance(value, str):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"a finite number for {f.name}", str(value), f"pass another {flag}")
-        if may["above"] is not None and value <= may["above"]:
-            raise UserError(f"{f.name} above {may['above']:g}", str(value), f"pass a positive {flag}")
-        if may["least"] is not None and value < may["least"]:
-            raise UserError(f"{f.name} of {may['least']:g} or more", str(value), f"pass a larger {flag}")
-        if may["below"] is not None and value >= may["below"]:
-            raise UserError(f"{f.name} below {may['below']:g}", str(value), f"pass a smaller {flag}")
+from loracle.settings import Checked, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where the examples are and what their columns mean."""
 
-    data: str = setting("", "file, folder, hf:owner/name or modelscope:owner/name")
-    test: str | None = setting(None, "file with the test examples; without it a seeded part of the data is held out")
-    task: str = setting(
-        "auto", "what to learn: single_label, multi_label, ranking, click_ranking; auto tells it from the data"
-    )
-    text: str | None = setting(None, "column with the text (a title, when ranking)")
-    label: str | None = setting(None, "column with the label, or the list of labels")
-    group: str | None = setting(None, "column, or several joined by commas, that say which titles compete")
-    compare_within: str | None = setting(
-        None, "column, or several joined by commas (image, position), in which titles must be equal to be compared"
-    )
-    context: str | None = setting(None, "column with the context (brief, product, query, prompt) that a group shares")
-    clicks: str | None = setting(None, "column with the number of clicks")
-    impressions: str | None = setting(None, "column with the number of impressions")
-    clicked: str | None = setting(
-        None, "column that says of one impression, a row each, whether it was clicked (0 or 1)"
-    )
-    grade: str | None = setting(None, "column with a graded relevance, for ranking")
-    weight: str | None = setting(None, "column with the weight of an example (one a group, when ranking)")
-    slice: str | None = setting(
-        None,
-        "column, or several joined by commas, by whose values the report of a classifier is sliced; "
-        "by default one that is called source, where there is one",
-    )
-    date: str | None = setting(
-        None, "column with the date (2014-11-03, 201446) of a group; held out are then the latest, not random ones"
-    )
-    label_delimiter: str | None = setting(
-        None, "character between several labels of one cell; makes the task multi-label"
-    )
-    min_impressions: int = setting(100, "titles of a click log shown less often are left out, and counted", least=0)
-    test_share: float = setting(
-        0.1, "share of the examples (of the groups, when ranking) held out when there is no --test"
-    )
-    validation_share: float = setting(0.1, "share of the training examples kept for early stopping, never trained on")
+    GROUP: ClassVar = "Data"
+    COMMON: ClassVar = False
 
-    def __post_init__(self) -> None:
-        for name in ("test_share", "validation_share"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise UserError(
-                    f"a share between 0 and 1 for {name}", str(value), f"pass --{name.replace('_', '-')} 0.1"
-                )
-        _check(self)
+    data: str = setting("", "file, folder, hf:owner/name or modelscope:owner/name", path=True)
+    test: str | None = setting(None, "file with test examples; else a random part of the data", common=True, path=True)
+    task: str = setting(
+        "auto", "single_label, multi_label, ranking or click_ranking; auto infers it from the data", common=True
+    )
+    text: str | None = setting(None, "column with the text (the title, in ranking)", unit="column", common=True)
+    label: str | None = setting(None, "column with the label, or a list of labels", unit="column", common=True)
+    group: str | None = setting(
+        None, "columns, joined by commas, that identify a group of titles", unit="columns", common=True
+    )
+    context: str | None = setting(None, "column with the context: brief, product, query", unit="column", common=True)
+    clicks: str | None = setting(None, "column with the number of clicks", unit="column", common=True)
+    impressions: str | None = setting(None, "column with the number of impressions", unit="column", common=True)
+    clicked: str | None = setting(None, "column with 0 or 1, in logs with one impression a row", unit="column")
+    compare_within: str | None = setting(
+        None, "columns (image, position) in which compared titles must be equal", unit="columns"
+    )
+    grade: str | None = setting(None, "column with a graded relevance, for ranking", unit="column")
+    weight: str | None = setting(None, "column with the weight of an example (of a group, in ranking)", unit="column")
+    slice: str | None = setting(None, "columns that slice a classifier's report (default: source)", unit="columns")
+    date: str | None = setting(
+        None, "column with the date of a group (2014-11-03, 201446); the latest groups become the test", unit="column"
+    )
+    label_delimiter: str | None = setting(None, "separator of labels in one cell; means multi_label", unit="text")
+    min_impressions: int = setting(
+        100, "titles of a click log with fewer impressions are left out and counted", unit="impressions", minimum=0
+    )
+    test_share: float = setting(
+        0.1,
+        "share of the examples (groups, in ranking) to test on when there is no --test",
+        unit="share",
+        above=0,
+        below=1,
+    )
+    validation_share: float = setting(
+        0.1, "share of the training examples to validate on; never trained on", unit="share", above=0, below=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The base model, how a text is put to it, and what is read from it."""
+class ModelConfig(Checked):
+    """The base model, the template around each text, and the head that reads its states."""
+
+    GROUP: ClassVar = "Model"
+    COMMON: ClassVar = False
 
     model: str = setting(
-        "demo", "hub id, hf:owner/name, modelscope:owner/name, folder, .gguf file, or 'demo' (embedded)"
+        "demo",
+        "base model: hub id, hf:owner/name, modelscope:owner/name, folder, .gguf file, or demo (embedded)",
+        common=True,
+        path=True,
     )
-    revision: str | None = setting(None, "branch, tag or commit of the base model")
+    revision: str | None = setting(None, "branch, tag or commit of the base model", unit="revision")
     template: str | None = setting(
-        None, "'chat', or a text with {text} and perhaps {context}: instruction before, cue after"
+        None, "'chat', or a text with {text} and perhaps {context}: instruction before, cue after", common=True
     )
-    max_length: int = setting(512, "tokens a text may take together with its template")
-    long: str = setting("cut", "what happens to longer texts: cut, or chunk (scores averaged)", ("cut", "chunk"))
+    max_length: int = setting(512, "longest text, with its template", unit="tokens", common=True)
+    long: str = setting("cut", "longer texts are cut, or split in chunks with averaged scores", ("cut", "chunk"))
     depth: int | str | None = setting(
         None,
-        "lowest layers of a decoder that are kept, for good; auto: as many as a probe of each layer calls for",
-        least=1,
+        "keep only this many lower layers of a decoder; auto: probe each layer and choose",
+        unit="layers|auto",
+        minimum=1,
     )
-    pooling: str = setting("last", "which state the head reads (encoders: their own first token)", ("last", "mean"))
-    head: str = setting("linear", "what stands on the pooled state", ("linear", "mlp"))
+    pooling: str = setting("last", "state that the head reads (encoders: their first token)", ("last", "mean"))
+    head: str = setting("linear", "network on top of the pooled state", ("linear", "mlp"))
     head_init: str = setting(
         "random",
-        "how a linear head starts; names: towards the untuned model's states of the labels' names, for few examples",
+        "start of a linear head; names: the base model's states of the label names, for few examples",
         ("random", "names"),
     )
     dtype: str = setting(
         "auto",
-        "dtype of a frozen decoder; auto is bfloat16 where the device multiplies it; float32 else, with --full, for encoders",
+        "of the frozen decoder; auto: bfloat16 where the device supports it, float32 with --full and for encoders",
         ("auto", "bfloat16", "float32"),
     )
     quantize: str | None = setting(
-        None, "nf4 keeps the frozen decoder in 4 bits (QLoRA): a third of the memory, slower steps", ("nf4",)
+        None, "nf4 stores the frozen decoder in 4 bits (QLoRA): a third of the memory, slower steps", ("nf4",)
     )
-    shard: bool = setting(
-        False, "each of several processes holds a part of every frozen layer (FSDP2): for a base larger than one GPU"
-    )
-    device: str = setting("auto", "cpu, cuda, mps, or auto")
+    shard: bool = setting(False, "split frozen layers across processes (FSDP2), for bases larger than one GPU")
+    device: str = setting("auto", "cpu, cuda, mps or auto", common=True)
 
     def __post_init__(self) -> None:
-        if self.template and self.template != "chat" and self.template.count("{text}") != 1:
+        if self.template and self.template != "chat" and (count := self.template.count("{text}")) != 1:
             raise UserError(
-                "'chat' or a template with {text} in it exactly once",
-                repr(self.template),
-                "write for example --template 'Topic of this headline: {text}'",
+                f"--template must be 'chat' or contain {{text}} once, but {self.template!r} has it {count} times.",
+                "For example --template 'Topic of this headline: {text}'.",
             )
         before, _, after = (self.template or "").partition("{text}")
         if before.count("{context}") + 2 * after.count("{context}") > 1:
             raise UserError(
-                "{context} at most once in --template, and before {text}",
-                repr(self.template),
-                "write for example --template 'Brief: {context} Title: {text}'",
+                f"--template may contain {{context}} once, before {{text}}, unlike {self.template!r}.",
+                "For example --template 'Brief: {context} Title: {text}'.",
             )
         if isinstance(self.depth, str) and self.depth != "auto":
-            raise UserError(
-                "a number of layers for --depth, or auto", repr(self.depth), "pass for example --depth auto"
-            )
+            raise UserError(f"--depth must be a number of layers or auto, not {self.depth!r}.")
         if self.head_init == "names" and self.head != "linear":
-            raise UserError("a linear head for --head-init names", f"--head {self.head}", "leave one of them out")
+            raise UserError(f"--head-init names needs a linear head, not --head {self.head}.", "Leave one of them out.")
         if self.max_length < 8:
-            raise UserError("room for at least 8 tokens", f"max_length {self.max_length}", "pass --max-length 512")
-        _check(self)
+            raise UserError(f"--max-length {self.max_length} is too short: a text needs 8 tokens.")
+        Checked.__post_init__(self)
 
     @property
     def layers(self) -> int | None:
-        """The depth, once it is settled."""
+        """The depth as a number; ``--depth auto`` must be settled before."""
         assert not isinstance(self.depth, str), "--depth auto is settled before a model is made"
         return self.depth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: int = setting(16, "rank of the adapters", least=1)
-    alpha: float = setting(32, "scale of the adapters: they count alpha/r (alpha/sqrt(r) with --rslora)", above=0)
-    dropout: float = setting(0.05, "dropout before the adapters", least=0, below=1)
-    targets: str = setting(
-        "all-linear", "which linear layers get one: all-linear, or names joined by commas (q_proj,v_proj)"
-    )
+    GROUP: ClassVar = "Adapter"
+    COMMON: ClassVar = False
+
+    r: int = setting(16, "rank of the adapters", unit="rank", minimum=1)
+    alpha: float = setting(32, "scale of the adapters: alpha/r, or alpha/sqrt(r) with --rslora", above=0)
+    dropout: float = setting(0.05, "dropout before the adapters", unit="share", minimum=0, below=1)
+    targets: str = setting("all-linear", "linear layers with an adapter: all-linear, or names such as q_proj,v_proj")
     adapt_top: int | None = setting(
-        None, "adapters on the top K of the kept layers only; backward stops below", least=1
+        None, "adapters on the top layers only; states below are cached", unit="layers", minimum=1
     )
     rslora: bool = setting(False, "rank-stabilised scaling (arXiv:2312.03732)")
-    full: bool = setting(False, "train every weight and no adapter, which is what a BERT-size encoder wants")
+    full: bool = setting(False, "train every weight instead of adapters; best for encoders of BERT's size", common=True)
 
     def __post_init__(self) -> None:
-        _check(self)
+        Checked.__post_init__(self)
         if self.full and self.adapt_top is not None:
-            raise UserError("--full or --adapt-top", "both", "leave one of them out")
+            raise UserError("--full and --adapt-top exclude each other.", "Leave one of them out.")
 
 
 SATURATING = ("list", "dirichlet", "binomial")  # losses in which the weight of a group of clicks saturates
+LOSS_NAMES = (
+    "auto", "cross-entropy", "binary", "bradley-terry", "margin", "list", "dirichlet", "binomial", "soft-bradley-terry"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """How long, how fast and towards what."""
+class TrainConfig(Checked):
+    """Length, step size and loss of the training."""
 
-    epochs: float = setting(3.0, "passes over the training examples", above=0)
-    max_steps: int | None = setting(None, "stop after this many optimizer steps, whatever the epochs", least=1)
-    batch: int = setting(16, "examples (groups, when ranking) a step, however many tokens they hold", above=0)
+    GROUP: ClassVar = "Training"
+    COMMON: ClassVar = False
+
+    epochs: float = setting(3.0, "passes over the training examples", unit="epochs", above=0, common=True)
+    max_steps: int | None = setting(None, "stop after this many optimizer steps", unit="steps", minimum=1)
+    batch: int = setting(
+        16, "examples (groups, in ranking) in an optimizer step", unit="examples", above=0, common=True
+    )
     lr: float | None = setting(
-        None, "peak learning rate; by default derived from the model's width and said aloud", above=0
+        None, "peak learning rate; by default computed from the model's width", unit="rate", above=0, common=True
     )
     warmup: float = setting(
-        0.06, "share of the steps over which the learning rate rises; a cosine takes it to 0", least=0, below=1
+        0.06,
+        "share of the steps in which the learning rate rises; a cosine then lowers it to 0",
+        unit="share",
+        minimum=0,
+        below=1,
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW on matrices", least=0)
-    clip: float = setting(1.0, "largest gradient norm", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW, on matrices", minimum=0)
+    clip: float = setting(1.0, "largest gradient norm", unit="norm", above=0)
     loss: str = setting(
         "auto",
-        "auto picks by task; of a click log the list likelihood, or binomial above a click rate of 10 %",
-        (
-            "auto",
-            "cross-entropy",
-            "binary",
-            "bradley-terry",
-            "margin",
-            "list",
-            "dirichlet",
-            "binomial",
-            "soft-bradley-terry",
-        ),
+        "auto chooses by task; for clicks it is list, or binomial above a click rate of 10 %",
+        LOSS_NAMES,
+        common=True,
     )
     margin: float = setting(
-        1.0, "distance that the margin loss wants between chosen and rejected, where the data name none", least=0
+        1.0, "score difference that the margin loss wants, where the data give none", unit="score", minimum=0
     )
-    class_weights: str = setting(
-        "none", "balanced weighs each class by the inverse of its frequency", ("none", "balanced")
-    )
+    class_weights: str = setting("none", "balanced: weight classes by inverse frequency", ("none", "balanced"))
     target_precision: float | None = setting(
-        None,
-        "of several labels a text, each is given only where validation texts say it is right this often; "
-        "by default where its F1 is highest",
-        above=0,
-        below=1,
+        None, "multi_label: precision of a label on validation texts (default: best F1)", unit="share", above=0, below=1
     )
     saturation: float | None = setting(
         None,
-        "m0: a group with m clicks weighs m/(1 + m/m0), since evidence saturates; by default fitted on validation groups",
+        "m0: a group with m clicks weighs m/(1 + m/m0); by default fitted on validation groups",
+        unit="clicks",
         above=0,
     )
-    evals_per_epoch: int = setting(1, "looks at the validation examples an epoch; the best one is kept", above=0)
-    patience: int = setting(3, "looks without progress after which training stops; 0 never stops", least=0)
-    save_steps: int = setting(50, "steps between checkpoints", above=0)
+    evals_per_epoch: int = setting(
+        1, "validation evaluations in an epoch; the best weights are kept", unit="evaluations", above=0
+    )
+    patience: int = setting(3, "evaluations without progress until it stops; 0: never", unit="evaluations", minimum=0)
+    save_steps: int = setting(50, "steps between checkpoints", unit="steps", above=0)
     cache_gb: float = setting(
-        10.0, "GB of disk for states of the layers below --adapt-top, all runs together; 0 keeps none", least=0
+        10.0, "disk for cached states below --adapt-top, all runs together; 0 disables it", unit="GB", minimum=0
     )
     tokens_per_micro_batch: int = setting(
-        4096, "tokens that go through the model at once; a step takes as many rounds as it needs", above=0
+        4096, "tokens that go through the model at once; lower it to save memory", unit="tokens", above=0
     )
     texts: bool = setting(
-        True, "keep texts of the data in the run folder (predictions, report); --no-texts: rows instead of texts"
+        True, "keep texts of the data in the run folder (predictions, report); else row numbers", group="Output"
     )
     track: str | None = setting(
-        None, "also log to this service, whose package is installed and logged in", ("wandb", "mlflow", "swanlab")
+        None, "also log to this service, installed and logged in", ("wandb", "mlflow", "swanlab"), group="Output"
     )
-    seed: int = setting(0, "seed of splits, order, dropout and head", least=0)
+    seed: int = setting(0, "random seed of splits, order, dropout and head", minimum=0, common=True)
 
     def __post_init__(self) -> None:
-        _check(self)
+        Checked.__post_init__(self)
         if self.saturation is not None and self.loss not in ("auto", *SATURATING):
             raise UserError(
-                "--saturation with the loss list, dirichlet or binomial",
-                f"--loss {self.loss}",
-                "leave --saturation out",
+                f"--saturation needs the loss list, dirichlet or binomial, not --loss {self.loss}.",
+                "Leave --saturation out.",
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
-    """A click log to come, as ``loracle simulate`` draws it."""
+class PlanConfig(Checked):
+    """A future click log, as ``loracle simulate`` draws it."""
 
-    tests: int = setting(500, "tests (groups of titles)", least=2, below=1e12)
-    arms: int = setting(4, "titles a test", least=2, below=1001)
-    shown: int = setting(3000, "impressions a title", least=1, below=1e12)
-    rate: float = setting(0.015, "click rate", above=0, below=1)
-    spread: float = setting(0.3, "standard deviation of the true log-odds within a test", least=0, below=100)
-    seed: int = setting(0, "seed of the draws", least=0)
+    GROUP: ClassVar = "Click log"
 
-    def __post_init__(self) -> None:
-        _check(self)
+    tests: int = setting(500, "tests (groups of titles)", minimum=2, below=1e12)
+    arms: int = setting(4, "titles in a test", unit="titles", minimum=2, below=1001)
+    impressions_per_title: int = setting(3000, "impressions of each title", unit="impressions", minimum=1, below=1e12)
+    rate: float = setting(0.015, "click rate", unit="share", above=0, below=1)
+    spread: float = setting(
+        0.3, "standard deviation of the true log-odds within a test", unit="log-odds", minimum=0, below=100
+    )
+    seed: int = setting(0, "random seed of the draws", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig:
-    """Who else is trained on the same split, as ``loracle compare`` does it."""
+class CompareConfig(Checked):
+    """What ``loracle compare`` trains beside ``--model``, on the same split."""
+
+    GROUP: ClassVar = "Comparison"
 
     against: str = setting(
-        "tfidf,frozen",
-        "joined by commas: tfidf, frozen (features of --model, untrained), frozen:NAME, and names of base models, each "
-        "perhaps with a depth of its own: NAME@depth=12, NAME@depth=auto, NAME@depth=full",
+        "tfidf,linear-probe",
+        "joined by commas: tfidf, linear-probe (on --model), linear-probe:NAME, base models; "
+        "NAME@depth=12 (auto, full) sets a depth",
+        unit="names",
     )
     price_per_hour: float | None = setting(
-        None, "what an hour of this machine costs; without it the table has hours per million texts", above=0
+        None, "price of an hour of this machine; without it the table shows hours", unit="price", above=0
     )
-    encoder_full: bool = setting(True, "train every weight of BERT-type encoders, whatever the decoders get")
+    encoder_full: bool = setting(True, "train every weight of encoders, whatever decoders get")
     encoder_lr: float | None = setting(
-        None, "peak learning rate of encoders with --encoder-full; by default derived from the model's width", above=0
+        None, "peak learning rate of encoders; by default computed from the model's width", unit="rate", above=0
     )
-
-    def __post_init__(self) -> None:
-        _check(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ValidateConfig:
-    """How often a training is repeated, as ``loracle validate`` does it."""
+class ValidateConfig(Checked):
+    """How often ``loracle validate`` repeats the training."""
 
-    folds: int | None = setting(None, "parts of the data, each held out once as the test side of a run", least=2)
+    GROUP: ClassVar = "Repeats"
+
+    folds: int | None = setting(None, "parts of the data; each is the test of one run", unit="folds", minimum=2)
     seeds: int | None = setting(
-        None, "runs on one split that differ by their seed alone: --seed and those after it", least=2
+        None, "runs on one split with the seeds --seed, --seed + 1, ...", unit="runs", minimum=2
     )
 
     def __post_init__(self) -> None:
-        _check(self)
-        if (self.folds is None) == (self.seeds is None):
-            found = "neither" if self.folds is None else "both"
-            raise UserError("--folds or --seeds", found, "pass for example --folds 5")
+        Checked.__post_init__(self)
+        if self.folds is None and self.seeds is None:
+            raise UserError("validate needs --folds or --seeds.", "For example --folds 5.")
+        if self.folds is not None and self.seeds is not None:
+            raise UserError("--folds and --seeds exclude each other.", "Leave one of them out.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TuneConfig:
+class TuneConfig(Checked):
     """How long ``loracle tune`` searches."""
 
-    trials: int = setting(
-        20, "trainings, those that were stopped early included; the first third sweeps --lr alone", least=1
-    )
+    GROUP: ClassVar = "Search"
 
-    def __post_init__(self) -> None:
-        _check(self)
+    trials: int = setting(20, "trainings; the first third varies --lr alone", unit="trials", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServeConfig:
+class ServeConfig(Checked):
     """Address and limits of ``loracle serve``."""
 
+    GROUP: ClassVar = "Service"
+
     host: str = setting("127.0.0.1", "address to listen at; an address that other machines can reach requires a token")
-    port: int = setting(8000, "port to listen at; 0 picks a free one", least=0, below=65536)
+    port: int = setting(8000, "port to listen at; 0 picks a free one", minimum=0, below=65536)
     token_file: str | None = setting(
         None, "file with the token that requests must send; by default the variable LORACLE_TOKEN"
     )
     max_body: int = setting(
-        1_000_000, "bytes in a request; also characters, with the context counted once for each text", least=1
+        1_000_000, "bytes in a request; also characters, with the context counted once for each text", minimum=1
     )
-    max_texts: int = setting(256, "texts (titles) in a request", least=1)
-    max_chars: int = setting(20_000, "characters in a text, a title or a context", least=1)
-    queue: int = setting(128, "requests in progress at once; further ones get 429", least=1)
-    queue_texts: int = setting(1024, "texts that wait or are being scored; requests beyond that get 429", least=1)
-    queue_tokens: int = setting(262_144, "tokens that wait or are being scored; requests beyond that get 429", least=1)
+    max_texts: int = setting(256, "texts (titles) in a request", minimum=1)
+    max_chars: int = setting(20_000, "characters in a text, a title or a context", minimum=1)
+    queue: int = setting(128, "requests in progress at once; further ones get 429", minimum=1)
+    queue_texts: int = setting(1024, "texts that wait or are being scored; requests beyond that get 429", minimum=1)
+    queue_tokens: int = setting(
+        262_144, "tokens that wait or are being scored; requests beyond that get 429", minimum=1
+    )
     tokens_per_micro_batch: int = setting(
-        512, "tokens that go through the model at once; more raise throughput and latency", least=1
+        512, "tokens that go through the model at once; more raise throughput and latency", minimum=1
     )
     max_wait: float = setting(
         0.5,
@@ -366,7 +330,7 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self)
+        Checked.__post_init__(self)
         if self.max_texts > self.queue_texts:
             raise UserError(
                 f"--max-texts {self.max_texts} exceeds --queue-texts {self.queue_texts}, "
@@ -377,36 +341,37 @@ class ServeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole run: what ``run.toml`` holds."""
+    """A whole run: the settings in ``run.toml``."""
+
+    GROUP: ClassVar = "Output"
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
-    out: str | None = setting(None, "folder of the run; by default runs/<name of the data>")
-    baselines: bool = setting(
-        True, "fit majority, TF-IDF and frozen-feature baselines beside the model, and ask it untuned"
-    )
+    out: str | None = setting(None, "run folder; by default runs/NAME of the data", unit="folder", path=True)
+    baselines: bool = setting(True, "also fit the baselines: majority, length, tfidf, linear-probe, zero-shot")
 
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
 
     def __post_init__(self) -> None:
         if self.model.quantize and self.lora.full:
-            raise UserError("--quantize or --full", "both: 4-bit weights do not train", "leave one of them out")
+            raise UserError("--quantize and --full exclude each other: 4-bit weights do not train.")
         if self.model.shard:
             others = {
                 "--full": self.lora.full,
                 "--quantize": self.model.quantize,
                 "--depth auto": self.model.depth == "auto",
             }
-            if given := [flag for flag, value in others.items() if value]:
-                raise UserError("--shard alone, or another flag", f"{given[0]} with it", "leave one of them out")
+            if flags := [flag for flag, value in others.items() if value]:
+                raise UserError(f"--shard and {flags[0]} exclude each other.", "Leave one of them out.")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> RunConfig:
-        """A run from ``{field: value}`` as the command line has it; field names are unique across the sections."""
+        """A run from ``{field: value}``, as the command line has it. Field names are unique across the sections."""
         values = dict(values)
         sections = {}
-        for name, kind in zip(cls.SECTIONS, (DataConfig, ModelConfig, LoraConfig, TrainConfig), strict=True):
-            sections[name] = kind(**{f.name: values.pop(f.name) for f in dataclasses.fields(kind) if f.name in values})
+        for name, section in zip(cls.SECTIONS, (DataConfig, ModelConfig, LoraConfig, TrainConfig), strict=True):
+            names = [f.name for f in dataclasses.fields(section) if f.name in values]
+            sections[name] = section(**{name: values.pop(name) for name in names})
         return cls(**sections, **values)

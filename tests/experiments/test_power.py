@@ -158,13 +158,13 @@ def simulate(*args, code=0):
 
 
 def test_the_table_names_its_process():
-    said = simulate("--tests", 100, "--shown", 1000).stdout
+    said = simulate("--tests", 100, "--impressions-per-title", 1000).stdout
     assert "100 tests of 4 titles, 1,000 impressions each, click rate 1.50%" in said
     assert "noise ceiling" in said
 
 
 def test_what_nothing_tells_is_left_open():
-    flags = ["--rate", "1e-9", "--shown", "10"]
+    flags = ["--rate", "1e-9", "--impressions-per-title", "10"]
     said = simulate(*flags).stdout
     assert "nan" not in said
     assert re.search(r"^noise ceiling, all pairs( +–){5}$", said, re.MULTILINE)
@@ -204,7 +204,7 @@ def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     [
         (["--rate", "1.5"], "1.5"),
         (["--arms", "1"], "2 | 1"),
-        (["--shown", "99999999999999999999"], "12 | 99999999999999999999"),
+        (["--impressions-per-title", "99999999999999999999"], "12 | 99999999999999999999"),
         (["--tests", "9" * 400], "12 | 9999"),
         (["--arms", "1001"], "1001"),
         (["--clicks", "c"], "--data | --clicks"),

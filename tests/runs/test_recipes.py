@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from small import QUICK, facts, has_facts, labelled, write
 
 from loracle import pipeline
-from loracle.cli import _settings, main
+from loracle.cli import main
+from loracle.cli.options import run_settings
 from loracle.config import CompareConfig, RunConfig
 from loracle.errors import UserError
 from loracle.runs.folder import read_info
@@ -94,12 +95,12 @@ def test_recipe_errors_name_file_key_and_value(tmp_path, text, words):
 def test_flags_win_over_file_over_defaults(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('[data]\ndata = "file.csv"\n[train]\nepochs = 7\nbatch = 5\n')
-    config, _ = _settings(None, path, {"batch": 6, "lr": None}, "train")
+    config, _ = run_settings(None, path, {"batch": 6, "lr": None}, "train")
     assert (config.data.data, config.train.epochs, config.train.batch) == ("file.csv", 7, 6)
     assert config.train.lr is RunConfig().train.lr
-    assert _settings("other.csv", path, {}, "train")[0].data.data == "other.csv"
+    assert run_settings("other.csv", path, {}, "train")[0].data.data == "other.csv"
     with pytest.raises(UserError, match="train"):
-        _settings(None, None, {}, "train")
+        run_settings(None, None, {}, "train")
     with pytest.raises(UserError, match=facts("nowhere.toml", "no such file")):
         read_recipe(tmp_path / "nowhere.toml")
 

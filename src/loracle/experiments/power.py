@@ -94,7 +94,7 @@ def draw(
             truth, shown = (np.array([values[d] for d in which]).reshape(count, n) for values in (own.truth, own.shown))
         else:
             truth = logit(config.rate) + config.spread * rng.standard_normal((count, n))
-            shown = np.full_like(truth, config.shown)
+            shown = np.full_like(truth, config.impressions_per_title)
         shown = _scaled(shown, times)
         yield truth, rng.binomial(shown.astype(np.int64), expit(truth)).astype(np.float64), shown
 
@@ -114,7 +114,7 @@ def simulate(config: PlanConfig, own: Own | None = None, *, times: float = 1.0) 
     return Point(
         tests=config.tests,
         arms=config.arms,
-        shown=int(_scaled(config.shown, times)),
+        shown=int(_scaled(config.impressions_per_title, times)),
         ceiling=_ratio(right, told),
         significant=_ratio(significant, told),
         best_named=float(named.mean()),
@@ -189,11 +189,26 @@ def of_log(groups: Sequence[RankGroup], config: PlanConfig) -> tuple[PlanConfig,
         config,
         tests=len({g.group for g in groups}),
         arms=int(np.median([len(n) for n in shown])),
-        shown=int(np.median(np.concatenate(shown))),
+        impressions_per_title=int(np.median(np.concatenate(shown))),
         rate=float(np.median([expit(t.mean()) for t in truth])),
         spread=found.spread,
     )
     return medians, Own([n for n in shown for _ in range(draws)], truth)
+
+
+def plan_from_log(
+    groups: Sequence[RankGroup], settings: dict[str, Any]
+) -> tuple[PlanConfig, Own | None, list[dict[str, Any]]]:
+    """The process behind a click log where ``settings`` say nothing else, its groups, and its learning curve.
+
+    The groups are None where settings ask for other titles than the log's, which its medians then describe.
+
+    Raises:
+        UserError: the groups hold no clicks.
+    """
+    plan, own = of_log(groups, PlanConfig(**settings))
+    plan = replace(plan, **settings)
+    return plan, None if settings.keys() - {"tests", "seed"} else own, learning_curve(groups, plan.seed)
 
 
 def learning_curve(groups: Sequence[RankGroup], seed: int) -> list[dict[str, Any]]:
@@ -241,7 +256,7 @@ def lines(
     ]
     said = [
         f"{config.tests:,} tests of {median}{config.arms} titles, "
-        f"{median}{config.shown:,} impressions each, {median}click rate {config.rate:.2%}, "
+        f"{median}{config.impressions_per_title:,} impressions each, {median}click rate {config.rate:.2%}, "
         f"spread of the true log-odds {config.spread:.2f}",
         f"always picking the best title would lift clicks by {_percent(curves['tests'][0].highest_lift, '+.1%')}",
         "",
