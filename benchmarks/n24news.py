@@ -65,21 +65,7 @@ def minilm_probe(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]
     train_file = read_examples(open_table(str(train)), RunConfig().data)
     test_file = read_examples(open_table(str(test)), RunConfig().data, task=train_file.task)
     tokenizer = install_template(load_tokenizer(folder), None, 256, encoder=True)
-<<<<<<< HEAD
-    pad, device = tokenizer.pad_token_id, pick_device("auto")
-    scorer = build.new_scorer(build.ScorerSpec(base=folder, outputs=1, pad_token_id=pad, device=device))
-    encoder = Encoder(tokenizer, encoder=True)
-    states = [features(scorer, encoder([e.text for e in side.items])) for side in (seen, unseen)]
-    targets = target_array(seen.items, seen.task)
-    return (
-        list(linear_models.frozen_classifier(states[0], targets, states[1], seen.task)[:, None]),
-        unseen.items,
-        seen.task,
-    )
-=======
-    spec = ScorerSpec(
-        base=folder, task=train_file.task, pad_token_id=tokenizer.pad_token_id, device=pick_device("auto")
-    )
+    spec = ScorerSpec(base=folder, outputs=1, pad_token_id=tokenizer.pad_token_id, device=pick_device("auto"))
     scorer = new_scorer(spec)
     encoder = Encoder(tokenizer, encoder=True)
     states = [features(scorer, encoder([e.text for e in part.items])) for part in (train_file, test_file)]
@@ -87,7 +73,6 @@ def minilm_probe(train: Path, test: Path) -> tuple[list[np.ndarray], list, Task]
     targets = LABELS.targets(train_file.items, len(task.label_names))
     logits = linear_models.feature_classifier((states[0], states[1]), targets, LABELS, len(task.label_names))
     return list(logits[:, None]), test_file.items, task
->>>>>>> docs
 
 
 def main() -> None:

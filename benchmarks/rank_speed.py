@@ -55,7 +55,6 @@ def ours() -> dict[str, float]:
     from loracle.examples import RankGroup
     from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
-    from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import FitJob, fit
     from loracle.training.losses import LOSSES, LossSettings
@@ -70,12 +69,7 @@ def ours() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder())
     titles = sorted({t for g in groups for t in g.texts})
     ids = {t: (*i, tokenizer.eos_token_id) for t, i in zip(titles, tokenizer(titles).input_ids, strict=True)}
-<<<<<<< HEAD
     spec = ScorerSpec(base=demo_model_folder(), outputs=1, pad_token_id=0, dtype=getattr(torch, dtype_name()))
-=======
-    task = Task(name="click_ranking")
-    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
->>>>>>> docs
     scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": 0.0})
     pairs = sum(len(group_pairs(g)) for g in groups)
     with tempfile.TemporaryDirectory() as folder:

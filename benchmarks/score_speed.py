@@ -33,10 +33,6 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
     from loracle.models.loading import load_sequence_classifier, load_tokenizer
     from loracle.models.scorer import Scorer
     from loracle.models.scoring import score
-<<<<<<< HEAD
-=======
-    from loracle.tasks import Task
->>>>>>> docs
     from loracle.text.template import install_template
     from loracle.text.tokenize import Encoder
 
@@ -53,12 +49,7 @@ def ours(eight: bool, limit: int) -> dict[str, float]:
             openvino.convert(model, Path(folder), pooling="last")
             scorer = openvino.Int8Scorer(Path(folder), pad_token_id=0)
     else:
-<<<<<<< HEAD
         scorer = new_scorer(ScorerSpec(base=base, outputs=24, pad_token_id=0, dtype=getattr(torch, dtype_name())))
-=======
-        task = Task(name="single_label", label_names=names)
-        scorer = new_scorer(ScorerSpec(base=base, task=task, pad_token_id=0, dtype=getattr(torch, dtype_name())))
->>>>>>> docs
     encoder = Encoder(tokenizer)
     score(scorer, encoder(texts[:64]))
     started = time.perf_counter()

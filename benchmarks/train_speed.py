@@ -56,7 +56,6 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     from loracle.examples import LabeledText
     from loracle.models.build import ScorerSpec, new_scorer
     from loracle.models.gguf import demo_model_folder
-    from loracle.tasks import Task
     from loracle.text.tokenize import Encoded
     from loracle.training.loop import FitJob, fit
     from loracle.training.losses import LOSSES, LossSettings
@@ -67,11 +66,7 @@ def ours(batch: int, dropout: float, prefix: int, limit: int) -> dict[str, float
     ids = {t: tuple(i) for t, i in zip(texts, tokenizer([before + t for t in texts]).input_ids, strict=True)}
     start = len(tokenizer(before).input_ids) if before else 0
     examples = [LabeledText(text=t, labels=(y,), row=i) for i, (t, y) in enumerate(zip(texts, labels, strict=True), 1)]
-<<<<<<< HEAD
     spec = ScorerSpec(base=demo_model_folder(), outputs=24, pad_token_id=0, dtype=getattr(torch, dtype_name()))
-=======
-    spec = ScorerSpec(base=demo_model_folder(), task=task, pad_token_id=0, dtype=getattr(torch, dtype_name()))
->>>>>>> docs
     scorer = new_scorer(spec, lora={"r": 16, "alpha": 32, "dropout": dropout})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

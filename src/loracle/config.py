@@ -153,12 +153,6 @@ class LoraConfig(Checked):
             raise UserError("--full and --adapt-top exclude each other.", "Leave one of them out.")
 
 
-SATURATING = ("list", "dirichlet", "binomial")  # losses in which the weight of a group of clicks saturates
-LOSS_NAMES = (
-    "auto", "cross-entropy", "binary", "bradley-terry", "margin", "list", "dirichlet", "binomial", "soft-bradley-terry"
-)  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Checked):
     """Length, step size and loss of the training."""
@@ -185,8 +179,8 @@ class TrainConfig(Checked):
     clip: float = setting(1.0, "largest gradient norm", unit="norm", above=0)
     loss: str = setting(
         "auto",
-        "auto chooses by task; for clicks it is list, or binomial above a click rate of 10 %",
-        LOSS_NAMES,
+        "cross-entropy, binary, bradley-terry, margin, list, dirichlet, binomial, soft-bradley-terry; auto chooses by task "
+        "(clicks: list, or binomial above a click rate of 10 %)",
         common=True,
     )
     margin: float = setting(
@@ -220,14 +214,6 @@ class TrainConfig(Checked):
         None, "also log to this service, installed and logged in", ("wandb", "mlflow", "swanlab"), group="Output"
     )
     seed: int = setting(0, "random seed of splits, order, dropout and head", minimum=0, common=True)
-
-    def __post_init__(self) -> None:
-        Checked.__post_init__(self)
-        if self.saturation is not None and self.loss not in ("auto", *SATURATING):
-            raise UserError(
-                f"--saturation needs the loss list, dirichlet or binomial, not --loss {self.loss}.",
-                "Leave --saturation out.",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,7 +326,7 @@ class ServeConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Checked):
     """A whole run: the settings in ``run.toml``."""
 
     GROUP: ClassVar = "Output"
@@ -355,6 +341,7 @@ class RunConfig:
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
 
     def __post_init__(self) -> None:
+        Checked.__post_init__(self)
         if self.model.quantize and self.lora.full:
             raise UserError("--quantize and --full exclude each other: 4-bit weights do not train.")
         if self.model.shard:
