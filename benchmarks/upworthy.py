@@ -138,7 +138,7 @@ def _minilm_features(titles: list[str]) -> np.ndarray:
 
     folder = minilm_folder()
     tokenizer = install_template(load_tokenizer(folder), None, 128, encoder=True)
-    scorer = new_scorer(ScorerSpec(base=folder, task=Task(name="click_ranking"), pad_token_id=tokenizer.pad_token_id))
+    scorer = new_scorer(ScorerSpec(base=folder, outputs=1, pad_token_id=tokenizer.pad_token_id))
     return features(scorer, Encoder(tokenizer, encoder=True)(titles))
 
 
