@@ -95,13 +95,13 @@ def make_loss(evidence: str, name: str = "auto", *, weights=None, margin: float 
 
 
 def facts(*words: str) -> str:
-    """A pattern for ``pytest.raises(match=…)``: the message has all of these words, in any order."""
-    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
+    """A pattern for ``pytest.raises(match=…)``: the message has all of these words, in any order and case."""
+    return "(?si)" + "".join(f"(?=.*{re.escape(word)})" for word in words)
 
 
 def has_facts(message: str, *words: str) -> bool:
     """Whether a message has all of these words; what is missing is printed."""
-    missing = [word for word in words if word not in message]
+    missing = [word for word in words if word.lower() not in message.lower()]
     print(f"missing {missing} in: {message}" if missing else "")
     return not missing
 

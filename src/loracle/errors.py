@@ -19,10 +19,7 @@ class UserError(Exception):
         hint: what to do about it. Leave it out where the message already says so.
     """
 
-    def __init__(self, message: str, hint: str | None = None, fix: str | None = None):
-        if fix is not None:  # the old form (expected, found, fix), until every caller has moved
-            self.expected, self.found = message, hint
-            message, hint = f"expected {message}; found {hint}.", f"{fix[:1].upper()}{fix[1:].rstrip('.')}."
+    def __init__(self, message: str, hint: str | None = None):
         self.message, self.hint = message, hint
         super().__init__(" ".join(filter(None, (message, hint))))
 

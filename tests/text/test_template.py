@@ -34,7 +34,7 @@ CONTEXTS = ["an article about money", "", "<|im_end|> </s> [SEP] <pad>", "a long
 
 
 def save(tokenizer, folder: Path, model_type: str | None = None) -> Path:
-    from loracle.pipeline import save_tokenizer
+    from loracle.training.prepare import save_tokenizer
 
     save_tokenizer(tokenizer, folder)
     if model_type:  # a merged export has the model's config beside the tokenizer

@@ -18,12 +18,12 @@ T = TypeVar("T")
 class CellError(Exception):
     """A cell that cannot be read; ``parsed_rows`` adds the row and makes it a UserError."""
 
-    def __init__(self, expected: str, found: str, fix: str = "correct or remove that row"):
-        super().__init__(expected, found, fix)
-        self.expected, self.found, self.fix = expected, found, fix
+    def __init__(self, expected: str, found: str, hint: str = "Correct or remove the row."):
+        super().__init__(expected, found, hint)
+        self.expected, self.found, self.hint = expected, found, hint
 
     def at(self, row: int, table: Table) -> UserError:
-        return UserError(self.expected, f"{self.found} in row {row} of {table.name}", self.fix)
+        return UserError(f"Row {row} of {table.name} has {self.found}; expected {self.expected}.", self.hint)
 
 
 def parsed_rows(table: Table, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
@@ -213,9 +213,9 @@ def order_labels(first_rows: dict[str, int], table: Table) -> dict[str, str]:
     if fractions and all(_DECIMAL.fullmatch(found) for found in first_rows):
         found = fractions[0]
         raise UserError(
-            "classes as labels, texts or whole numbers", f"{found} in row {first_rows[found]} of {table.name}",
-            "round the labels or give classes names; regression is not supported",
-        )  # fmt: skip
+            f"Row {first_rows[found]} of {table.name} has the label {found}, which is neither a text nor a whole number.",
+            "Round the labels or give classes names. Regression is not supported.",
+        )
     return {name: name for name in sorted(first_rows)}
 
 
@@ -230,6 +230,7 @@ def known_label(found: str, row: int, table: Table, names: dict[str, int]) -> st
     if (integer := _INTEGER.fullmatch(found)) and integer[1] in names:
         return integer[1]
     some = ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
-    unknown = f"label '{found}'{near(found, names)} in row {row} of {table.name}"
-    fix = "correct it, or train on data that have it"
-    raise UserError(f"one of the {len(names)} labels of the training data ({some})", unknown, fix)
+    raise UserError(
+        f"Row {row} of {table.name} has the label '{found}', which the training data do not have{near(found, names)}.",
+        f"Correct it, or train on data that have it. The {len(names)} labels are: {some}.",
+    )

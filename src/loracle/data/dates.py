@@ -38,7 +38,7 @@ def as_date(value: Any) -> str:
         return value.isoformat() if isinstance(value, datetime.date) else _sortable(text)
     except (ValueError, OverflowError):  # the latter where UTC is before the year 1 or after 9999
         found = f"'{text[:40]}'" if text else "none"
-        raise CellError(EXPECTED, found, "correct or remove that row, or drop --date") from None
+        raise CellError(EXPECTED, found, "Correct or remove the row, or leave out --date.") from None
 
 
 def _sortable(text: str) -> str:
@@ -74,8 +74,10 @@ def form_of(date: str) -> str:
 
 def mixed_forms(first: tuple[int, str], other: tuple[int, str], source: str) -> UserError:
     """The error of a table with dates of two forms, each given as (first row, form)."""
-    found = f"{other[1]} in row {other[0]} of {source}, but {first[1]} in row {first[0]}"
-    return UserError("dates of one form", found, "write them all in one way")
+    return UserError(
+        f"{source} mixes forms of dates: {first[1]} in row {first[0]}, {other[1]} in row {other[0]}.",
+        "Write all dates in one form.",
+    )
 
 
 def is_number(date: str) -> bool:

@@ -95,8 +95,10 @@ class Gathering:
         """
         titles = self._groups.setdefault((group, traits.stratum), Titles(group, traits))
         if traits.context != titles.traits.context:
-            found = f"another one in row {row} of {self._table.name}"
-            raise UserError("one context a group", found, "add the context's column to --group")
+            raise UserError(
+                f"Row {row} of {self._table.name} has another context than the first row of its group.",
+                "Add the column of the context to --group.",
+            )
         if traits.weight != titles.traits.weight:
             self._other_weight.append(row)
         if traits.date is not None:
@@ -115,9 +117,10 @@ class Gathering:
         """
         if rows := self._other_weight:
             raise UserError(
-                "one weight a group", f"another than in its first row in {all_rows_named(rows)} of {self._table.name}",
-                "give all rows of a group the same weight",
-            )  # fmt: skip
+                f"{self._table.name} has groups with several weights: the weight differs from that of the "
+                f"group's first row in {all_rows_named(rows)}.",
+                "Give all rows of a group the same weight.",
+            )
         return list(self._groups.values())
 
 
@@ -267,7 +270,7 @@ def _pair(row: dict[str, Any], columns: Columns) -> _Pair:
         raise CellError("one prompt before chosen and rejected", "two different ones")
     margin = as_number(cell_of(row, columns.margin), "margin")
     if margin is not None and margin < 0:
-        raise CellError("a margin of 0 or more", str(margin), "swap chosen and rejected there")
+        raise CellError("a margin of 0 or more", str(margin), "Swap chosen and rejected there.")
     context = as_context(cell_of(row, columns.context)) if columns.context else None
     if context and prompt:
         context = f"{context}\n{prompt}"

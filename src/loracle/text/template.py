@@ -50,9 +50,8 @@ def check_contexts(template: str | None, contexts: Iterable[str | None]) -> None
     """
     if needs_context(template) and (missing := sum(context is None for context in contexts)):
         raise UserError(
-            f"a context for every text, since the template is {template!r}",
-            f"{missing} without one",
-            "name its column with --context, or train with a template without {context}",
+            f"{missing} texts have no context, which the template {template!r} needs.",
+            "Name its column with --context, or train with a template without {context}.",
         )
 
 
@@ -76,9 +75,8 @@ def install_template(
     fixed = len(around.before) + len(around.between) + len(around.after)
     if fixed + 4 > max_length:
         raise UserError(
-            "room for the text beside its template",
-            f"a template of {fixed} tokens and --max-length {max_length}",
-            f"pass --max-length {max(64, 2 * fixed)} or shorten the template",
+            f"The template has {fixed} tokens, which leaves no room for the text in --max-length {max_length}.",
+            f"Use --max-length {max(64, 2 * fixed)} or a shorter template.",
         )
     return _with_processor(tokenizer, backend, around, pad, max_length, encoder)
 
@@ -93,9 +91,7 @@ def _decoder_template(tokenizer, backend, template: str | None, pad: int) -> Tem
     ids[2] = ids[2] or [_read_token(tokenizer, backend, pad)]
     if ids[2][-1] == pad:
         raise UserError(
-            "a cue that does not end in the padding token",
-            f"{tokenizer.decode(ids[2])!r}",
-            "let --template end in other words",
+            f"The template ends in the padding token: {tokenizer.decode(ids[2])!r}.", "End --template in other words."
         )
     return Template(
         before=(*start, *ids[0]),
@@ -124,7 +120,7 @@ def _string_parts(template: str | None, between: str = "\n") -> tuple[str, str, 
     if template is None:
         return "", between, ""
     if template == "chat":
-        raise UserError("a decoder with a chat template", "an encoder", "leave out --template chat")
+        raise UserError("--template chat needs a decoder, and the model is an encoder.", "Leave out --template chat.")
     head, after = template.split("{text}")
     if "{context}" not in head:
         return head, between, after
@@ -135,7 +131,7 @@ def _string_parts(template: str | None, between: str = "\n") -> tuple[str, str, 
 def _chat_parts(tokenizer) -> tuple[str, str, str]:
     if not tokenizer.chat_template:
         raise UserError(
-            "a model with a chat template", "a tokenizer without one", "write the template out with --template"
+            "The tokenizer of this model has no chat template.", "Write the template itself after --template."
         )
     messages = [{"role": "user", "content": _MARK}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -170,9 +166,7 @@ def _pad_token(tokenizer) -> int:
         if candidate is not None and candidate not in (eos, bos):
             return candidate
     raise UserError(
-        "a tokenizer with a pad token, or a special token that can serve as one",
-        "none",
-        "add a pad token to the tokenizer",
+        "The tokenizer has no pad token and no special token that can replace it.", "Add a pad token to the tokenizer."
     )
 
 
@@ -189,7 +183,7 @@ def _read_token(tokenizer, backend, pad: int) -> int:
         if (token := getattr(tokenizer, name)) is not None and token != pad:
             return token
     raise UserError(
-        "a tokenizer with a line break or an end-of-text token", "neither", "end --template in a cue, such as ' Topic:'"
+        "The tokenizer has no line break and no end-of-text token.", "End --template in a cue, such as ' Topic:'."
     )
 
 

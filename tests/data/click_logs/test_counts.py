@@ -58,7 +58,7 @@ def test_impossible_counts_are_refused_by_row(wrong, found):
     with pytest.raises(UserError) as error:
         check_counts([Shown(6, "a", 4, 4), wrong], "x.csv")
     assert has_facts(str(error.value), "0")
-    with pytest.raises(UserError, match=rf"found {found}: 6 \(rows 7, 7, 7, 7, 7, \.\.\.\) in x\.csv"):
+    with pytest.raises(UserError, match=rf"{found}: 6 \(rows 7, 7, 7, 7, 7, \.\.\.\) in x\.csv"):
         check_counts([wrong] * 6, "x.csv")
 
 
@@ -66,10 +66,11 @@ def test_all_kinds_of_impossible_counts_are_named_at_once():
     shown = [Shown(2, "a", 5, 4), Shown(3, "b", 1.5, 1), Shown(4, "c", -1, 9), Shown(5, "d", 9, 4), Shown(6, "e", 1, 9)]
     with pytest.raises(UserError) as error:
         check_counts(shown, "x.csv")
-    assert (
-        error.value.found
-        == "fractions: 1 (row 3), counts below 0: 1 (row 4), more clicks than impressions: 3 (rows 2, 3, 5) in x.csv"
-    )
+    message = str(error.value)
+    for fact in (
+        "x.csv", "fractions: 1 (row 3)", "counts below 0: 1 (row 4)", "more clicks than impressions: 3 (rows 2, 3, 5)"
+    ):  # fmt: skip
+        assert fact in message
 
 
 COUNTS = st.tuples(st.sampled_from("abc"), st.integers(0, 50), st.integers(50, 200))

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 DATE = "\0date"  # no user column has this name
 SKIPPED = ("blank-text", "no-group", "no-compare", "no-clicked")
 REFUSED = {
-    "bad-clicked": ("0 or 1, or true or false, as clicked", "name another column with --clicked, or mend them"),
-    "bad-weight": ("a number of 0 or more as weight", "correct or remove those rows"),
-    "bad-date": (EXPECTED, "correct or remove those rows, or leave --date out"),
+    "bad-clicked": ("0 or 1, or true or false, as clicked", "Name another column with --clicked, or correct the rows."),
+    "bad-weight": ("a number of 0 or more as weight", "Correct or remove the rows."),
+    "bad-date": (EXPECTED, "Correct or remove the rows, or leave out --date."),
 }
 
 
@@ -64,8 +64,8 @@ def sum_events(table: Table, columns: Columns, issues: IssueLog) -> tuple[Table,
         with _written(table, columns) as frame:
             titles, odd = _summed(frame, columns)
     _refuse(titles, odd, table)
-    for kind in filter(odd.__contains__, SKIPPED):
-        issues.count(kind, *odd[kind])
+    for problem in filter(odd.__contains__, SKIPPED):
+        issues.count(problem, *odd[problem])
     summed = replace(columns, clicked=None, clicks=_free("clicks", columns), impressions=_free("impressions", columns))
     rows = [(title[ROW_NUMBER], _cells(title, summed)) for title in titles]
     return Table(table.name, tuple(rows[0][1]) if rows else (), {}, lambda: iter(rows)), summed
@@ -143,7 +143,7 @@ def _written(table: Table, columns: Columns) -> Iterator[pl.LazyFrame]:
 
 
 Odd = dict[str, tuple[int, list[int]]]
-"""Rows that cannot be used: how many of a kind, and the first ones."""
+"""Rows that cannot be used: how many of a problem, and the first ones."""
 
 
 def _summed(frame: pl.LazyFrame, columns: Columns) -> tuple[list[dict[str, Any]], Odd]:
@@ -152,10 +152,10 @@ def _summed(frame: pl.LazyFrame, columns: Columns) -> tuple[list[dict[str, Any]]
 
     marked = _marked(frame, columns)
     keys = ["form", *(f"key {i}" for i in range(len(_apart(columns))))]  # of forms there is one, or an error
-    # Rows that are not used make one group a kind, whatever their cells, so that they cost no memory.
+    # Rows that are not used make one group a problem, whatever their cells, so that they cost no memory.
     found = (
-        marked.with_columns(pl.when(pl.col("kind").is_null()).then(pl.col(key)).alias(key) for key in keys)
-        .group_by("kind", *keys)
+        marked.with_columns(pl.when(pl.col("problem").is_null()).then(pl.col(key)).alias(key) for key in keys)
+        .group_by("problem", *keys)
         .agg(
             pl.col("clicked").sum().cast(pl.Int64).alias("clicks"),
             pl.len().cast(pl.Int64).alias("impressions"),
@@ -168,21 +168,21 @@ def _summed(frame: pl.LazyFrame, columns: Columns) -> tuple[list[dict[str, Any]]
         .collect(engine="streaming")
         .sort(ROW_NUMBER)
     )
-    odd = found.filter(pl.col("kind").is_not_null()).select("kind", "impressions").iter_rows()
-    titles = found.filter(pl.col("kind").is_null()).drop("kind")
-    return titles.to_dicts(), {kind: (count, _first_rows(marked, kind)) for kind, count in odd}
+    odd = found.filter(pl.col("problem").is_not_null()).select("problem", "impressions").iter_rows()
+    titles = found.filter(pl.col("problem").is_null()).drop("problem")
+    return titles.to_dicts(), {problem: (count, _first_rows(marked, problem)) for problem, count in odd}
 
 
 def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
-    for kind, (expected, fix) in REFUSED.items():
-        if kind in odd:
-            count, rows = odd[kind]
-            raise UserError(expected, f"others in {rows_named(rows, count)} of {table.name} ({count:,} in all)", fix)
+    for problem, (expected, hint) in REFUSED.items():
+        if problem in odd:
+            count, rows = odd[problem]
+            raise UserError(f"{table.name} has {count:,} rows without {expected}: {rows_named(rows, count)}.", hint)
     if rows := [title[ROW_NUMBER] for title in titles if title["weight"] != title["heaviest"]]:
         raise UserError(
-            "one weight a group", f"others for titles that begin in {all_rows_named(rows)} of {table.name}",
-            "give all rows of a group the same weight",
-        )  # fmt: skip
+            f"{table.name} has groups with several weights: titles that begin in {all_rows_named(rows)}.",
+            "Give all rows of a group the same weight.",
+        )
     forms: dict[str, int] = {}
     for title in titles:
         forms.setdefault(title["form"], title[ROW_NUMBER])  # its first row, for they are in that order
@@ -191,15 +191,15 @@ def _refuse(titles: list[dict[str, Any]], odd: Odd, table: Table) -> None:
         raise mixed_forms(first, other, table.name)
 
 
-def _first_rows(marked: pl.LazyFrame, kind: str) -> list[int]:
+def _first_rows(marked: pl.LazyFrame, problem: str) -> list[int]:
     import polars as pl
 
-    odd = marked.filter(pl.col("kind") == kind).select(ROW_NUMBER)
+    odd = marked.filter(pl.col("problem") == problem).select(ROW_NUMBER)
     return sorted(odd.bottom_k(Issue.ROWS_NAMED, by=ROW_NUMBER).collect(engine="streaming")[ROW_NUMBER].to_list())
 
 
 def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
-    """Row number, cells that tell titles apart, clicked, weight, date (also as a number), its form, and as ``kind`` what is
+    """Row number, cells that tell titles apart, clicked, weight, date (also as a number), its form, and as ``problem`` what is
     odd about the row.
     """
     import polars as pl
@@ -211,7 +211,7 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
     clicked = pl.when(said.is_in(["1", "1.0", "true"])).then(1).when(said.is_in(["0", "0.0", "false"])).then(0)
     weight, bad_weight = _weight(cells.get(columns.weight or ""))
     date = _mapped(cells[columns.date], as_date) if columns.date else pl.lit(None, pl.String)
-    kinds = {
+    problems = {
         "bad-clicked": clicked.is_null() & said.is_not_null() & (said != "nan"),
         "bad-weight": bad_weight,
         "bad-date": pl.col(DATE).is_null() if columns.date else pl.lit(False),
@@ -220,7 +220,7 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
         "no-compare": pl.any_horizontal(pl.lit(False), *(cells[c].is_null() for c in columns.compare_within)),
         "no-clicked": clicked.is_null(),
     }
-    kind = pl.coalesce(pl.when(is_odd).then(pl.lit(name)) for name, is_odd in kinds.items())
+    problem = pl.coalesce(pl.when(is_odd).then(pl.lit(name)) for name, is_odd in problems.items())
     if types[text] == pl.String:
         cells[text] = cells[text].str.strip_chars()
     return frame.with_columns(date.alias(DATE)).select(
@@ -231,18 +231,18 @@ def _marked(frame: pl.LazyFrame, columns: Columns) -> pl.LazyFrame:
         pl.col(DATE).alias("date"),
         pl.when(pl.col(DATE).str.contains(NUMBER)).then(pl.col(DATE)).cast(pl.Float64).alias("number"),
         (_mapped(pl.col(DATE), form_of) if columns.date else pl.lit(None, pl.String)).alias("form"),
-        kind.alias("kind"),
+        problem.alias("problem"),
     )
 
 
-def _present(column: str, kind: pl.DataType) -> pl.Expr:
+def _present(column: str, dtype: pl.DataType) -> pl.Expr:
     """A cell, null where it is blank or NaN."""
     import polars as pl
 
     cell = pl.col(column)
-    if kind == pl.String:
+    if dtype == pl.String:
         return pl.when(cell.str.strip_chars() != "").then(cell)
-    return cell.fill_nan(None) if kind.is_float() else cell
+    return cell.fill_nan(None) if dtype.is_float() else cell
 
 
 def _weight(cell: pl.Expr | None) -> tuple[pl.Expr, pl.Expr]:

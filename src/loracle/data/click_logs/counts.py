@@ -41,9 +41,10 @@ def check_counts(shown: Sequence[Shown], source: str) -> None:
     }
     if found := [f"{what}: {len(rows):,} ({_named(rows)})" for what, rows in wrong.items() if rows]:
         raise UserError(
-            "whole numbers of clicks and impressions, 0 or more, and no more clicks than impressions",
-            f"{', '.join(found)} in {source}", "correct or remove what is wrong there",
-        )  # fmt: skip
+            f"Impossible counts in {source}: {', '.join(found)}.",
+            "Clicks and impressions must be whole numbers, 0 or more, with clicks at most impressions. "
+            "Correct or remove the rows.",
+        )
 
 
 def _named(rows: Sequence[int]) -> str:
