@@ -340,7 +340,7 @@ class ServeConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(Checked):
     """A whole run: the settings in ``run.toml``."""
 
     GROUP: ClassVar = "Output"
@@ -355,6 +355,7 @@ class RunConfig:
     SECTIONS: ClassVar = ("data", "model", "lora", "train")
 
     def __post_init__(self) -> None:
+        Checked.__post_init__(self)
         if self.model.quantize and self.lora.full:
             raise UserError("--quantize and --full exclude each other: 4-bit weights do not train.")
         if self.model.shard:

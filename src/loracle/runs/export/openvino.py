@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from loracle.runs.folder import RunInfo
 
@@ -41,7 +39,7 @@ class OpenVinoExporter:
         samples = draw_samples(run, exact, SAMPLES)
         a, b = (predictor.scores(samples.texts, samples.contexts) for predictor in (exact, int8))
         if not samples.rows:
-            moved = np.abs(a - b).mean() / max(float(np.abs(a).mean()), 1e-12)
+            moved = abs(a - b).mean() / max(float(abs(a).mean()), 1e-12)
             return f"int8 moves scores by {moved:.1%} on random texts, as the run keeps none; measure it with evaluate"
         return exact.task.output.agreement(a, b, samples.rows, exact.task, exact.calibration)
 
