@@ -43,19 +43,14 @@ def metrics_of(run: Path) -> dict[str, Any]:
 
 
 def test_hub(tmp_path, tiny_model, monkeypatch):
-    class Shelf:
+    class Shelf(hubs.Hub):
         """Repositories are folders of this test; the name says which."""
-
-        remote = True
 
         def fetch(self, repo: str, repo_type: str, revision: str | None) -> Path:
             return tmp_path / "shelf" / repo
 
         def upload(self, folder: Path, repo: str, options: hubs.UploadOptions) -> str:
             return str(shutil.copytree(folder, tmp_path / "shelf" / repo))
-
-        def cached(self, repo: str, revision: str | None) -> Path:
-            return self.fetch(repo, "model", revision)
 
     monkeypatch.setitem(hubs.HUBS, "shelf", Shelf())
     (tmp_path / "shelf/me/reviews").mkdir(parents=True)
@@ -130,7 +125,7 @@ def test_exporter(labelled_run, tmp_path, monkeypatch):
 
 def test_model_family(tmp_path, tiny_model, monkeypatch):
     """OLMo 2 norms after its layers. With a row it is packed, and scores as transformers does."""
-    monkeypatch.setitem(ARCHITECTURES, "olmo2", Architecture(name="OLMo 2", kind="decoder"))
+    monkeypatch.setitem(ARCHITECTURES, "olmo2", Architecture(name="OLMo 2"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model("qwen2"))
     config = transformers.Olmo2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -294,7 +294,7 @@ def test_installed_package_needs_same_version(monkeypatch, tmp_path):
 
 def test_missing_pip_raises(monkeypatch, index):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=facts("environment")):
+    with pytest.raises(UserError, match=facts("pip", "loracle-test-wheel==1.0")):
         hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt")
 
 

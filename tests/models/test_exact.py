@@ -27,8 +27,8 @@ from loracle.text.tokenize import Encoded, Encoder
 TASK = Task(name="single_label", label_names=("a", "b", "c"))
 CPU = torch.device("cpu")
 PAD = 1  # of every tiny model here: what random texts never hold
-DECODERS = [name for name, row in ARCHITECTURES.items() if row.decoder]
-ENCODERS = [name for name, row in ARCHITECTURES.items() if not row.decoder]
+DECODERS = [name for name, row in ARCHITECTURES.items() if row.packable and row.decoder]
+ENCODERS = [name for name, row in ARCHITECTURES.items() if row.packable and not row.decoder]
 PADDED = ("distilbert", "gpt2")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 

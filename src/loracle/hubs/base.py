@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from loracle.errors import UserError
 
@@ -50,23 +50,24 @@ class UploadOptions:
     licence: str | None = None
 
 
-class Hub(Protocol):
-    """A place that models and data come from: one entry of ``HUBS``."""
+class Hub:
+    """A place that models and data come from: one entry of ``HUBS``. A subclass defines at least ``fetch``."""
 
-    remote: (
-        bool  # whether its repositories are fetched over the network, have revisions, and have specs with its prefix
-    )
-    known_to_peft: bool  # whether plain PEFT can fetch its repositories by their id
-    client: str  # package whose ``snapshot_download`` fetches a repository, for code in model cards
+    remote = True  # whether its specs have a prefix, as in ``hf:owner/name``, and its repositories have revisions
+    known_to_peft = False  # whether plain PEFT can fetch its repositories by their id
+    client: str | None = None  # package whose ``snapshot_download`` fetches a repository, for code in model cards
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
-        """The local folder (or GGUF file) of a repository. Raises ``UserError`` where there is none."""
+        """Fetch a repository; returns its local folder or GGUF file. Raises ``UserError`` where there is none."""
+        raise NotImplementedError
 
     def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:
         """Put the files of a folder into a repository; returns its page."""
+        raise UserError(f"Runs cannot be pushed to {repo!r}.", "Write for example hf:me/topics.")
 
     def licence(self, repo: str, revision: str | None) -> str | None:
         """The licence of a model, from the copy on this disk. Raises any error where there is no copy."""
+        return None
 
 
 def cache_dir() -> Path:

@@ -9,6 +9,7 @@ from loracle.errors import UserError
 from loracle.hubs.base import (
     ALLOWED,
     IGNORED,
+    Hub,
     RepoType,
     UploadOptions,
     card_licence,
@@ -20,10 +21,9 @@ from loracle.hubs.base import (
 )
 
 
-class HuggingFace:
+class HuggingFace(Hub):
     """Repositories ``hf:owner/name``. An upload is one commit, whole or absent."""
 
-    remote = True
     known_to_peft = True
     client = "huggingface_hub"
 

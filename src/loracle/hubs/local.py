@@ -5,21 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from loracle.errors import UserError
-from loracle.hubs.base import RepoType, UploadOptions, card_licence
+from loracle.hubs.base import Hub, RepoType, card_licence
 
 
-class Local:
+class Local(Hub):
     """Absolute paths."""
 
     remote = False
-    known_to_peft = False
-    client = ""
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         return Path(repo)
-
-    def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:
-        raise UserError(f"{repo} is a local path, not a hub.", "Write for example hf:me/topics.")
 
     def licence(self, repo: str, revision: str | None) -> str | None:
         return card_licence(Path(repo))

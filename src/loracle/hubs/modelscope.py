@@ -10,6 +10,7 @@ from loracle.errors import UserError
 from loracle.hubs.base import (
     ALLOWED,
     IGNORED,
+    Hub,
     RepoType,
     UploadOptions,
     card_licence,
@@ -23,11 +24,9 @@ from loracle.hubs.base import (
 INSTALL = "Install it with: pip install 'loracle[modelscope]'"
 
 
-class ModelScope:
+class ModelScope(Hub):
     """Repositories ``modelscope:owner/name``."""
 
-    remote = True
-    known_to_peft = False
     client = "modelscope"
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:

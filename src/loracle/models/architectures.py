@@ -7,7 +7,7 @@ classify with is padded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -19,7 +19,7 @@ class Architecture:
     """A row of ``ARCHITECTURES``."""
 
     name: str  # in messages
-    direction: Literal["decoder", "encoder"]
+    decoder: bool = True  # whether a token attends only to those before it
     packable: bool = True  # whether texts score the same packed as alone
     layers: str = "layers"  # path of the list of layers in the base model
     norm: str = "norm"  # of a decoder: the norm after the last layer
@@ -33,11 +33,6 @@ class Architecture:
     after_padding: bool = False  # whether positions start behind the padding id
 
     @property
-    def decoder(self) -> bool:
-        """Whether a token sees only those before it."""
-        return self.direction == "decoder"
-
-    @property
     def layer_list(self) -> str:
         """A regular expression for the name of the list of layers."""
         return self.layers.rpartition(".")[2] if self.packable else LAYER_LISTS
@@ -49,15 +44,15 @@ class Architecture:
 
 LAYER_LISTS = "layers?|h|block"  # names of such lists in other families
 ENCODER: dict[str, Any] = {
-    "direction": "encoder", "layers": "encoder.layer", "head": "classifier", "few_targets": "query,value",
+    "decoder": False, "layers": "encoder.layer", "head": "classifier", "few_targets": "query,value",
     "same_input": (("query", "key", "value"),),
 }  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
-    "qwen2": Architecture(name="Qwen2.5", direction="decoder"),
-    "qwen3": Architecture(name="Qwen3", direction="decoder"),
-    "llama": Architecture(name="Llama, SmolLM2", direction="decoder"),
-    "mistral": Architecture(name="Mistral", direction="decoder"),
-    "gemma3_text": Architecture(name="Gemma 3 text", direction="decoder"),
+    "qwen2": Architecture(name="Qwen2.5"),
+    "qwen3": Architecture(name="Qwen3"),
+    "llama": Architecture(name="Llama, SmolLM2"),
+    "mistral": Architecture(name="Mistral"),
+    "gemma3_text": Architecture(name="Gemma 3 text"),
     "bert": Architecture(name="BERT", **ENCODER),
     "roberta": Architecture(name="RoBERTa", **ENCODER, after_padding=True),
     "xlm-roberta": Architecture(name="XLM-R", **ENCODER, after_padding=True),
@@ -76,7 +71,7 @@ def architecture_of(config: Any) -> Architecture:
     same_input = tuple(dict.fromkeys(names for row in ARCHITECTURES.values() for names in row.same_input))
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return Architecture(name=model_type, packable=False, **ENCODER | {"same_input": same_input})
-    return Architecture(name=model_type, direction="decoder", packable=False, same_input=same_input)
+    return Architecture(name=model_type, packable=False, same_input=same_input)
 
 
 def is_encoder(config: Any) -> bool:

@@ -133,14 +133,14 @@ def _cell(text: str) -> str:
 
 def _peft_lines(place: str | None) -> list[str]:
     source = hubs.parse(place) if place is not None else None
-    folder = ["folder = '.'  # this one"] if source is None else [
-        f"from {hubs.HUBS[source.hub].client} import snapshot_download",
-        "", f"folder = snapshot_download({source.id!r})"]  # fmt: skip
+    client = hubs.HUBS[source.hub].client if source is not None else None
+    folder = ["folder = '.'  # this one"] if source is None or client is None else [
+        f"from {client} import snapshot_download", "", f"folder = snapshot_download({source.id!r})"]  # fmt: skip
     return [
         "import pathlib, tomllib",
         "from peft import AutoPeftModelForSequenceClassification",
         "from transformers import AutoTokenizer",
-        *([""] if place is None else []),
+        *([""] if client is None else []),
         *folder,
         "load_kwargs = tomllib.loads(pathlib.Path(folder, 'run.toml').read_text())['load_kwargs']",
         "model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **load_kwargs).eval()",
