@@ -148,7 +148,7 @@ def test_layer_features_ignore_the_cache(tiny_model):
 
 
 @pytest.mark.parametrize(("kind", "wanted", "words"), [
-    ("qwen2", 99, "--depth of"), ("bert", 1, "a decoder for --depth"),
+    ("qwen2", 99, "--depth is 99"), ("bert", 1, "--depth needs a decoder"),
 ])  # fmt: skip
 def test_invalid_depth_raises(tiny_model, kind, wanted, words):
     with pytest.raises(UserError, match=words):

@@ -33,7 +33,12 @@ __all__ = [
     "remote_forms", "remote_source", "revision_of", "upload",
 ]  # fmt: skip
 
-HUBS: dict[str, Hub] = {"hf": HuggingFace(), "modelscope": ModelScope(), "wheel": Wheel(), "local": Local()}
+HUBS: dict[str, Hub] = {
+    "hf": HuggingFace(),
+    "modelscope": ModelScope(),
+    "wheel": Wheel(),
+    "local": Local(),
+}
 DEFAULT = "hf"  # of ids without a prefix
 DEMO = "demo"  # the embedded model
 
@@ -143,7 +148,7 @@ def upload(folder: Path, spec: str, options: UploadOptions) -> str:
     """
     source = parse(spec)
     if not HUBS[source.hub].remote or "/" not in source.id:
-        raise UserError(f"{spec!r} is no repository to push to.", f"Write for example {remote_forms('me/topics')}.")
+        raise UserError(f"{spec!r} is no repository to push to.", f"Write {remote_forms()}.")
     return HUBS[source.hub].upload(folder, source.id, options)
 
 

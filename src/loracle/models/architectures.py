@@ -47,7 +47,8 @@ ENCODER: dict[str, Any] = {
     "decoder": False, "layers": "encoder.layer", "head": "classifier", "few_targets": "query,value",
     "same_input": (("query", "key", "value"),),
 }  # fmt: skip
-ARCHITECTURES: dict[str, Architecture] = {  # by transformers' model_type
+# By transformers' model_type.
+ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(name="Qwen2.5"),
     "qwen3": Architecture(name="Qwen3"),
     "llama": Architecture(name="Llama, SmolLM2"),
