@@ -45,7 +45,10 @@ class Exporter(Protocol):
         """Features of the run that the format does not keep, a line each."""
 
 
-EXPORTERS: dict[str, Exporter] = {"transformers": TransformersExporter(), "openvino": OpenVinoExporter()}
+EXPORTERS: dict[str, Exporter] = {
+    "transformers": TransformersExporter(),
+    "openvino": OpenVinoExporter(),
+}
 
 
 def export(run: Path, out: Path, to: str, *, base: str | None = None, log: Log = print) -> Path:
