@@ -162,7 +162,7 @@ def test_broken_row_raises_before_scoring(labelled_run, tmp_path):
     data = write(tmp_path / "new.csv", ROWS)
     with data.open("a") as stream:
         stream.write("one cell too many,x,y\n")
-    with pytest.raises(UserError, match="3 in row 72"):
+    with pytest.raises(UserError, match=facts("row 72", "3")):
         predict(kills.job_of(labelled_run, data), tmp_path / "out.csv", 0.0, log=lambda line: None)
     assert [p.name for p in tmp_path.iterdir()] == ["new.csv"]
 
