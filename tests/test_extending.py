@@ -26,6 +26,7 @@ from loracle.data.formats import FORMATS
 from loracle.data.table import File, Format, Table, read_lines
 from loracle.models.architectures import ARCHITECTURES, Architecture
 from loracle.runs.export import EXPORTERS, export
+from loracle.runs.folder import read_info
 from loracle.runs.predictor import Predictor
 from loracle.tasks import TASKS
 from loracle.training.losses import LOSSES, Loss, LossSettings, LossType
@@ -85,7 +86,7 @@ def test_loss(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setitem(LOSSES, "squared", LossType(squared, frozenset({"label"})))
     data = write(tmp_path / "a.csv", labelled())
     run = train(tmp_path, data, tiny_model("qwen2"), loss="squared", epochs=8.0, max_steps=None)
-    assert metrics_of(run)["loss"]["name"] == "squared"
+    assert read_info(run).config.train.loss == "squared"
     assert np.abs(Predictor(run).scores(["good number 3"])).max() < 2  # towards 0 and 1
 
 
