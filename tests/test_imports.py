@@ -15,6 +15,7 @@ ROOT = Path(loracle.__file__).parent
 # Each room may import what stands left of it. `loracle/__init__.py`, the public names, may import them all.
 ORDER = [
     "errors",
+    "settings",
     "formatting",
     "config",
     "examples",

@@ -81,7 +81,11 @@ class Commands(click.Group):
             raise
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    "loracle",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(loracle.__version__)
 def main() -> None:
     """Turn labelled text, preference pairs or click logs into an LLM classifier or ranker.

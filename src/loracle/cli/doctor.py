@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -117,6 +116,8 @@ def _free(path: Path) -> str:
 
 
 def _version(name: str) -> str | None:
+    import importlib.metadata  # 30 ms, which every start would take
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -125,6 +126,8 @@ def _version(name: str) -> str | None:
 
 def _extras() -> dict[str, str] | str:
     """The optional packages of each extra, from loracle's own metadata."""
+    import importlib.metadata
+
     try:
         requirements = importlib.metadata.requires("loracle") or []
     except importlib.metadata.PackageNotFoundError:

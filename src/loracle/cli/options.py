@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import types
 import typing
@@ -102,13 +103,16 @@ def setting_options(
 
     def decorate(function: Callable) -> Callable:
         for config in reversed(configs):
-            hints = typing.get_type_hints(config)
+            hints = _type_hints(config)
             for f in reversed(dataclasses.fields(config)):
                 if f.metadata and f.name not in ("data", *without) and (not only or f.name in only):
                     function = _setting_option(f, hints[f.name], config)(function)
         return function
 
     return decorate
+
+
+_type_hints = functools.cache(typing.get_type_hints)  # five commands share most settings
 
 
 def _setting_option(f: dataclasses.Field, hint: Any, config: Any) -> Callable[[Callable], Callable]:
@@ -184,6 +188,19 @@ class RunFolder(click.Path):
         return [CompletionItem(path) for path in found] or [CompletionItem(incomplete, type="dir")]
 
 
+class RecipePath(click.Path):
+    """Name of a packaged recipe, or path of a recipe."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, readable=False)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from loracle.runs.recipes import recipe_names
+
+        names = [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
+        return names or super().shell_complete(ctx, param, incomplete)
+
+
 def _similar_run(folder: Path) -> str | None:
     """The run folder beside ``folder`` or in ``runs/`` with the most similar name."""
     paths = [path for parent in dict.fromkeys((str(folder.parent), "runs")) for path in _runs_in(parent)]
@@ -207,11 +224,7 @@ FILE = click.Path(readable=False)  # errors of reading are worded where it is re
 RUN_ARGUMENT = click.argument("run", type=RunFolder())
 DATA_ARGUMENT = click.argument("data", type=FILE)
 OPTIONAL_DATA = click.argument("data", required=False, type=FILE)
-RECIPE = option(
-    "--recipe",
-    type=click.Path(path_type=Path, readable=False),
-    help="settings: a recipe by name, a TOML file or a run.toml; flags win",
-)
+RECIPE = option("--recipe", type=RecipePath(), help="settings: a recipe by name, a TOML file or a run.toml; flags win")
 BASE = option("--base", type=FILE, help="where the base model is now, if it moved", group="Model")
 DEVICE = option("--device", default="auto", help="cpu, cuda, mps or auto  [default: auto]", group="Model")
 JSON = option("--json", "as_json", is_flag=True, help="print JSON")
