@@ -192,7 +192,7 @@ def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     ]
     log = write(tmp_path / "log.csv", rows)
     found = json.loads(simulate("--data", log, "--tests", 500, "--json", "--plot", tmp_path / "plan.png").stdout)
-    assert (found["process"]["tests"], found["process"]["arms"], found["process"]["shown"]) == (500, 3, 2000)
+    assert (found["process"]["tests"], found["process"]["arms"], found["process"]["impressions_per_title"]) == (500, 3, 2000)
     assert [point["share"] for point in found["learning_curve"]] == [0.25, 0.5, 1.0]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     other = simulate("--data", log, "--arms", 2).stdout  # a flag wins, and then it is another log
