@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ INTRO = """# Command reference
 `docs/make_commands.py` writes this page from the commands themselves. Brackets at the end of a line hold the default.
 
 Every command exits with 0 on success, 2 on an error that you can fix, and 130 after Ctrl-C. Errors go to standard
-error. `loracle COMMAND --help` shows the same flags in the terminal.
+error. `loracle COMMAND --help` shows the common flags in the terminal, and `--help-all` shows all of them.
 """
 
 
@@ -41,7 +42,8 @@ def section(name: str, command: click.Command) -> Iterator[str]:
     context = click.Context(command, info_name=f"loracle {name}")
     yield f"## {name}"
     yield f"```text\n{' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n```"
-    yield inspect.cleandoc(command.help or "").replace("\b\n", "")
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        yield f"```text\n{textwrap.dedent(paragraph[2:])}\n```" if paragraph.startswith("\b\n") else paragraph
     flags = [line for p in command.params if isinstance(p, click.Option) for line in flag(p, context)]
     if flags:
         yield "\n".join(flags)
