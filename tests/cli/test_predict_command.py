@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 from cli_runner import error_of, loracle, rows_of, trained
-from small import labelled, write
+from small import has_facts, labelled, write
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ def test_abstain_below_leaves_labels_out_and_counts(tiny_model, tmp_path):
     assert unread == 0 < unsure < sure, "nothing to choose between: the test would be vacuous"
     done = loracle("predict", run, new, "-o", tmp_path / "some.csv", "--abstain-below", (sure + unsure) / 2)
     assert "1 rows without a text" in done.stderr
-    assert "1 rows of which the model is less sure than" in done.stderr
+    assert re.search(r"1 rows .* below 0\.\d+", done.stderr)
     assert rows_of(tmp_path / "some.csv") == [scored[0], scored[1], scored[2] | {"predicted": ""}]
 
 
@@ -28,7 +29,7 @@ def test_abstain_below_leaves_labels_out_and_counts(tiny_model, tmp_path):
 def test_closed_pipe_is_no_error(tiny_model, tmp_path):
     run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
     new = write(tmp_path / "new.csv", [{"text": f"good number {i} {'x' * 80}"} for i in range(3000)])
-    command = f"{sys.executable} -m loracle.cli predict {run} {new} | head -n 1"
+    command = f"{sys.executable} -m loracle predict {run} {new} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("text,predicted,")
     assert "Traceback" not in done.stderr
@@ -68,6 +69,6 @@ def test_unwritable_output_is_an_error(tiny_model, tmp_path):
     run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--epochs", "1")
     (tmp_path / "folder.csv").mkdir()
     done = loracle("predict", run, tmp_path / "data.csv", "-o", tmp_path / "folder.csv", code=2)
-    assert "folder.csv, a folder" in done.stderr.splitlines()[-1]
+    assert has_facts(done.stderr, "folder.csv", "folder")
     data, inside = tmp_path / "data.csv", tmp_path / "data.csv" / "run"
     assert "--out" in error_of("train", data, "--model", tiny_model("qwen2"), "-o", inside)

@@ -77,7 +77,7 @@ def test_titles_that_cannot_be_ranked(tiny_model, tmp_path):
     run, *_ = trained(tmp_path, tiny_model("qwen2"), pairs(), "--epochs", "1", name="data.jsonl")
     for given, words in (
         (b"\n \n", "standard"),
-        (b"good\n\xff\xfe bad\n", "8 | line 2"),
+        (b"good\n\xff\xfe bad\n", "UTF-8 | Line 2"),
     ):
         done = CliRunner().invoke(main, ["rank", str(run), "-"], input=given)
         assert (done.exit_code, has_facts(done.stderr, *words.split(" | "))) == (2, True), done.stderr

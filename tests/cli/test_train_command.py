@@ -16,7 +16,7 @@ def test_classifier_trains_predicts_and_evaluates(tiny_model, tmp_path):
     assert "text column: 'text'" in output
     assert "label column: 'label'" in output
     assert set(metrics["baselines"]) == {"majority", "tfidf", "linear-probe", "zero-shot"}
-    assert re.search(r"note: frozen features are those after layer [123], chosen on validation texts", output)
+    assert re.search(r"note: .*linear probe.* layer [123], chosen on validation texts", output)
     assert metrics["test"]["accuracy"]["value"] > 0.9
     assert metrics["train"]["examples_per_s"] > 0
     assert metrics["train"]["tokens_per_s"] > metrics["train"]["examples_per_s"]
@@ -161,4 +161,4 @@ def test_null_in_pair_is_skipped_and_counted(tiny_model, tmp_path):
     rows = [*pairs(), {"chosen": None, "rejected": "bad"}]
     _, output, metrics = trained(tmp_path, tiny_model("qwen2"), rows, "--epochs", "1", name="data.jsonl")
     assert "41" in "".join(line for line in output.splitlines() if line.startswith("note:"))
-    assert sum(metrics["noticed"].values()) >= 1
+    assert sum(metrics["issues"].values()) >= 1

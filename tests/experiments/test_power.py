@@ -34,19 +34,19 @@ def groups_of(config, seed=0):
 
 def mixed():
     """Few titles shown often, and many shown rarely: most pairs are of the latter."""
-    small = PlanConfig(tests=300, arms=2, shown=20_000, rate=0.02, spread=0.3)
-    return groups_of(small) + groups_of(PlanConfig(tests=100, arms=8, shown=500, rate=0.01, spread=0.3))
+    small = PlanConfig(tests=300, arms=2, impressions_per_title=20_000, rate=0.02, spread=0.3)
+    return groups_of(small) + groups_of(PlanConfig(tests=100, arms=8, impressions_per_title=500, rate=0.01, spread=0.3))
 
 
 def test_without_noise_the_ceiling_is_reached_and_the_best_is_named():
-    point = power.simulate(PlanConfig(shown=10**9, spread=0.5))
+    point = power.simulate(PlanConfig(impressions_per_title=10**9, spread=0.5))
     assert point.ceiling > 0.999
     assert point.best_named > 0.999
     assert point.significant > 0.99
 
 
 def test_without_spread_there_is_nothing_to_find():
-    point = power.simulate(PlanConfig(spread=0.0, shown=20_000))
+    point = power.simulate(PlanConfig(spread=0.0, impressions_per_title=20_000))
     assert point.highest_lift == pytest.approx(0)
     assert point.significant == pytest.approx(0.05, abs=0.005)  # the test's own level
     assert point.ceiling == pytest.approx(0.5)  # of equals, either order is as right as the other
@@ -72,7 +72,7 @@ def test_more_impressions_and_more_tests_tell_more():
 
 def test_a_detectable_lift_is_found_four_times_in_five():
     """Logs in which a picker has just that lift, and how often its lift stands out."""
-    config = PlanConfig(tests=200, rate=0.05, shown=400, spread=0.4)
+    config = PlanConfig(tests=200, rate=0.05, impressions_per_title=400, spread=0.4)
     wanted, found = power.simulate(config).detectable_lift, []
     for seed in range(300):
         [(truth, clicks, shown)] = power.draw(config, config.tests, seed)
@@ -89,7 +89,7 @@ def test_a_detectable_lift_is_found_four_times_in_five():
 
 
 def test_a_log_gives_its_own_process_back():
-    true = PlanConfig(tests=300, arms=5, shown=4000, rate=0.03, spread=0.25)
+    true = PlanConfig(tests=300, arms=5, impressions_per_title=4000, rate=0.03, spread=0.25)
     found, _ = power.of_log(groups_of(true), PlanConfig())
     assert (found.tests, found.arms, found.shown) == (300, 5, 4000)
     assert found.rate == pytest.approx(true.rate, rel=0.1)
@@ -122,7 +122,7 @@ def test_more_impressions_are_more_of_each_design():
 
 
 def test_the_largest_numbers_are_planned_with():
-    curves = power.plan(PlanConfig(shown=10**12 - 1, tests=10**12 - 1))
+    curves = power.plan(PlanConfig(impressions_per_title=10**12 - 1, tests=10**12 - 1))
     assert curves["impressions"][-1].shown == curves["tests"][-1].tests == 10**12 - 1
 
 
@@ -138,7 +138,7 @@ def test_a_learning_curve_at_0_is_drawn_there(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     told = {"groups": 9, "pair_accuracy": {"value": 0.0, "low": None, "high": None}}
-    power.plot(power.plan(PlanConfig(rate=1e-9, shown=10)), [told], tmp_path / "plan.png")
+    power.plot(power.plan(PlanConfig(rate=1e-9, impressions_per_title=10)), [told], tmp_path / "plan.png")
     assert drawn[0].axes[2].lines[0].get_ydata() == [0.0]
 
 
@@ -187,12 +187,16 @@ def test_a_log_is_said_to_be_one_of_medians():
 def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     rows = [
         {"test_id": g.group, "headline": t, "clicks": c, "impressions": n}
-        for g in groups_of(PlanConfig(tests=60, arms=3, rate=0.05, shown=2000))
+        for g in groups_of(PlanConfig(tests=60, arms=3, rate=0.05, impressions_per_title=2000))
         for t, c, n in zip(g.texts, g.clicks, g.impressions, strict=True)
     ]
     log = write(tmp_path / "log.csv", rows)
     found = json.loads(simulate("--data", log, "--tests", 500, "--json", "--plot", tmp_path / "plan.png").stdout)
-    assert (found["process"]["tests"], found["process"]["arms"], found["process"]["shown"]) == (500, 3, 2000)
+    assert (found["process"]["tests"], found["process"]["arms"], found["process"]["impressions_per_title"]) == (
+        500,
+        3,
+        2000,
+    )
     assert [point["share"] for point in found["learning_curve"]] == [0.25, 0.5, 1.0]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     other = simulate("--data", log, "--arms", 2).stdout  # a flag wins, and then it is another log

@@ -110,16 +110,16 @@ def test_several_labels_a_text_go_the_same_way(tiny_model, tmp_path):
     [
         ([], "--folds | --seeds"),
         (["--folds", "2", "--seeds", "2"], "--folds | --seeds"),
-        (["--folds", "1"], "folds of 2 or more"),
+        (["--folds", "1"], "--folds | 2 or more"),
         (["--folds", "99"], "99 | 60"),
-        (["--folds", "2", "--test", "x.csv"], "found --test"),
+        (["--folds", "2", "--test", "x.csv"], "--folds | --test"),
     ],
 )
 def test_what_cannot_be_repeated_is_said_in_a_line(tmp_path, flags, words):
     data = write(tmp_path / "data.csv", labelled(60))
     done = validate(data, *flags, "-o", tmp_path / "out", code=2)
     assert has_facts(done.stderr, *words.split(" | "))
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert len(done.stderr.strip().splitlines()) <= 2  # message and hint
 
 
 def test_read_scores_are_those_that_were_written(tmp_path):

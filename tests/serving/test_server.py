@@ -100,8 +100,10 @@ def _stop_during_request(process, address, texts):
 def error_of(*args):
     done = CliRunner().invoke(main, ["serve", *map(str, args)])
     assert done.exit_code == 2, (done.output, done.exception)
-    (line,) = done.stderr.splitlines()
-    return line
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("Error: ")
+    assert len(lines) <= 2, done.stderr
+    return " ".join(lines)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.0.1", "example.com"])

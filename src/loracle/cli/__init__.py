@@ -97,7 +97,3 @@ def main() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         main.add_command(_command)
-
-
-if __name__ == "__main__":
-    main()

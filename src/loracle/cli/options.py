@@ -21,7 +21,6 @@ from loracle.errors import UserError
 
 SHORT = {"out": "-o"}
 GENERAL = "General"
-MAX_INLINE_CHOICES = 4  # values behind the flag in --help; more are listed in the text
 RUN_FILE = "run.toml"  # in every run folder; runs/folder.py takes too long to import for a completion
 
 
@@ -120,8 +119,6 @@ def _setting_option(f: dataclasses.Field, hint: Any, config: Any) -> Callable[[C
     metadata, is_flag = f.metadata, value_types[0] is bool
     flag, text = "--" + f.name.replace("_", "-"), metadata["help"]
     unit, choices = metadata["unit"], metadata["choices"]
-    if len(choices) > MAX_INLINE_CHOICES:
-        unit, text = f.name, f"{text}; one of {', '.join(choices)}"
     if is_flag:
         flag, text = f"{flag}/--no-{flag[2:]}", f"{text}  [default: yes]" if f.default else text
     elif f.default is not None:
