@@ -16,12 +16,22 @@ import click
 from loracle.cli import main as cli
 
 PAGE = Path(__file__).parent / "commands.md"
+EVERYWHERE = {"--quiet", "--verbose", "--help-all"}  # flags of every command, described once
 INTRO = """# Command reference
 
 `docs/make_commands.py` writes this page from the commands themselves. Brackets at the end of a line hold the default.
 
 Every command exits with 0 on success, 2 on an error that you can fix, and 130 after Ctrl-C. Errors go to standard
-error. `loracle COMMAND --help` shows the same flags in the terminal.
+error. `loracle COMMAND --help` shows the common flags, `--help-all` every flag.
+
+`--quiet` prints results and errors only. `--verbose` also shows tracebacks and the libraries' messages. Colors appear
+on a terminal only; `NO_COLOR` switches them off.
+
+Shells complete commands, files and run folders. For bash (zsh and fish work the same way):
+
+```sh
+loracle completion bash >> ~/.bashrc
+```
 """
 
 
@@ -42,17 +52,20 @@ def section(name: str, command: click.Command) -> Iterator[str]:
     yield f"## {name}"
     yield f"```text\n{' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n```"
     yield inspect.cleandoc(command.help or "").replace("\b\n", "")
-    flags = [line for p in command.params if isinstance(p, click.Option) for line in flag(p, context)]
-    if flags:
+    groups: dict[str, list[str]] = {}
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.hidden and option.opts[-1] not in EVERYWHERE:
+            groups.setdefault(getattr(option, "group", "Flags"), []).append(flag(option, context))
+    for title, flags in groups.items():
+        yield f"**{title}**"
         yield "\n".join(flags)
 
 
-def flag(option: click.Option, context: click.Context) -> Iterator[str]:
+def flag(option: click.Option, context: click.Context) -> str:
     """One bullet: the spellings, the kind of value, and the help."""
     names = ", ".join(f"`{spelling}`" for spelling in (*option.opts, *option.secondary_opts))
-    value = "" if option.is_flag or option.count else f" {option.make_metavar(context)}"
-    text = f": {option.help}" if option.help else ""
-    yield f"- {names}{value.replace('[', '(').replace(']', ')')}{text}"
+    value = "" if option.is_flag or option.count else f" `{option.make_metavar(context)}`"
+    return f"- {names}{value}: {option.help}" if option.help else f"- {names}{value}"
 
 
 def first_line(command: click.Command) -> str:

@@ -1,6 +1,6 @@
-"""A sentiment classifier from a dozen lines: labels are names, going in and coming out.
+"""A sentiment classifier in a dozen lines. Labels are names, in training and in predictions.
 
-python examples/classify.py [a base model; the embedded one without it]
+python examples/classify.py [a base model; by default the embedded one]
 """
 
 import sys
@@ -15,7 +15,9 @@ THINGS = ["book", "film", "phone", "meal", "hotel", "lamp"]
 
 def main(model: str = "demo") -> None:
     """Train on sixty sentences and label two new ones."""
-    rows = [(s.format(t), name) for name, some in (("good", GOOD), ("bad", BAD)) for s in some for t in THINGS]
+    rows = [
+        (s.format(t), name) for name, sentences in (("good", GOOD), ("bad", BAD)) for s in sentences for t in THINGS
+    ]
     texts, labels = zip(*rows, strict=True)
     with tempfile.TemporaryDirectory() as folder:
         classifier = TextClassifier(model=model, out=f"{folder}/run", epochs=2, batch=8, test_share=0.2)

@@ -1,6 +1,6 @@
-"""A ranker from clicks: what was shown how often, and how often it was clicked.
+"""A ranker from clicks: impressions and clicks of each title.
 
-python examples/rank_clicks.py [a base model; the embedded one without it]
+python examples/rank_clicks.py [a base model; by default the embedded one]
 """
 
 import sys
@@ -10,7 +10,7 @@ from loracle import TextRanker
 
 
 def main(model: str = "demo") -> None:
-    """Learn that a number in a title is clicked more, and rank three new titles."""
+    """Learn that titles with a number get more clicks, and rank three new titles."""
     topics = ["gardens", "trains", "soups", "rivers", "coats", "clocks", "bridges", "apples", "kites", "roofs"] * 4
     groups = [
         {"texts": [f"7 facts about {t} {i}", f"All about {t} {i}"], "impressions": [1000, 1000], "clicks": [60, 30]}
