@@ -275,7 +275,7 @@ def main(seconds: float, rounds: int, users: list[int], size: str | None, cores:
         )
         where = f"k6 on other cores than the server's {cores}" if cores else "k6 on the same cores"
         about = (
-            f"{model}, {dtype_name()} on {card()}, one BBC headline a request, {where}, {rounds} rounds of {seconds:g} s in "
+            f"{model}, {dtype_name()} on {card()}, one BBC headline a request, {where}. {rounds} rounds of {seconds:g} s in "
             "turn. Closed loop: each user sends the next request at once."
         )
     write_table("serve_load" + (f"_{size}" if size else ""), rows, [about, *notes])

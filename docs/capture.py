@@ -39,7 +39,7 @@ BLOCK = re.compile(
     r"(?P<body>.*?)(?P<after>^```\n)(?P<result>\n(?:<!-- output: (?P<f>\d+) \.\.\. (?P<l>\d+) -->\n)?```text\n)?",
     re.DOTALL | re.MULTILINE,
 )
-REVIEWS, UNSEEN, TESTS = 1200, 100, 800
+REVIEWS, UNSEEN, TESTS = 2400, 300, 800
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ class Shell:
         """What a piece of Python prints."""
         path = self.work / "example.py"
         path.write_text(code, encoding="utf-8")
-        return self.run(f"python {path.name} # {hash_of(code)}")
+        return self.run(f"python {path.name} 2>{path.stem}.log # {hash_of(code)}")
 
     def serve(self, command: str) -> str:
         """Start a server in place of the one before; its output up to the line that says it is ready."""
