@@ -81,7 +81,7 @@ def test_a_damaged_file_is_named(run, name, damage):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "a finished run"), ("{", "a whole manifest.json"), ("[1]", "a whole manifest.json")]
+    ("content", "words"), [(None, "not finished"), ("{", "manifest.json is damaged"), ("[1]", "manifest.json is damaged")]
 )
 def test_a_damaged_or_missing_manifest_is_refused(run, content, words):
     (run / "manifest.json").unlink() if content is None else (run / "manifest.json").write_text(content)
@@ -91,16 +91,16 @@ def test_a_damaged_or_missing_manifest_is_refused(run, content, words):
 @pytest.mark.parametrize("content", ["", "[config", "x = 1", "\0", "[config]\n[task]\nkind = 'x'\nwrong = 1\n"])
 def test_a_broken_run_toml_is_refused(run, content):
     (run / "run.toml").write_text(content)
-    assert "expected a whole run.toml" in refusal(read_info, run)
+    assert "run.toml is damaged" in refusal(read_info, run)
 
 
 def test_bytes_that_are_no_text_in_run_toml_are_refused(run):
     (run / "run.toml").write_bytes(b"\xff\xfe")
-    assert "expected a whole run.toml" in refusal(read_info, run)
+    assert "run.toml is damaged" in refusal(read_info, run)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    assert "no run.toml in it" in refusal(read_info, tmp_path)
+    assert "no run.toml" in refusal(read_info, tmp_path)
     assert "no such folder" in refusal(read_info, tmp_path / "none")
 
 

@@ -142,14 +142,14 @@ def test_no_texts_have_no_scores(classifier):
 @pytest.mark.parametrize(
     ("kind", "call", "words"),
     [
-        ("classifier", lambda p: p.rank(["a"]), "a ranker"),
-        ("classifier", lambda p: next(p.rank_groups([])), "a ranker"),
-        ("ranker", lambda p: p.predict(["a"]), "a classifier"),
-        ("ranker", lambda p: p.rank([]), "titles to rank"),
+        ("classifier", lambda p: p.rank(["a"]), "does not rank"),
+        ("classifier", lambda p: next(p.rank_groups([])), "does not rank"),
+        ("ranker", lambda p: p.predict(["a"]), "does not predict"),
+        ("ranker", lambda p: p.rank([]), "no titles to rank"),
     ],
 )
 def test_the_wrong_question_is_refused(kind, call, words, request):
-    with pytest.raises(UserError, match=f"expected {words}"):
+    with pytest.raises(UserError, match=words):
         call(Predictor(request.getfixturevalue(kind)))
 
 
@@ -157,7 +157,7 @@ def test_a_moved_base_is_one_argument(classifier, base, tmp_path):
     expected = Predictor(classifier).scores(TEXTS)
     moved = base.rename(tmp_path / "elsewhere")
     try:
-        with pytest.raises(UserError, match="nothing there"):
+        with pytest.raises(UserError, match="model"):
             Predictor(classifier)
         np.testing.assert_array_equal(Predictor(classifier, base=str(moved)).scores(TEXTS), expected)
     finally:
@@ -166,7 +166,7 @@ def test_a_moved_base_is_one_argument(classifier, base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])
 def test_a_wrong_base_is_refused(classifier, tiny_model, kind):
-    with pytest.raises(UserError, match=r"expected the base model that .*; found other weights in .*Point --base"):
+    with pytest.raises(UserError, match=r"other weights"):
         Predictor(classifier, base=str(tiny_model(kind)))
 
 
@@ -181,7 +181,7 @@ def test_a_pickle_in_place_of_the_adapter_is_not_opened(classifier, tmp_path):
     sums["adapter_model.bin"] = checksum(run / "adapter_model.bin")
     (run / "manifest.json").write_text(json.dumps(sums))
     weights.unlink()
-    with pytest.raises(UserError, match=f"expected {weights.name} in .*; found no such file"):
+    with pytest.raises(UserError, match=weights.name):
         Predictor(run)
     assert not opened.exists()
 
@@ -189,5 +189,5 @@ def test_a_pickle_in_place_of_the_adapter_is_not_opened(classifier, tmp_path):
 def test_an_unfinished_run_is_refused(classifier, tmp_path):
     run = shutil.copytree(classifier, tmp_path / "run")
     (run / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"expected a finished run .* Finish it with: loracle train --resume"):
+    with pytest.raises(UserError, match=r"not finished.* loracle train --resume"):
         Predictor(run)

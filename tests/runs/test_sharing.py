@@ -119,7 +119,7 @@ def test_pulled_run_needs_the_base_and_a_free_folder(hubs, run, tmp_path):
         (["predict", back, new], "--base"),
         (["pull", "hf:me/topics@v2", "-o", back], "--out"),
         (["pull", "me/topics"], "hf:owner/name or modelscope:owner/name"),
-        (["push", back, "topics"], "hf:me/topics"),
+        (["push", back, "topics"], "hf:owner/name"),
     ):
         done = CliRunner().invoke(main, [str(a) for a in args])
         assert (done.exit_code, words.lower() in done.stderr.lower()) == (2, True), (args, done.stderr, done.exception)
