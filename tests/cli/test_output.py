@@ -80,13 +80,19 @@ def test_quiet_training_prints_only_the_run_folder(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_training_without_terminal_prints_plain_lines(tiny_model, tmp_path):
-    """Of the libraries no bar and no warning; nothing rewrites a line."""
     data = write(tmp_path / "data.csv", labelled())
     command = [sys.executable, "-m", "loracle", "train", data, "--model", tiny_model("qwen2"), "-o", tmp_path / "run"]
     done = subprocess.run([*map(str, command), "--epochs", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
-    assert not {"Warning", "it/s", "%|"} & {word for word in ("Warning", "it/s", "%|") if word in done.stderr}
+    assert not [mark for mark in ("it/s", "%|", "Warning") if mark in done.stderr]
+
+
+@pytest.mark.slow
+def test_export_on_terminal_shows_no_library_bars(labelled_run, tmp_path):
+    output = on_terminal("export", labelled_run, "--to", "transformers", "-o", tmp_path / "out")
+    assert output.splitlines()[-1] == f"export: {tmp_path / 'out'}"
+    assert not [mark for mark in ("it/s", "%|", "Warning", "shards") if mark in output]
 
 
 def test_libraries_are_silenced_unless_verbose(monkeypatch):

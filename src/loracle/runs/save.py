@@ -16,6 +16,7 @@ from loracle.evaluation import drift
 from loracle.examples import texts_of
 from loracle.models import scoring
 from loracle.models.lora import save_adapter
+from loracle.models.quiet import quiet_transformers
 from loracle.reporting.html import render
 from loracle.reporting.report import build_report, curves, without_texts
 from loracle.reporting.results import Results
@@ -103,7 +104,8 @@ def _save(run: Run, model: PreparedModel, results: Results, data: Data, log: Log
     run_folder.write_text(folder / run_folder.REPORT, json.dumps(report, indent=1, ensure_ascii=False))
     run_folder.write_text(folder / run_folder.PAGE, render(report))
     if config.lora.full:
-        model.scorer.inner.save_pretrained(folder)
+        with quiet_transformers():
+            model.scorer.inner.save_pretrained(folder)
     else:
         source = model.base.source
         save_adapter(model.scorer.model, folder, base=source.peft_name, revision=source.revision)

@@ -37,10 +37,12 @@ class TransformersExporter:
             )
 
     def write(self, model: Any, run: Path, out: Path) -> None:
+        from loracle.models.quiet import quiet_transformers
         from loracle.runs import folder as run_folder
 
         _fold_calibration(model, run_folder.read_calibration(run, run_folder.read_info(run).task))
-        model.save_pretrained(out)
+        with quiet_transformers():
+            model.save_pretrained(out)
 
     def compare(self, run: Path, out: Path, base: str | None) -> str:
         """Compare scores with the run's, over-long texts included, as formats differ most in those."""
@@ -97,8 +99,11 @@ def _scores_of(out: Path, samples: Samples) -> np.ndarray:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from loracle.models.loading import load_tokenizer
+    from loracle.models.quiet import quiet_transformers
 
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSequenceClassification.from_pretrained(out)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        model = AutoModelForSequenceClassification.from_pretrained(out)
     texts, contexts, expected = samples.texts, samples.contexts, load_tokenizer(out)
     pairs = list(zip(texts, contexts, strict=True))
     if any(_token_ids(tokenizer, *pair) != _token_ids(expected, *pair) for pair in pairs):
