@@ -38,7 +38,7 @@ def served(args, port):
             yield
         return
     environment = {k: v for k, v in os.environ.items() if k != "LORACLE_TOKEN"}
-    command = [sys.executable, "-m", "loracle.cli", "serve", *args]
+    command = [sys.executable, "-m", "loracle", "serve", *args]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

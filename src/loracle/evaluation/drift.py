@@ -84,7 +84,7 @@ def psi(seen: Sequence[int], known: Sequence[int]) -> float:
 
 
 def limit(seen: Sequence[int], known: Sequence[int]) -> float:
-    """What the index of as many texts, drawn as in training, exceeds once in ``1 / CHANCE``; NaN where nothing can be told."""
+    """What the index of as many texts, drawn as in training, exceeds once in ``1 / CHANCE``; NaN where that is unknown."""
     n, m = sum(seen), sum(known)
     if not n or not m or len(known) < 2:
         return float("nan")

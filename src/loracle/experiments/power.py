@@ -41,7 +41,7 @@ POWER, LEVEL = 0.8, 0.05
 class Point:
     """What a log of this size can tell. Shares between 0 and 1; lifts relative to a test's mean title, 0.1 is +10 %.
 
-    None where nothing is told: no two titles' observed rates differ, or no accuracy up to 100 % would stand out.
+    None where nothing can be estimated: no two titles' observed rates differ, or no accuracy up to 100 % would stand out.
     """
 
     tests: int
@@ -104,19 +104,20 @@ def simulate(config: PlanConfig, own: Own | None = None, *, times: float = 1.0) 
     arms = np.array([len(titles) for titles in own.truth] if own else [config.arms], dtype=np.float64)
     tests = min(DRAWN, max(FEWEST, int(PAIRS / (arms * (arms - 1) / 2).mean())))
     random = np.random.Generator(np.random.PCG64([config.seed, 0, 1]))
-    tallies = [
-        _tally(*drawn, random.random(drawn[0].shape)) for drawn in draw(config, tests, config.seed, own, times=times)
+    counts = [
+        _count_pairs(*drawn, random.random(drawn[0].shape))
+        for drawn in draw(config, tests, config.seed, own, times=times)
     ]
-    told, right, significant, wins, named, best, gain, mean, true_mean = np.concatenate(tallies, axis=1)
+    differing, right, significant, wins, named, best, gain, mean, true_mean = np.concatenate(counts, axis=1)
     detectable = norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)
-    lift = _standard_error(gain, mean, config.tests) if told.any() else None
-    accuracy = _standard_error(wins - told / 2, told, config.tests) if told.any() else None
+    lift = _standard_error(gain, mean, config.tests) if differing.any() else None
+    accuracy = _standard_error(wins - differing / 2, differing, config.tests) if differing.any() else None
     return Point(
         tests=config.tests,
         arms=config.arms,
         shown=int(_scaled(config.impressions_per_title, times)),
-        ceiling=_ratio(right, told),
-        significant=_ratio(significant, told),
+        ceiling=_ratio(right, differing),
+        significant=_ratio(significant, differing),
         best_named=float(named.mean()),
         highest_lift=_ratio(best, true_mean),
         detectable_lift=None if lift is None else detectable * lift,
@@ -124,7 +125,7 @@ def simulate(config: PlanConfig, own: Own | None = None, *, times: float = 1.0) 
     )
 
 
-def _tally(truth: Array, clicks: Array, shown: Array, random: Array) -> Array:
+def _count_pairs(truth: Array, clicks: Array, shown: Array, random: Array) -> Array:
     """``[9, G]``, of each test: its pairs whose observed rates differ; those in true order, that differ at p < .05, and
     that ``random`` scores have in order; the chance that its best title is named; what the best title gains; what the
     random pick gains, and the mean rate; the true mean.
@@ -132,13 +133,13 @@ def _tally(truth: Array, clicks: Array, shown: Array, random: Array) -> Array:
     A picker that knows nothing has a lift and an accuracy that only chance moves away from 0 and 1/2.
     """
     rates, true_rates = clicks / shown, expit(truth)
-    told, right, significant, wins = np.zeros((4, len(truth)))
+    differing, right, significant, wins = np.zeros((4, len(truth)))
     for lag in range(1, truth.shape[1]):  # title i against title i + lag, so that memory grows with titles, not pairs
         gap, true_gap, random_gap = (x[:, lag:] - x[:, :-lag] for x in (rates, truth, random))
         pooled = (clicks[:, lag:] + clicks[:, :-lag]) / (shown[:, lag:] + shown[:, :-lag])
         noise = np.sqrt(pooled * (1 - pooled) * (1 / shown[:, lag:] + 1 / shown[:, :-lag]))
         sign = np.sign(gap)
-        told += (gap != 0).sum(1)
+        differing += (gap != 0).sum(1)
         right += (np.abs(sign) + sign * np.sign(true_gap)).sum(1) / 2  # true ties count half
         significant += (np.abs(gap) > SIGNIFICANT_Z * noise).sum(1)
         wins += (sign * random_gap > 0).sum(1)
@@ -147,7 +148,7 @@ def _tally(truth: Array, clicks: Array, shown: Array, random: Array) -> Array:
     pick = random == random.max(1, keepdims=True)
     gain, mean, true_mean = (rates * pick).sum(1) - rates.mean(1), rates.mean(1), true_rates.mean(1)
     highest = np.maximum(true_rates.max(1) - true_mean, 0)
-    return np.stack([told, right, significant, wins, chance, highest, gain, mean, true_mean])
+    return np.stack([differing, right, significant, wins, chance, highest, gain, mean, true_mean])
 
 
 def _ratio(above: Array, below: Array) -> float | None:
@@ -278,7 +279,7 @@ def _percent(share: float | None, form: str = ".1%") -> str:
 
 
 def _drawn(share: float | None) -> float:
-    """In per cent; what is not told leaves a gap."""
+    """In per cent; None leaves a gap."""
     return np.nan if share is None else 100 * share
 
 

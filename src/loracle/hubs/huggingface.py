@@ -34,7 +34,7 @@ class HuggingFace(Hub):
             files = {"allow_patterns": ALLOWED[repo_type], "ignore_patterns": IGNORED[repo_type]}
             fetch: Any = huggingface_hub.snapshot_download  # mypy cannot choose an overload from **files
             return Path(fetch(repo, repo_type=hosted_type(repo_type), revision=revision, **files))
-        except Exception as error:  # the client passes on errors of any transport; they are told apart below
+        except Exception as error:  # the client passes on errors of any transport; they are distinguished below
             raise _explain(error, repo, repo_type, revision) from error
 
     def upload(self, folder: Path, repo: str, options: UploadOptions) -> str:

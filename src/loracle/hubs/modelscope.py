@@ -38,7 +38,7 @@ class ModelScope(Hub):
         options |= {"allow_patterns": ALLOWED[repo_type], "ignore_patterns": IGNORED[repo_type] or None}
         try:
             return Path(snapshot_download(repo, **options))
-        except Exception as error:  # the client passes on errors of any transport; they are told apart below
+        except Exception as error:  # the client passes on errors of any transport; they are distinguished below
             if isinstance(error, ConnectionError):
                 with suppress(Exception):  # without a copy either, the first error is the one to explain
                     return Path(snapshot_download(repo, **options, local_files_only=True))
