@@ -39,7 +39,7 @@ BLOCK = re.compile(
     r"(?P<body>.*?)(?P<after>^```\n)(?P<result>\n(?:<!-- output: (?P<f>\d+) \.\.\. (?P<l>\d+) -->\n)?```text\n)?",
     re.DOTALL | re.MULTILINE,
 )
-REVIEWS, UNSEEN, TESTS = 2400, 300, 800
+REVIEWS, UNSEEN, TESTS = 1200, 300, 800
 
 
 def main() -> None:
