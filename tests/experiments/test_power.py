@@ -91,7 +91,7 @@ def test_a_detectable_lift_is_found_four_times_in_five():
 def test_a_log_gives_its_own_process_back():
     true = PlanConfig(tests=300, arms=5, impressions_per_title=4000, rate=0.03, spread=0.25)
     found, _ = power.of_log(groups_of(true), PlanConfig())
-    assert (found.tests, found.arms, found.shown) == (300, 5, 4000)
+    assert (found.tests, found.arms, found.impressions_per_title) == (300, 5, 4000)
     assert found.rate == pytest.approx(true.rate, rel=0.1)
     assert found.spread == pytest.approx(true.spread, rel=0.15)
 
