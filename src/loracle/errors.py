@@ -30,6 +30,6 @@ class Interrupted(Exception):
 
 def near(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean 'label'?)" when one of ``names`` is close to ``name``, else an empty string."""
-    known = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    return f" (did you mean '{known[close[0]]}'?)" if close else ""
+    by_lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" (did you mean '{by_lower[close[0]]}'?)" if close else ""

@@ -129,7 +129,7 @@ def test_error_ends_all_processes_and_is_printed_once(tmp_path):
     (tmp_path / "taken/file").touch()
     done = launched("-m", "loracle", "train", data, "--model", "demo", "--out", tmp_path / "taken")
     assert done.returncode != 0
-    assert done.stderr.count("Error: ") == 1
+    assert len([line for line in done.stderr.splitlines() if line.startswith("Error: ")]) == 1
     assert has_facts(done.stderr, "--out", "taken")
     assert "[rank1]" not in done.stderr
 

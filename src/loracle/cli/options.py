@@ -181,8 +181,8 @@ class RunFolder(click.Path):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         parents = {os.path.dirname(incomplete), "" if os.path.dirname(incomplete) else "runs"}
-        found = sorted({path for parent in parents for path in _runs_in(parent) if path.startswith(incomplete)})
-        return [CompletionItem(path) for path in found] or [CompletionItem(incomplete, type="dir")]
+        paths = sorted({path for parent in parents for path in _runs_in(parent) if path.startswith(incomplete)})
+        return [CompletionItem(path) for path in paths] or [CompletionItem(incomplete, type="dir")]
 
 
 class RecipePath(click.Path):
