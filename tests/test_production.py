@@ -39,18 +39,21 @@ def served(args, port):
         return
     environment = {k: v for k, v in os.environ.items() if k != "LORACLE_TOKEN"}
     command = [sys.executable, "-m", "loracle", "serve", *args]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, text=True, env=environment, **both) as process:  # type: ignore[call-overload]
         try:
-            line = process.stdout.readline()
-            assert "reviews" in line, process.stderr.read()
-            assert f":{port}" in line
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("serving "):
+                    break
+            assert "reviews" in lines[-1], lines
+            assert f":{port}" in lines[-1], lines
             yield
         finally:
             process.terminate()
             process.communicate(timeout=30)
-            assert process.returncode == 0
+        assert process.returncode == 0
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from small import clicked, has_facts, labelled, several, write
 
-from loracle import pipeline
 from loracle.cli import main
+from loracle.examples import RankGroup
 from loracle.runs.folder import read_info
 from loracle.training import scoring
 
@@ -47,7 +47,7 @@ def test_every_text_is_held_out_once_and_all_are_measured_together(tiny_model, t
     accuracy = np.mean([row["label"] == row["predicted"] for row in held])
     assert found["pooled"]["accuracy"]["value"] == pytest.approx(accuracy)
     each = [np.mean([row["label"] == row["predicted"] for row in fold]) for fold in folds]
-    assert (found["mean"], found["spread"]) == pytest.approx((np.mean(each), np.std(each, ddof=1)))
+    assert (found["mean"], found["standard_deviation"]) == pytest.approx((np.mean(each), np.std(each, ddof=1)))
     assert "all, held out once" in said
     assert "standard deviation" in said
     again = validate(*flags).stdout
@@ -123,7 +123,7 @@ def test_what_cannot_be_repeated_is_said_in_a_line(tmp_path, flags, words):
 
 
 def test_read_scores_are_those_that_were_written(tmp_path):
-    groups = [pipeline.RankGroup(group=str(n), texts=("a",) * n, rows=(1,) * n) for n in (2, 3)]
+    groups = [RankGroup(group=str(n), texts=("a",) * n, rows=(1,) * n) for n in (2, 3)]
     scores = [np.arange(n, dtype=np.float32)[:, None] for n in (2, 3)]
     scoring.write_scores(tmp_path, scores)
     for own, read in zip(scores, scoring.read_scores(tmp_path, groups), strict=True):

@@ -91,7 +91,7 @@ def test_head_from_names_reloads_unchanged(tiny_model, tmp_path):
     ("rows", "kind", "words"),
     [
         (integers, "qwen2", "--head-init"),
-        (pairs, "qwen2", "ranker"),
+        (pairs, "qwen2", "--head-init"),
         (labelled, "bert", "--head-init"),
     ],
 )
