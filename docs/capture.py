@@ -24,9 +24,11 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -39,7 +41,10 @@ BLOCK = re.compile(
     r"(?P<body>.*?)(?P<after>^```\n)(?P<result>\n(?:<!-- output: (?P<f>\d+) \.\.\. (?P<l>\d+) -->\n)?```text\n)?",
     re.DOTALL | re.MULTILINE,
 )
-REVIEWS, UNSEEN, TESTS = 1200, 300, 800
+COLUMNS = 110  # of the terminal; longer lines are wrapped
+WRAP: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False, "break_long_words": True}
+NOISE = "Failed to load CPU gemm_4bit_forward"  # of bitsandbytes, where the optional package is installed
+REVIEWS, UNSEEN, TESTS = 2400, 300, 800
 
 
 def main() -> None:
@@ -130,7 +135,7 @@ class Shell:
         self.outputs = json.loads(self.store.read_text()) if self.store.exists() else {}
         self.server: subprocess.Popen[str] | None = None
         self.env = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "110", "NO_COLOR": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": str(COLUMNS), "NO_COLOR": "1",
         }  # fmt: skip
 
     def __enter__(self) -> Shell:
@@ -197,6 +202,7 @@ def hash_of(code: str) -> str:
 def cleaned(output: str, work: Path) -> str:
     """Output as a terminal leaves it: without overwritten progress, colors, and the path of the working folder."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").split("\n")]
+    lines = [line for line in lines if not line.startswith(NOISE)]
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(lines)).strip("\n")
     return text.replace(f"{work.resolve()}/", "").replace(str(work), ".")
 
@@ -240,9 +246,10 @@ def commands_of(body: str) -> Iterator[str]:
 def shortened(output: str, first: str | None, last: str | None) -> str:
     """Output with its middle replaced by dots."""
     lines = output.split("\n") if output else []
+    lines = [part for line in lines for part in (textwrap.wrap(line, COLUMNS, **WRAP) or [""])]
     if first is not None and last is not None and len(lines) > int(first) + int(last) + 1:
         lines = [*lines[: int(first)], "…", *lines[len(lines) - int(last) :]]
-    return "".join(line + "\n" for line in lines)
+    return "".join(line.rstrip() + "\n" for line in lines)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

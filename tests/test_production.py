@@ -86,14 +86,12 @@ def test_documented_server_answers_every_request(tiny_model, tmp_path, monkeypat
     answers = {}
     with ExitStack() as server:
         for line in commands(PAGE):
-            _, *args = shlex.split(line.split("|")[0])
+            _, *args = shlex.split(line.split(" | ")[0])
             if line.startswith("loracle serve"):
                 server.close()
                 server.enter_context(served(args, port))
             else:
-                answers[line] = run(
-                    line.replace("localhost:8000", f"localhost:{port}").replace(" | head -5", ""), model
-                )
+                answers[line] = run(line.split(" | ")[0].replace("localhost:8000", f"localhost:{port}"), model)
     by_route = {re.search(r"localhost:8000(\S+)", line)[1]: text for line, text in answers.items() if "curl" in line}
     assert '"ok"' in by_route["/readyz"]
     assert '"probabilities"' in by_route["/v1/classify"]
