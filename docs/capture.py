@@ -28,7 +28,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -42,7 +41,6 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 COLUMNS = 110  # of the terminal; longer lines are wrapped
-WRAP: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False, "break_long_words": True}
 NOISE = "Failed to load CPU gemm_4bit_forward"  # of bitsandbytes, where the optional package is installed
 REVIEWS, UNSEEN, TESTS = 2400, 300, 800
 
@@ -246,10 +244,15 @@ def commands_of(body: str) -> Iterator[str]:
 def shortened(output: str, first: str | None, last: str | None) -> str:
     """Output with its middle replaced by dots."""
     lines = output.split("\n") if output else []
-    lines = [part for line in lines for part in (textwrap.wrap(line, COLUMNS, **WRAP) or [""])]
     if first is not None and last is not None and len(lines) > int(first) + int(last) + 1:
         lines = [*lines[: int(first)], "…", *lines[len(lines) - int(last) :]]
-    return "".join(line.rstrip() + "\n" for line in lines)
+    return "".join(part.rstrip() + "\n" for line in lines for part in wrapped(line))
+
+
+def wrapped(line: str) -> list[str]:
+    """A line in parts that fit the terminal; spaces at its start and within it stay."""
+    first, *others = textwrap.wrap(line, COLUMNS, drop_whitespace=False) or [""]
+    return [first, *(other.lstrip() for other in others)]
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
