@@ -279,13 +279,15 @@ def terminal_picture(shell: Shell) -> None:
     from rich.text import Text
 
     with open(os.devnull, "w") as nowhere:
-        console = Console(record=True, width=104, file=nowhere, color_system="truecolor", force_terminal=True)
+        console = Console(record=True, width=COLUMNS, file=nowhere, color_system="truecolor", force_terminal=True)
         page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
         for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL)[:3]:
             for line in block.strip("\n").split("\n"):
                 console.print(Text(line, style="bold green" if line.startswith("$ ") else ""), soft_wrap=False)
             console.print()
-        console.save_svg(str(DOCS / "images" / "terminal.svg"), title="loracle")
+        svg = console.export_svg(title="loracle")
+        svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)  # fonts would come from another host
+        (DOCS / "images" / "terminal.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
