@@ -47,7 +47,7 @@ def test_a_ranker(tiny_model, tmp_path, evidence):
 
 
 def test_what_cannot_be_used_is_said(tiny_model, tmp_path):
-    with pytest.raises(UserError, match=r"settings that config.py knows; found learning_rate"):
+    with pytest.raises(UserError, match=facts("learning_rate", "--help-all")):
         TextClassifier(learning_rate=1)
     with pytest.raises(UserError, match=facts("2", "1")):
         TextClassifier(**settings(tiny_model, tmp_path)).fit(["a", "b"], ["x"])

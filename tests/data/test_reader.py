@@ -523,9 +523,7 @@ def test_a_group_has_one_weight(pair):
     assert [g.weight for g in read(weighed(2, "2.0", pair=pair), group="g", weight="w").items] == [2]
     assert [g.weight for g in read(weighed(None, 1, pair=pair), group="g", weight="w").items] == [1]
     assert has_facts(error_of(weighed(2, 1, 2, 1, pair=pair), group="g", weight="w"), "rows 2, 4", "x.json")
-    assert "rows 2, 3, 4, 5, 6, ... (6 in all)" in error_of(
-        weighed(2, *[1] * 6, pair=pair), group="g", weight="w"
-    )
+    assert "rows 2, 3, 4, 5, 6, ... (6 in all)" in error_of(weighed(2, *[1] * 6, pair=pair), group="g", weight="w")
     assert has_facts(error_of(weighed(-1, pair=pair), group="g", weight="w"), "1.0", "row 1")
 
 

@@ -354,7 +354,9 @@ def test_readme_configs_define_splits(declared, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        loracle.hubs, "download", lambda spec, *, repo_type, revision: calls.append((spec, repo_type, revision)) or declared
+        loracle.hubs,
+        "download",
+        lambda spec, *, repo_type, revision: calls.append((spec, repo_type, revision)) or declared,
     )
     splits = open_splits("hf:owner/name#small", revision="v1")
     assert calls == [("hf:owner/name", "dataset", "v1")]

@@ -189,7 +189,9 @@ class TestGroups:
             split_groups(groups, 0.1, 0)
 
     @pytest.mark.parametrize(
-        ("groups", "found"), [(apart(1), "there are 1"), (apart(1) * 3, "All 3 groups have the same id")], ids=["one", "one id"]
+        ("groups", "found"),
+        [(apart(1), "there are 1"), (apart(1) * 3, "All 3 groups have the same id")],
+        ids=["one", "one id"],
     )
     def test_too_few_groups(self, groups: list[RankGroup], found: str) -> None:
         with pytest.raises(UserError, match=found):

@@ -137,5 +137,5 @@ def test_the_lower_states_are_read_from_the_cache(tiny_model, tmp_path, monkeypa
 
 def test_without_optuna_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=facts("installed")):
+    with pytest.raises(UserError, match=facts("optuna", "pip install")):
         tune.run(config_of(tmp_path, "unused"), TuneConfig(), log=lambda line: None)

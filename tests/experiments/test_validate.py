@@ -84,7 +84,7 @@ def test_seeds_share_the_split_and_nothing_else(tiny_model, tmp_path):
     adapters = [(r / "adapter_model.safetensors").read_bytes() for r in runs]
     assert adapters[0] != adapters[1]
     assert "pooled" not in found
-    assert f"from {100 * found['least']:.1f} to {100 * found['most']:.1f}" in said
+    assert f"from {100 * found['minimum']:.1f} to {100 * found['maximum']:.1f}" in said
 
     # Seed 6 on the split that seed 6 draws is another run than seed 6 on that of 5.
     said = validate(data, "--model", tiny_model("qwen2"), *FAST, "--seeds", "2", "--seed", "6", "-o", out).stdout

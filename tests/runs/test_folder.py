@@ -81,7 +81,8 @@ def test_a_damaged_file_is_named(run, name, damage):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "not finished"), ("{", "manifest.json is damaged"), ("[1]", "manifest.json is damaged")]
+    ("content", "words"),
+    [(None, "not finished"), ("{", "manifest.json is damaged"), ("[1]", "manifest.json is damaged")],
 )
 def test_a_damaged_or_missing_manifest_is_refused(run, content, words):
     (run / "manifest.json").unlink() if content is None else (run / "manifest.json").write_text(content)
