@@ -96,6 +96,7 @@ def run(tiny_model, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_entrypoint_starts_and_healthcheck_follows_it(run):
     """Run ENTRYPOINT, CMD and HEALTHCHECK with another port, runs folder and interpreter."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

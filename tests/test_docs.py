@@ -72,6 +72,7 @@ def run(line: str, model: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_documented_commands_run_in_order(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_small_files(tmp_path)
@@ -89,6 +90,7 @@ def test_readme_shows_commands_of_the_docs():
     assert set(shown) <= documented | {"loracle predict runs/reviews new.csv --quiet"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python-api.md"])
 def test_documented_python_runs(tiny_model, tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
@@ -100,6 +102,7 @@ def test_documented_python_runs(tiny_model, tmp_path, monkeypatch, page):
     assert len(list(Path("runs").glob("*/run.toml"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run(tiny_model, capsys, path):
     runpy.run_path(str(path))["main"](str(tiny_model("qwen2")))

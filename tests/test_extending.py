@@ -43,6 +43,7 @@ def metrics_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_hub(tmp_path, tiny_model, monkeypatch):
     class Shelf(hubs.Hub):
         """Repositories are folders of this test; the name says which."""
@@ -64,6 +65,7 @@ def test_hub(tmp_path, tiny_model, monkeypatch):
     np.testing.assert_array_equal(Predictor(tmp_path / "again").scores(texts), Predictor(run).scores(texts))
 
 
+@pytest.mark.slow
 def test_format(tmp_path, tiny_model, monkeypatch):
     def open_pipes(file: File) -> Table:
         rows = [dict(zip(("text", "label"), line.strip().split("|"), strict=True)) for line in read_lines(file)]
@@ -75,6 +77,7 @@ def test_format(tmp_path, tiny_model, monkeypatch):
     assert Predictor(train(tmp_path, data, tiny_model("qwen2"))).task.label_names == ("mid", "neg", "pos")
 
 
+@pytest.mark.slow
 def test_loss(tmp_path, tiny_model, monkeypatch):
     def squared(settings: LossSettings) -> Loss:
         def bind(examples: Any) -> Any:
@@ -90,6 +93,7 @@ def test_loss(tmp_path, tiny_model, monkeypatch):
     assert np.abs(Predictor(run).scores(["good number 3"])).max() < 2  # towards 0 and 1
 
 
+@pytest.mark.slow
 def test_baseline(tmp_path, tiny_model, monkeypatch):
     def fit_random(inputs: BaselineInputs) -> Baseline:
         rng, task = np.random.default_rng(inputs.seed), inputs.data.task
@@ -102,6 +106,7 @@ def test_baseline(tmp_path, tiny_model, monkeypatch):
     assert "random" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_exporter(labelled_run, tmp_path, monkeypatch):
     class HeadExporter:
         help = "the head's weights, as NumPy"
@@ -124,6 +129,7 @@ def test_exporter(labelled_run, tmp_path, monkeypatch):
     assert lines == ["head of shape (3, 32)", "note: only the head"]
 
 
+@pytest.mark.slow
 def test_model_family(tmp_path, tiny_model, monkeypatch):
     """OLMo 2 norms after its layers. With a row it is packed, and scores as transformers does."""
     monkeypatch.setitem(ARCHITECTURES, "olmo2", Architecture(name="OLMo 2"))
@@ -145,6 +151,7 @@ def test_model_family(tmp_path, tiny_model, monkeypatch):
     np.testing.assert_allclose(predictor.scores(texts), alone.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_task(tmp_path, tiny_model, monkeypatch):
     """Train, report, predict and serve the task of ``toy_task.py``."""
     monkeypatch.setitem(TASKS, "stars", STARS)

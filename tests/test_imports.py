@@ -66,6 +66,7 @@ def test_imports_go_one_way(path):
     assert not later, f"{path.relative_to(ROOT)} stands left of {', '.join(later)} and may not import it"
 
 
+@pytest.mark.slow
 def test_peft_has_one_door():
     importers = [str(path.relative_to(ROOT)) for path in FILES if any(n.split(".")[0] == "peft" for n in imports(path))]
     assert importers == ["models/lora.py"]

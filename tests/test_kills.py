@@ -26,6 +26,7 @@ def finish(process):
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv"] if KILLS <= 5 else [".csv", ".parquet"])
 def test_killed_predict_ends_in_the_same_bytes(labelled_run, tmp_path, suffix, record_property):
     rows = [{"id": i, "text": f"good number {i}" if i % 7 else " "} for i in range(ROWS)]

@@ -48,6 +48,7 @@ def train(config):
     return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_model, tmp_path, monkeypatch):
     need = preflight.training_need
     said = []
@@ -66,6 +67,7 @@ def test_rounds_that_would_not_fit_are_made_smaller_and_the_run_remembers(tiny_m
     assert read_info(run).config.train.tokens_per_micro_batch == 70
 
 
+@pytest.mark.slow
 def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_path, monkeypatch):
     """It only asks how long the training will take; that goes on in smaller rounds."""
     said, whole, seen = [], Scorer.forward, []
@@ -82,6 +84,7 @@ def test_a_forward_for_which_memory_is_too_little_ends_no_run(tiny_model, tmp_pa
     assert any("time of 2 steps is unknown" in line for line in said)
 
 
+@pytest.mark.slow
 def test_too_little_for_anything_is_said_beforehand(tiny_model, tmp_path, monkeypatch):
     """It is an estimate, so the run is tried; but nothing is promised."""
     said, need = [], preflight.training_need
@@ -147,6 +150,7 @@ def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tiny_model, tmp_p
     assert result(tmp_path / "run") == result(unbroken)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, unbroken):
     config = config_of(tmp_path, tiny_model("qwen2"))
     process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -159,6 +163,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_is_exact(tiny_model, tmp_path, un
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=2)
     run = train(config)
@@ -170,6 +175,7 @@ def test_resume_refuses_what_is_not_the_same_run(tiny_model, tmp_path):
         pipeline.resume(run, log=lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, monkeypatch):
     """The head is spoilt between training and the check, as several tools have done to their users."""
     honest = save.save_adapter
@@ -185,6 +191,7 @@ def test_a_run_that_does_not_reproduce_itself_fails_aloud(tiny_model, tmp_path, 
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_model_card_give_the_same_scores(tiny_model, tmp_path, monkeypatch):
     """Plain PEFT opens the folder as its README says, several texts at once, in float32."""
     run = train(config_of(tmp_path, tiny_model("qwen2"), dtype="float32"))
@@ -198,6 +205,7 @@ def test_the_lines_of_the_model_card_give_the_same_scores(tiny_model, tmp_path, 
     np.testing.assert_allclose(said["scores"].detach().numpy(), wanted, rtol=0, atol=1e-5 * max(1, abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_over_long_texts_are_counted_cut_or_chunked(tiny_model, tmp_path):
     write(
         tmp_path / "data.jsonl",
@@ -211,6 +219,7 @@ def test_over_long_texts_are_counted_cut_or_chunked(tiny_model, tmp_path):
         assert any(f"5 texts over 40 ({how}" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_file_gets_its_own_folder(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_of(tmp_path, tiny_model("qwen2"), max_steps=1, out=None)
@@ -292,6 +301,7 @@ def test_equal_texts_of_other_contexts_are_other_texts(tmp_path):
     assert len(sides.train) + len(sides.validation) + len(sides.test) == 60
 
 
+@pytest.mark.slow
 def test_a_template_with_a_context_wants_one_for_every_text(tiny_model, tmp_path):
     config = config_of(tmp_path, tiny_model("qwen2"), template="About {context}: {text}", max_steps=1)
     with pytest.raises(UserError, match="have no context"):
@@ -305,6 +315,7 @@ def test_a_template_with_a_context_wants_one_for_every_text(tiny_model, tmp_path
         Predictor(run).scores(["a"])
 
 
+@pytest.mark.slow
 def test_a_model_of_few_positions_cuts_sooner_and_says_so(tiny_model, tmp_path):
     """BERT has 512 positions; asked for more, it would fail in the middle of a run."""
     write(
@@ -325,6 +336,7 @@ def test_scores_that_are_no_numbers_stop_a_look_with_step_and_rows(tiny_model, t
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
     config = config_of(tmp_path, tiny_model("qwen2"))
     process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -337,6 +349,7 @@ def test_a_torn_log_does_not_stop_a_resume(tiny_model, tmp_path, unbroken):
     assert result(tmp_path / "run")[0] == result(unbroken)[0]
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_checkpoint(tiny_model, tmp_path, monkeypatch):
     """The manifest says that a run is whole; until then the checkpoint is all there is."""
     monkeypatch.setattr(save.run_folder, "write_manifest", lambda folder: 1 / 0)
@@ -403,6 +416,7 @@ def test_linear_probe_reads_the_best_layer(tiny_model, tmp_path):
             np.testing.assert_allclose(one, again, atol=2e-2)  # bfloat16, in other micro-batches
 
 
+@pytest.mark.slow
 def test_baselines_above_their_caps_are_noted(tiny_model, tmp_path, monkeypatch):
     """TF-IDF stays, and the page says what is missing."""
     monkeypatch.setattr(linear_probe, "TEST_TEXTS", 1)

@@ -73,6 +73,7 @@ def running(app, port):
         thread.join(10)
 
 
+@pytest.mark.slow
 def test_documented_server_answers_every_request(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     assert shutil.which("curl"), "the page asks with curl: apt-get install curl"

@@ -42,6 +42,7 @@ def test_unknown_shell_is_an_error():
     assert "csh" in loracle("completion", "csh", code=2).stderr
 
 
+@pytest.mark.slow
 def test_run_folders_files_and_options_complete(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_runs("runs/reviews", "runs/clicks")

@@ -42,6 +42,7 @@ def test_check_reports_contents(tmp_path):
     assert "rows that repeat an earlier text: 3 (rows 32, 33, 34)" in done.stdout
 
 
+@pytest.mark.slow
 def test_check_does_not_import_torch(tmp_path):
     data = write(tmp_path / "data.csv", labelled())
     script = f"import sys; from loracle.cli import main; main(['check', {str(data)!r}], standalone_mode=False)\n"

@@ -30,6 +30,7 @@ def test_doctor_reports_build_devices_and_extras(monkeypatch, tmp_path):
     assert all(name in text for name in facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["torch", "psutil", "platformdirs"])
 def test_doctor_works_without_a_package(missing):
     script = (

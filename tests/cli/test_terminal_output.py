@@ -34,6 +34,7 @@ def on_terminal(*args, **variables):
     return text.decode()
 
 
+@pytest.mark.slow
 def test_color_on_terminal_unless_no_color(tmp_path):
     missing = tmp_path / "missing.csv"
     assert "\x1b[" in on_terminal("check", missing)

@@ -196,6 +196,7 @@ def test_integer_labels_come_back_in_any_guise(labels):
         assert labels_of(examples) == [(str(label),) for label in labels]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1))
 def test_names_are_kept_end_to_end(labels):
     labels = ["#" + label for label in labels]  # so that none is a number or blank

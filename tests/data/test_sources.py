@@ -124,6 +124,7 @@ def test_half_surrogates_become_replacement_characters(tmp_path, layout):
     json.dumps(cells, ensure_ascii=False).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.txt", "x.parquet"])
 def test_ten_megabyte_cell_is_read(tmp_path, name):
     rows = [{"text": "a " * 5_000_000}, {"text": "b"}]
@@ -443,6 +444,7 @@ print(count, tracemalloc.get_traced_memory()[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv.gz", "x.jsonl", "x.json"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     rows = [{"text": "word " * 40, "label": "a"}] * 20_000

@@ -39,6 +39,7 @@ def test_the_planted_temperature_is_found(planted):
     assert found == pytest.approx(planted, rel=0.03)
 
 
+@pytest.mark.slow
 def test_no_other_temperature_is_likelier():
     rng = np.random.default_rng(1)
     logits, targets = rng.normal(size=(60, 4)), rng.integers(4, size=60)

@@ -118,6 +118,7 @@ def test_without_spread_and_with_rare_clicks_it_is_the_conditional_click_likelih
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "shown", "level", "spread"),
     [(500, 100, -4.6, 0.4), (200, 3000, -4.2, 0.3), (100, 100_000, -1.5, 0.25)],
@@ -294,6 +295,7 @@ def test_lift_interval_holds_spread_and_standard_errors():
     assert unsure > sure + 0.01
 
 
+@pytest.mark.slow
 def test_lift_is_stable_over_seeds():
     scores = np.random.default_rng(0).normal(size=10)
     runs = np.array([expected_lift(scores, fitted(slope=0.3, slope_se=0.05, spread=0.3), seed=s) for s in range(6)])
@@ -306,6 +308,7 @@ def test_one_title_has_no_lift():
     assert win_probability(np.array([3.0]), fitted()).tolist() == [[0.5]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shown", "level"), [(3000, -4.2), (4000, -1.0)], ids=["1.5 %", "27 %"])
 def test_coverage_and_calibration(shown, level):
     """Fitted on half of the groups, the model is right about the true rates of the other half."""

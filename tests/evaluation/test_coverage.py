@@ -4,11 +4,13 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 RUNS = 200
 SPREAD = 3 * np.sqrt(0.95 * 0.05 / RUNS)  # 4.6 points, three standard errors of a coverage
 
 
+@pytest.mark.slow
 def test_intervals_of_every_kind_hold_the_truth_at_their_rate():
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "coverage.py"))
     true = script["truth"](100_000)

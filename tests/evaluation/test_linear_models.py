@@ -75,6 +75,7 @@ def test_linear_ranker_is_the_same_on_sparse_features():
     np.testing.assert_allclose(linear_ranker(csr_matrix(dense), groups, objective()), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["list", "bradley-terry", "margin"])
 def test_feature_ranker_learns_with_each_loss_whatever_the_units(loss):
     groups, features = click_log()
@@ -216,6 +217,7 @@ def test_feature_classifier_chooses_strong_regularisation_on_noise():
     assert np.abs(scores - scores.mean(axis=0)).max() < 1  # a free fit to noise gives tens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [SINGLE, MULTI])
 def test_baselines_repeat_themselves(task):
     texts, given = labelled(60)
@@ -259,6 +261,7 @@ def test_a_label_never_seen_in_training_is_least_likely_but_not_impossible():
     assert 0 < SINGLE.probabilities(scores)[0, 2] < 0.1
 
 
+@pytest.mark.slow
 def test_the_click_likelihood_recovers_more_of_the_truth_than_hard_pairs():
     """Same few clicks, same features, over seeds; benchmarks/simulated_clicks.py has the figures."""
     recovered = {"list": [], "bradley-terry": []}

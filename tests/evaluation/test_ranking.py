@@ -169,6 +169,7 @@ def test_regret_from_the_posterior():
     assert 0 < value(by_clicks, "regret") < value(found, "regret")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shown", "between"), [(400, (0.70, 0.75)), (3000, (0.85, 0.89)), (300_000, (0.97, 1.0))])
 def test_ceiling_by_simulation(shown, between):
     """It is what the true log-odds score, which the metric never saw; so the truth has gone all of the way."""
@@ -203,6 +204,7 @@ def test_true_rates_of_equal_counts_are_equal():
     assert true_rates((*groups, group("bare", 2)))[-1] is None
 
 
+@pytest.mark.slow
 def test_constant_scorer_gets_chance():
     groups, scores = random_clicks()
     found = rank_metrics([np.zeros_like(s) for s in scores], groups)
@@ -286,6 +288,7 @@ def test_interval_is_over_groups_not_pairs():
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(100), rel=0.15)
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_at_its_nominal_rate():
     """Groups of random size whose rankers are right on a share of pairs drawn for each group; the truth is 0.6."""
     rng, runs, covered = np.random.default_rng(1), 120, 0

@@ -41,6 +41,7 @@ def test_copies_of_a_text_are_one():
     assert mcnemar(np.tile(a, 5), np.tile(b, 5)) < 1e-6  # what counting them would claim
 
 
+@pytest.mark.slow
 def test_mcnemar_keeps_its_level():
     """Two classifiers that are equally good, right together or not: rejections at .05 come at most as often."""
     rng = np.random.default_rng(0)
@@ -95,6 +96,7 @@ def groups(n):
     ]
 
 
+@pytest.mark.slow
 def test_rankers_keep_the_level_about():
     rng, some = np.random.default_rng(2), groups(60)
     rejected = []

@@ -31,6 +31,7 @@ def compare(*args, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tmp_path):
     """Each at its own, baselines too: the difference is that of the two figures that are shown."""
     data, out = write(tmp_path / "data.jsonl", several(120)), tmp_path / "table"
@@ -43,6 +44,7 @@ def test_several_labels_are_tested_at_the_thresholds_of_the_table(tiny_model, tm
     assert any(t != 0.5 for row in others for t in row["calibration"]["thresholds"])
 
 
+@pytest.mark.slow
 def test_the_table_of_the_original_project_with_tiny_models_in_place(tiny_model, tmp_path):
     """The recipe n24news with tiny models in place of the hub's."""
     recipe_text = find_recipe("n24news").read_text(encoding="utf-8")
@@ -99,6 +101,7 @@ def _weights(folder):
     return {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith("bert.")}
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", labelled(60))
     flat = {"data": str(data), "model": str(tiny_model("qwen2")), "epochs": 1, "batch": 8, "save_steps": 1, "lr": 0.01,
@@ -120,6 +123,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny_model, tmp_path
     assert len(json.loads((tmp_path / "table" / "comparison.json").read_text())["rows"]) == 2
 
 
+@pytest.mark.slow
 def test_rankers_are_compared_by_pairs(tiny_model, tmp_path):
     data, out = write(tmp_path / "log.jsonl", clicked(30)), tmp_path / "table"
     columns = ["--group", "site,day", "--text", "headline", "--clicks", "clicks", "--impressions", "impressions"]
@@ -155,6 +159,7 @@ def test_dials_of_decoders_are_not_put_to_encoders_in_silence(tiny_model, tmp_pa
     assert probe.name.startswith("linear-probe:bert")
 
 
+@pytest.mark.slow
 def test_contenders_have_depths_of_their_own(tiny_model, tmp_path):
     """The same model whole, cut, and cut where a probe says: three rows of one table."""
     model, data, out = tiny_model("qwen2"), write(tmp_path / "data.jsonl", labelled(60)), tmp_path / "table"

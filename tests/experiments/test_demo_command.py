@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from click.testing import CliRunner
 
 from loracle.cli import main
 from loracle.training import probe
 
 
+@pytest.mark.slow
 def test_the_demo_trains_measures_and_uses_both(tmp_path, monkeypatch):
     monkeypatch.setattr(probe.subsample, "__defaults__", (256,))  # two cores, one thread: fewer texts will do
     done = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "demo"), "--max-steps", "2"])

@@ -75,6 +75,7 @@ def with_head(run, to, change):
     return to
 
 
+@pytest.mark.slow
 def test_classifiers(runs, tmp_path):
     a, b, data = runs["single-a"], runs["single-b"], runs["single"]
     said = loracle("diff", a, b, data, "-o", tmp_path / "rows.csv").stdout
@@ -105,6 +106,7 @@ def test_classifiers(runs, tmp_path):
     assert sum(c["fixed"] for c in summary["classes"]) == fixed
 
 
+@pytest.mark.slow
 def test_against_itself_nothing_changed(runs, tmp_path):
     done = loracle("diff", runs["single-b"], runs["single-b"], runs["single"], "-o", tmp_path / "rows.jsonl")
     assert "p = 1 (McNemar, exact): no significant difference" in done.stdout
@@ -112,6 +114,7 @@ def test_against_itself_nothing_changed(runs, tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_labels_in_another_order_are_the_same_labels(runs, tmp_path):
     """A trap for whoever compares columns and not names: head and names turned together change nothing."""
     turned = with_head(runs["single-b"], tmp_path / "turned", lambda w: w[[2, 0, 1]])
@@ -125,6 +128,7 @@ def test_labels_in_another_order_are_the_same_labels(runs, tmp_path):
     assert summary["metrics_b"]["log_loss"]["value"] == pytest.approx(summary["metrics_a"]["log_loss"]["value"])
 
 
+@pytest.mark.slow
 def test_rows_without_labels_show_what_changed_and_no_more(runs, tmp_path):
     new = write(
         tmp_path / "new.csv",
@@ -139,6 +143,7 @@ def test_rows_without_labels_show_what_changed_and_no_more(runs, tmp_path):
     assert changed[0].keys() == {"row", "change", "a", "b", "p_a", "p_b", "text"}
 
 
+@pytest.mark.slow
 def test_several_labels_by_their_own_thresholds(runs, tmp_path):
     summary = json.loads(loracle("diff", runs["multi-a"], runs["multi-b"], runs["multi"], "--json").stdout)
     rows = several()
@@ -150,6 +155,7 @@ def test_several_labels_by_their_own_thresholds(runs, tmp_path):
     assert "map" in loracle("diff", runs["multi-a"], runs["multi-b"], runs["multi"]).stdout
 
 
+@pytest.mark.slow
 def test_rankers(runs, tmp_path):
     a, b = runs["grades-a"], runs["grades-b"]
     done = loracle("diff", a, b, runs["grades"], "-o", tmp_path / "groups.jsonl")

@@ -96,6 +96,7 @@ def test_a_log_gives_its_own_process_back():
     assert found.spread == pytest.approx(true.spread, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_simulated_log_tells_what_the_report_says_of_the_log():
     groups = mixed()
     found = power.simulate(*power.of_log(groups, PlanConfig()))
@@ -115,6 +116,7 @@ def test_a_log_is_drawn_again_as_it_is():
         assert expit(drawn[n][0]).mean() == pytest.approx(rate * np.exp(0.3**2 / 2), rel=0.1)
 
 
+@pytest.mark.slow
 def test_more_impressions_are_more_of_each_design():
     curve = power.plan(*power.of_log(mixed(), PlanConfig()))["impressions"]
     assert [p.shown for p in curve] == [125, 250, 500, 1000, 2000]  # the median title is one of 8
@@ -184,6 +186,7 @@ def test_a_log_is_said_to_be_one_of_medians():
     assert said.startswith("400 tests of median 2 titles, median 500 impressions each, median click rate ")
 
 
+@pytest.mark.slow
 def test_a_log_brings_its_numbers_and_a_learning_curve(tmp_path):
     rows = [
         {"test_id": g.group, "headline": t, "clicks": c, "impressions": n}

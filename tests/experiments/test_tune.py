@@ -33,6 +33,7 @@ def config_of(folder, model, **more):
     return RunConfig.from_flat(flat | more)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     data, out = write(tmp_path / "data.csv", labelled(60)), tmp_path / "tune"
     seen, validate = [], training_fit.validate
@@ -73,6 +74,7 @@ def test_a_recipe_is_found_and_trains(tiny_model, tmp_path, monkeypatch):
     assert not (out / "trial").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monkeypatch):
     config, fit_model, rates = config_of(tmp_path, tiny_model("qwen2")), tune.fit_model, []
 
@@ -91,6 +93,7 @@ def test_an_interrupted_search_trains_the_trial_again(tiny_model, tmp_path, monk
     assert rates[:4] == pytest.approx([0.0003, 0.003, 0.03, 0.003])  # those that wait go before it
 
 
+@pytest.mark.slow
 def test_poor_trials_are_stopped_and_broken_ones_are_said(tiny_model, tmp_path, monkeypatch):
     """By looks as scripted: the fourth trial is below the others' median at its first look, the fifth diverges."""
     script = iter([0.5, 0.6, 0.6, 0.7, 0.7, 0.8, 0.1, np.nan, 0.9, 0.9])
@@ -129,6 +132,7 @@ def test_what_is_searched_depends_on_what_is_trained(tiny_model, tmp_path):
     assert trials("qwen2", depth="auto").config.model.depth in (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_the_lower_states_are_read_from_the_cache(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / "cache"))
     tune.run(config_of(tmp_path, tiny_model("qwen2"), adapt_top=1), TuneConfig(trials=2), log=lambda line: None)

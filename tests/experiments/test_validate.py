@@ -30,6 +30,7 @@ def predictions(folder):
         return list(csv.DictReader(f))
 
 
+@pytest.mark.slow
 def test_every_text_is_held_out_once_and_all_are_measured_together(tiny_model, tmp_path):
     rows = [*labelled(60), *labelled(6)]  # six texts twice
     data, out = write(tmp_path / "data.csv", rows), tmp_path / "folds"
@@ -55,6 +56,7 @@ def test_every_text_is_held_out_once_and_all_are_measured_together(tiny_model, t
     assert validate(*flags, "--r", "4").stdout.count("finished before") == 0  # other settings are other runs
 
 
+@pytest.mark.slow
 def test_several_labels_are_pooled_at_the_thresholds_of_their_folds(tiny_model, tmp_path):
     data, out = write(tmp_path / "data.jsonl", several(90)), tmp_path / "folds"
     validate(data, "--model", tiny_model("qwen2"), *FAST, "--folds", "3", "-o", out)
@@ -66,6 +68,7 @@ def test_several_labels_are_pooled_at_the_thresholds_of_their_folds(tiny_model, 
     assert found["pooled"]["subset_accuracy"]["value"] == pytest.approx(np.mean([a == b for a, b in sets]))
 
 
+@pytest.mark.slow
 def test_a_rankers_groups_are_held_out_once(tiny_model, tmp_path):
     data, out = write(tmp_path / "log.jsonl", clicked(24)), tmp_path / "folds"
     validate(data, *CLICKS, "--model", tiny_model("qwen2"), *FAST, "--folds", "2", "-o", out)
@@ -74,6 +77,7 @@ def test_a_rankers_groups_are_held_out_once(tiny_model, tmp_path):
     assert found["metric"] == "pair_accuracy"
 
 
+@pytest.mark.slow
 def test_seeds_share_the_split_and_nothing_else(tiny_model, tmp_path):
     data, out = write(tmp_path / "data.csv", labelled(60)), tmp_path / "seeds"
     said = validate(data, "--model", tiny_model("qwen2"), *FAST, "--seeds", "2", "--seed", "5", "-o", out).stdout
@@ -97,6 +101,7 @@ def test_seeds_share_the_split_and_nothing_else(tiny_model, tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == adapters[0]
 
 
+@pytest.mark.slow
 def test_several_labels_a_text_go_the_same_way(tiny_model, tmp_path):
     data, out = write(tmp_path / "data.jsonl", several(40)), tmp_path / "folds"
     validate(data, "--model", tiny_model("qwen2"), *FAST, "--max-steps", "1", "--folds", "2", "-o", out)

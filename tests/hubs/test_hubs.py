@@ -22,6 +22,7 @@ from loracle.errors import UserError
 from loracle.hubs import wheel
 
 
+@pytest.mark.slow
 def test_hf_model_without_code_pinned_by_commit(hubs):
     folder, revision = hubs.download("tiny/qwen")
     assert sorted(p.name for p in folder.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
@@ -30,6 +31,7 @@ def test_hf_model_without_code_pinned_by_commit(hubs):
     assert "broke off" in hubs.log  # and still the weights came whole
 
 
+@pytest.mark.slow
 def test_hf_resumes_half_a_file(hubs):
     folder, _ = hubs.download("tiny/large")
     assert (folder / "model.safetensors").read_bytes() == LARGE
@@ -37,6 +39,7 @@ def test_hf_resumes_half_a_file(hubs):
     assert int(went_on.split()[-1]) >= 10_000_000  # the pieces that came are not fetched again
 
 
+@pytest.mark.slow
 def test_hf_revision_and_offline_copy(hubs):
     folder, revision = hubs.download("hf:tiny/qwen", revision="v1")
     assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", SHA["v1"])
@@ -47,11 +50,13 @@ def test_hf_revision_and_offline_copy(hubs):
     assert has_facts(hubs.refusal("hf:tiny/qwen", HF_HUB_OFFLINE="1"), "hf:tiny/qwen", "HF_HUB_OFFLINE=0")
 
 
+@pytest.mark.slow
 def test_hf_token_is_sent(hubs):
     assert hubs.download("tiny/private", HF_TOKEN="secret")[1] == SHA["main"]
     assert "Check its spelling, or set HF_TOKEN." in hubs.refusal("tiny/private", revision="v1", HF_TOKEN="wrong")
 
 
+@pytest.mark.slow
 def test_hf_missing_gated_and_pickled_raise(hubs):
     assert has_facts(hubs.refusal("tiny/none"), "model hf:tiny/none", hubs.url, "private", "HF_TOKEN")
     assert has_facts(hubs.refusal("tiny/gated"), "hf:tiny/gated", "gated", f"{hubs.url}/tiny/gated", "HF_TOKEN")
@@ -61,12 +66,14 @@ def test_hf_missing_gated_and_pickled_raise(hubs):
     assert has_facts(refusal, "http://127.0.0.1:9", "hf:tiny/qwen", "111", "HF_ENDPOINT")
 
 
+@pytest.mark.slow
 def test_hf_dataset_without_code(hubs):
     folder, _ = hubs.download("hf:tiny/news", "dataset")
     assert [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()] == ["data/train.csv"]
     assert has_facts(hubs.refusal("hf:tiny/code", "dataset"), "hf:tiny/code", "CSV")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["hf:", "modelscope:"])
 def test_hub_ids_train_and_predict(hubs, tiny_model, tmp_path, monkeypatch, where):
     """The whole way from two ids to a scored file, the second part offline."""
@@ -98,6 +105,7 @@ def test_hub_ids_train_and_predict(hubs, tiny_model, tmp_path, monkeypatch, wher
     assert done.stdout.splitlines()[1].startswith(f"good day,{label},")
 
 
+@pytest.mark.slow
 def test_modelscope_model_and_data(hubs):
     pytest.importorskip("modelscope")
     folder, revision = hubs.download("modelscope:tiny/qwen")
@@ -112,6 +120,7 @@ def test_modelscope_model_and_data(hubs):
     assert (data / "data" / "train.csv").is_file()
 
 
+@pytest.mark.slow
 def test_modelscope_resumes_with_token_and_revision(hubs):
     pytest.importorskip("modelscope")
     token = {"MODELSCOPE_API_TOKEN": "secret"}
@@ -122,6 +131,7 @@ def test_modelscope_resumes_with_token_and_revision(hubs):
     assert (json.loads((folder / "config.json").read_text())["word"], revision) == ("old", "v1")
 
 
+@pytest.mark.slow
 def test_modelscope_without_a_network(hubs):
     pytest.importorskip("modelscope")
     folder, _ = hubs.download("modelscope:tiny/qwen")
@@ -243,6 +253,7 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_wheel_member_is_fetched_once(index, tmp_path):
     sha256 = hashlib.sha256(b"alpha").hexdigest()
     path = hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
@@ -253,6 +264,7 @@ def test_wheel_member_is_fetched_once(index, tmp_path):
     assert [p.name for p in path.parent.iterdir() if not p.name.endswith(".lock")] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_wheel_member_is_fetched_again_when_damaged(index):
     sha256 = hashlib.sha256(b"alpha").hexdigest()
     path = hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/a.txt", sha256)
@@ -265,12 +277,14 @@ def test_wheel_folder(index):
     assert (folder / "b.txt").read_text() + (folder / "deep" / "c.txt").read_text() == "betagamma"
 
 
+@pytest.mark.slow
 def test_wheel_member_by_four_threads(index):
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(hubs.fetch_wheel_member, "loracle-test-wheel==1.0", "pkg/a.txt") for _ in range(4)]
         assert {task.result().read_text() for task in asked} == {"alpha"}
 
 
+@pytest.mark.slow
 def test_unusable_wheels_raise(index, tmp_path):
     with pytest.raises(UserError, match=facts("1.0")):
         hubs.fetch_wheel_member("loracle-test-wheel==1.0", "pkg/none")

@@ -192,6 +192,7 @@ def each_alone(made: Scorer, texts):
     made.inner.set_attn_implementation(interface.NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["instruction and contexts", "long behind an instruction"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_packed_gradients_equal_gradients_alone(tiny_model, kind, shape):
@@ -306,6 +307,7 @@ def test_other_architectures_are_padded_and_exact(tiny_model, kind):
 HEADLINES = ["Markets fall as banks report losses", "A fox, and a dog", "你好 🙂", "Rates up", "Who won? " * 12]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_embedded_model_is_exact(demo_folder, record_property):
     """Float32 to 1e-4; in bfloat16 labels agree wherever the margin exceeds the measured noise."""
@@ -339,6 +341,7 @@ def test_embedded_model_is_exact(demo_folder, record_property):
     assert torch.equal(low.argmax(1)[sure], packed.argmax(1)[sure])
 
 
+@pytest.mark.slow
 def test_embedded_model_gradients_are_exact(demo_folder):
     """Adapters and head, two texts behind an instruction: packed and shared as alone through transformers' attention."""
     template = "Sort this headline by the topic of its article, please.\n{text}"

@@ -32,6 +32,7 @@ def started(config, data):
     return scorer, encoder
 
 
+@pytest.mark.slow
 def test_names_separate_topics_without_training(demo_folder):
     """Accuracy of five topics, chance 20 %; a head that was drawn is at chance."""
     headlines = bbc_headlines()[::18]  # sorted by topic, so that all five are there
@@ -52,6 +53,7 @@ def test_names_separate_topics_without_training(demo_folder):
     assert 0.3 < (spread - spread.mean(1, keepdims=True)).std() < 3
 
 
+@pytest.mark.slow
 def test_head_ignores_the_mean_text(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     folder = tiny_model("qwen2")
@@ -74,6 +76,7 @@ def _state(folder, encoder, text):
         return AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state[:, -1].double().numpy()
 
 
+@pytest.mark.slow
 def test_head_from_names_reloads_unchanged(tiny_model, tmp_path):
     data, run = write(tmp_path / "data.csv", labelled()), tmp_path / "run"
     flags = ["--model", tiny_model("qwen2"), "--head-init", "names", "--max-steps", "1", "--lr", "1e-9", "-o", run]

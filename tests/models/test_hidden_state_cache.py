@@ -288,6 +288,7 @@ def _write(start):
         mine.put({i.to_bytes(16, "little"): rows(i % 5 + 1, i % 256)})
 
 
+@pytest.mark.slow
 def test_processes_write_at_once():
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_write, args=(start,)) for start in (0, 50)]

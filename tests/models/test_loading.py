@@ -295,6 +295,7 @@ def test_demo_model_loads(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_demo_model_knows_the_capital_of_france():
     """Weights, tokenizer and rotary layout fit each other; a permuted head would babble."""
     folder = gguf_reading.demo_model_folder()
@@ -382,6 +383,7 @@ def test_unusable_gguf_files_raise(tmp_path, cache):
     assert not [p for p in (cache / "models").iterdir() if not p.name.endswith(".lock")]
 
 
+@pytest.mark.slow
 def test_two_processes_convert_one_file(tmp_path, cache):
     path = write_gguf(tmp_path / "tiny.gguf")
     script = f"from loracle.models import loading as b; print(b.resolve_base({str(path)!r}).folder)"

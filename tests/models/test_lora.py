@@ -45,6 +45,7 @@ def close(found, wanted, tolerance=1e-5):
     torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("labels", [3, 24])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "gemma3_text"])

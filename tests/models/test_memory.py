@@ -96,6 +96,7 @@ def test_other_runtime_errors_are_raised(tiny_model):
         scoring.in_micro_batches(scorer(tiny_model("qwen2")), broken, TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_cpu_allocator_error_is_recognised():
     code = (

@@ -34,6 +34,7 @@ def run(tiny_model, tmp_path_factory):
     return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_four_bit_run_learns_and_reloads(run):
     predictor = Predictor(run)
     assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]

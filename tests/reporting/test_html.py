@@ -80,6 +80,7 @@ class Elements(HTMLParser):
         self.ids += [value for name, value in attrs if name == "id"]
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts_and_nothing_is_fetched(page):
     elements = Elements()
     elements.feed(page)

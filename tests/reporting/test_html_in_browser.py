@@ -28,6 +28,7 @@ def runs(model, folder, kind):
     return pipeline.train(RunConfig.from_flat(flat), log=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels", "several", "clicks"])
 def test_the_report_looks_right(browser, tiny_model, tmp_path, kind):
     page = runs(tiny_model("qwen2"), tmp_path, kind) / "report.html"

@@ -58,6 +58,7 @@ def interrupted(labelled_run, data, out, row=40):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_all_output_formats_agree(labelled_run, tmp_path):
     data, tables = write(tmp_path / "new.csv", ROWS), {}
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
@@ -81,6 +82,7 @@ def test_all_output_formats_agree(labelled_run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.csv", *sorted(f"out.{s}" for s in tables)]
 
 
+@pytest.mark.slow
 def test_glob_pattern_reads_files_in_order_of_names(labelled_run, tmp_path, unbroken):
     (tmp_path / "in").mkdir()
     for name, rows in (("b.csv", ROWS[30:]), ("a.csv", ROWS[:30])):

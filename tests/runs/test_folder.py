@@ -44,6 +44,7 @@ def refusal(function, *args) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_everything_is_there_and_in_the_manifest(trained):
     assert {p.name for p in trained.iterdir()} == {*FILES, "manifest.json", "tensorboard"}
     assert sorted(json.loads((trained / "manifest.json").read_text())) == sorted(FILES)

@@ -57,6 +57,7 @@ def files_with_secrets(folder):
     return {p.name for p in folder.rglob("*") if p.is_file() and any(s in p.read_bytes() for s in spellings)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROWS)
 def test_run_folder_holds_no_texts(train, tmp_path, kind):
     run = train(kind, False)
@@ -72,6 +73,7 @@ def test_run_folder_holds_no_texts(train, tmp_path, kind):
     assert files_with_secrets(out) == set()
 
 
+@pytest.mark.slow
 def test_int8_export_without_texts_reports_no_agreement(train, tmp_path):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     run = train("rank", False)
@@ -82,5 +84,6 @@ def test_int8_export_without_texts_reports_no_agreement(train, tmp_path):
     np.testing.assert_allclose(a, b, atol=0.1 * np.abs(a).max())
 
 
+@pytest.mark.slow
 def test_runs_keep_texts_by_default(train):
     assert files_with_secrets(train("single", True)) == {"predictions.csv", "report.html", "report.json"}

@@ -50,6 +50,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", OTHERS)
 def test_every_kind_of_run_reloads(base, tmp_path, how):
     """``pipeline.reproduce`` compares scores within 1e-6, and raises; here the folder is opened once more."""
@@ -59,10 +60,12 @@ def test_every_kind_of_run_reloads(base, tmp_path, how):
     np.testing.assert_allclose(proba.sum(1), 1)
 
 
+@pytest.mark.slow
 def test_an_encoder_with_every_weight_trained_reloads(tiny_model, tmp_path):
     assert Predictor(learn(tmp_path, tiny_model("bert"), labelled(), full=True)).scores(TEXTS).shape == (4, 3)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_scores(classifier):
     script = "import json, sys; from loracle.runs.predictor import Predictor; print(json.dumps(" \
         "Predictor(sys.argv[1]).scores(json.loads(sys.argv[2])).tolist()))"  # fmt: skip
@@ -78,6 +81,7 @@ def test_names_follow_probabilities(classifier):
     assert predictor.predict(["good number 3", "bad number 4", "so number 5"]) == ["pos", "neg", "mid"]
 
 
+@pytest.mark.slow
 def test_several_labels_are_those_above_their_stored_thresholds(base, tmp_path):
     folder = learn(tmp_path, base, several(), lr=1e-3)
     predictor = Predictor(folder)
@@ -96,12 +100,14 @@ def test_probabilities_are_those_of_scores_at_the_stored_temperature(classifier)
     np.testing.assert_allclose(predictor.predict_proba(TEXTS), powers / powers.sum(1, keepdims=True), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_ranker_ranks_best_first(ranker):
     ranked = Predictor(ranker).rank(["bad title 1", "good title 2", "bad title 3"])
     assert ranked[0].text == "good title 2"
     assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
 
 
+@pytest.mark.slow
 def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
     monkeypatch.setattr("loracle.runs.predictor.WINDOW", 5)
     groups = [
@@ -118,6 +124,7 @@ def test_groups_are_ranked_as_each_alone(ranker, monkeypatch):
         assert [r.score for r in ranked] == pytest.approx([r.score for r in alone], abs=1e-2)  # bfloat16
 
 
+@pytest.mark.slow
 def test_threads_may_share_a_predictor(base, tmp_path):
     predictor = Predictor(learn(tmp_path, base, labelled(), dtype="float32"))
     asked = [

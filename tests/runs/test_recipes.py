@@ -105,6 +105,7 @@ def test_flags_win_over_file_over_defaults(tmp_path):
         read_recipe(tmp_path / "nowhere.toml")
 
 
+@pytest.mark.slow
 def test_run_toml_and_written_recipes_are_recipes(tiny_model, tmp_path):
     data = write(tmp_path / "data.jsonl", labelled())
     flat = QUICK | {"data": str(data), "model": str(tiny_model("qwen2")), "out": str(tmp_path / "run"), "max_steps": 1}

@@ -58,6 +58,7 @@ def cli(hubs, *commands, code=0, **env):
 TOKEN = {"hf": {"HF_TOKEN": "secret"}, "modelscope": {"MODELSCOPE_API_TOKEN": "secret"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["hf", "modelscope"])
 def test_push_and_pull_round_trip(hubs, run, tmp_path, where):
     if where == "modelscope":
@@ -108,6 +109,7 @@ def test_push_and_pull_round_trip(hubs, run, tmp_path, where):
     assert (tmp_path / "again" / "run.toml").read_bytes() == (back / "run.toml").read_bytes()
 
 
+@pytest.mark.slow
 def test_pulled_run_needs_the_base_and_a_free_folder(hubs, run, tmp_path):
     back = tmp_path / "back"
     push = ["push", run, "hf:me/topics"]
@@ -130,6 +132,7 @@ def test_pulled_run_needs_the_base_and_a_free_folder(hubs, run, tmp_path):
     assert "public" in public
 
 
+@pytest.mark.slow
 def test_changed_or_foreign_files_leave_nothing(hubs, run, tmp_path, monkeypatch):
     cli(hubs, ["push", run, "hf:me/topics"], HF_TOKEN="secret")
     (good,) = (files for files in hubs.pushed["models/me/topics"]["commits"].values() if files)

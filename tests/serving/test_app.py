@@ -28,6 +28,7 @@ from loracle.serving.server import load
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["moods", "several"])
 def test_classify_equals_predictor(client, folder, run):
     alone = Predictor(folder / run)
@@ -71,6 +72,7 @@ def test_score_equals_raw_scores_of_any_run(client, folder, run):
     assert answer["labels"] == list(alone.task.label_names)
 
 
+@pytest.mark.slow
 def test_concurrent_clients_get_same_scores_as_alone(folder):
     """Sixteen clients send short, long and shared texts to all runs.
 
@@ -135,6 +137,7 @@ def test_runs_of_one_base_share_weights(predictors, folder, tiny_model):
 OTHER_RUNS = {"chunks": ("qwen2", {"long": "chunk", "max_length": 16}), "encoder": ("bert", {"full": True})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_RUNS)
 def test_chunked_and_encoder_runs_equal_predictor(tiny_model, tmp_path, name):
     base, more = OTHER_RUNS[name]
@@ -258,6 +261,7 @@ def test_metrics_count_requests_texts_and_labels(predictors):
     assert "good day" not in page
 
 
+@pytest.mark.slow
 def test_drift_exceeds_limit_only_for_other_texts(predictors, monkeypatch):
     """Serve the texts of the reference again, then other texts."""
     usual = [f"{word} number {i}" + " and more" * (i % 4) for i in range(40) for word in ("good", "bad", "so")]
@@ -327,6 +331,7 @@ def test_openapi_examples_work_and_errors_are_listed(client):
                 assert client.post(path, json=body).status_code == 200, path
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.parametrize("run", ["moods", "clicks"])
 def test_generated_requests_never_cause_server_errors(predictors, run, record_property):

@@ -21,6 +21,7 @@ from loracle.serving import app
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "facts"),
     [
@@ -44,6 +45,7 @@ def test_invalid_request_is_rejected_without_echo(one, caplog, body, facts):
     assert "secret" not in answer.text + caplog.text
 
 
+@pytest.mark.slow
 def test_missing_context_is_rejected_if_template_needs_it(tiny_model, tmp_path):
     rows = [{"prompt": f"article {i // 2}", **row} for i, row in enumerate(pairs())]
     config = QUICK | {"data": str(write(tmp_path / "a.jsonl", rows)), "model": str(tiny_model("qwen2"))}
@@ -148,6 +150,7 @@ def test_deadline_answers_503_and_frees_the_slot(one, monkeypatch):
         assert client.get("/readyz").json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_encoding_long_text_does_not_block_event_loop(one, monkeypatch):
     """Also after its request timed out, as the tokenizer goes on."""
     free, in_thread, encode_texts = threading.Event(), [], one["moods"].encode

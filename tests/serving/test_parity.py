@@ -141,6 +141,7 @@ def http_values(client, predictor, texts, *, vllm):
     return np.array([list(r["probabilities"].values()) for r in results])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", TEXTS)
 @pytest.mark.parametrize("path", TOLERANCES)
 @pytest.mark.parametrize("head", HEADS)

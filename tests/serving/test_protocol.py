@@ -71,6 +71,7 @@ def test_endless_head_closes_the_connection(address, first, again):
     assert httpx2.post(address, content=b"abc").text == "      3"
 
 
+@pytest.mark.slow
 def test_large_bodies_and_heads_within_bounds_pass(address):
     headers = {f"X-Filler-{i}": "a" * 4000 for i in range(15)}
     assert httpx2.post(address, content=b"a" * 900_000, headers=headers).text == " 900000"
@@ -92,6 +93,7 @@ def test_slow_head_gets_408(monkeypatch, first):
         assert httpx2.post(address, content=b"abc").text == "      3"
 
 
+@pytest.mark.slow
 def test_head_timeout_does_not_cut_slow_answers(monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
 

@@ -84,6 +84,7 @@ def test_simultaneous_requests_share_a_micro_batch(monkeypatch):
     assert len(model.batches) == 1
 
 
+@pytest.mark.slow
 def test_cancelling_while_gathering_keeps_worker_alive(monkeypatch):
     monkeypatch.setattr("loracle.serving.queue.QUIET_SECONDS", 0.2)
     monkeypatch.setattr("loracle.serving.queue.MAX_GATHER_SECONDS", 10.0)

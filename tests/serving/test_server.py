@@ -34,6 +34,7 @@ def run(tiny_model, tmp_path_factory):
     return pipeline.train(RunConfig.from_flat(config), log=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_process_survives_broken_requests_and_drains_at_sigterm(run):
     command = [sys.executable, "-m", "loracle", "serve", str(run), "--port", "0", "--tokens-per-micro-batch", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -106,12 +106,14 @@ def test_chat_template(tiny_tokenizer, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_embedded_model(demo_folder, tmp_path):
     from loracle.models.loading import load_tokenizer
 
     assert_one_template(install_template(load_tokenizer(demo_folder), CUE, MAX_LENGTH), tmp_path)
 
 
+@pytest.mark.slow
 def test_qwens_own_vocabulary(tmp_path):
     tokenizer = install_template(qwen25(), None, MAX_LENGTH)
     assert tokenizer.decode(tokenizer("你好 world").input_ids) == "你好 world\n"

@@ -67,6 +67,7 @@ def assert_same(one, two, weights):
         np.testing.assert_allclose(actual[name], value, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged", "ranker", "resumed"])
 def test_two_processes_equal_one(roots, name):
     one, two = (root / name for root in roots)
@@ -123,6 +124,7 @@ def test_main_process_decides_when_to_stop(roots):
     assert [r["validation_metric"] for r in validations] == [0.5, 0.4, 0.3]
 
 
+@pytest.mark.slow
 def test_error_ends_all_processes_and_is_printed_once(tmp_path):
     data = write(tmp_path / "data.csv", labelled())
     (tmp_path / "taken").mkdir()

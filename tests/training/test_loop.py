@@ -191,12 +191,14 @@ def test_weight_two_equals_a_repeated_row():
         torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_micro_batch_size(tmp_path):
     runs = [run(tmp_path / str(m), new_scorer(), tokens_per_micro_batch=m, lr=0.01) for m in (1, 10**6)]
     for name, weight in runs[0][1].items():
         torch.testing.assert_close(weight, runs[1][1][name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_a_step_halves_micro_batches(tmp_path, monkeypatch):
     """Memory runs out in the backward pass of the second micro-batch, after the first has left gradients."""
     monkeypatch.setattr(batches, "MIN_TOKENS_PER_MICRO_BATCH", 2)
@@ -287,6 +289,7 @@ def test_loss_trace_equals_the_golden_one(tmp_path):
     assert losses_of(tmp_path) == pytest.approx(GOLDEN, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(tmp_path):
     run(tmp_path, new_scorer(), epochs=12, lr=0.05)
     assert np.mean(losses_of(tmp_path)[-4:]) < 0.4 * np.mean(losses_of(tmp_path)[:4])
@@ -365,6 +368,7 @@ def cut_at(step: int):
     return encode_until
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 7], ids=lambda s: f"before step {s + 1} of 8")
 @pytest.mark.parametrize("save_steps", [1, 3])
 def test_resumed_run_is_bitwise_equal(tmp_path, step, save_steps):
@@ -377,6 +381,7 @@ def test_resumed_run_is_bitwise_equal(tmp_path, step, save_steps):
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_bitwise_comparison_detects_differences(tmp_path):
     _, one = run(tmp_path / "one")
     _, other_seed = run(tmp_path / "seed", seed=1)
@@ -385,6 +390,7 @@ def test_bitwise_comparison_detects_differences(tmp_path):
     assert not same(one, no_dropout)
 
 
+@pytest.mark.slow
 def test_many_interruptions_give_the_same_result(tmp_path):
     _, expected = run(tmp_path / "whole")
     for _ in range(7):
@@ -400,6 +406,7 @@ def test_finished_run_takes_no_step(tmp_path):
     assert result.examples == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 13])
 def test_resume_keeps_patience_and_best_weights(tmp_path, step):
     metrics = [(m, 1.0) for m in (0.5, 0.6, 0.6, 0.4, 0.9)]
@@ -412,6 +419,7 @@ def test_resume_keeps_patience_and_best_weights(tmp_path, step):
     assert same(state, expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_after_the_step(tmp_path):
     before = signal.getsignal(signal.SIGINT)  # SIG_IGN when a shell runs the tests in the background
     _, expected = run(tmp_path / "whole")

@@ -63,6 +63,7 @@ def train(config):
     return pipeline.train(config, log=lambda line: None, quiet=True)
 
 
+@pytest.mark.slow
 def test_service_gets_the_records_of_the_log(tiny_model, tmp_path, wandb):
     run = train(config_of(tmp_path, tiny_model("qwen2")))
     assert wandb.begun == [{"project": "loracle", "name": "run"}]
@@ -92,6 +93,7 @@ def test_error_of_the_service_is_one_line(tiny_model, tmp_path, wandb):
     assert "more of it" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_no_tracking_without_the_flag(tiny_model, tmp_path, wandb):
     train(config_of(tmp_path, tiny_model("qwen2"), track=None))
     assert wandb.begun == wandb.run.logged == []

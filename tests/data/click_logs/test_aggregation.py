@@ -97,6 +97,7 @@ class TestFormats:
         if suffix not in (".csv", ".tsv"):  # whose line breaks in cells make the lines run ahead
             assert found.items == summed(rows, first)
 
+    @pytest.mark.slow
     def test_rows_are_lines_of_a_plain_csv(self, tmp_path: Path) -> None:
         rows = [row | {"title": row["title"].replace("\n", " ")} for row in events()]
         assert read(write(tmp_path / "log.csv", rows), compare_within="image").items == summed(rows, 2)
@@ -283,6 +284,7 @@ print(sum(sum(g.impressions) for g in found.items), int(re.search(r"VmHWM:\\s+(\
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory was held at most")
 @pytest.mark.parametrize(("suffix", "few", "many"), [(".csv", 2_000_000, 5_000_000), (".parquet", 500_000, 2_500_000)])
 def test_memory_does_not_grow_with_the_log(tmp_path: Path, suffix: str, few: int, many: int) -> None:

@@ -62,6 +62,7 @@ def test_too_few_impressions_are_not_tested() -> None:
     assert of([Arms(group="a", row=2, clicks=(0, 0), impressions=(0, 20))]).adaptivity == 0
 
 
+@pytest.mark.slow
 def test_random_logs_pass() -> None:
     """A thousand groups each: one in a thousand fails, and z is standard normal."""
     found = [of([dealt(np.random.default_rng([seed, i]), str(i)) for i in range(300)]) for seed in range(20)]
@@ -227,6 +228,7 @@ def test_check_says_it_of_single_impressions(tmp_path: Path) -> None:
     assert said["periods"] == [{"start": "2014-01-01", "end": "2014-01-09", "groups": 9, "failing": 9}]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not UPWORTHY.exists(), reason=f"no {UPWORTHY}")
 def test_the_doubted_weeks_of_upworthy_are_rediscovered() -> None:
     """Its authors doubt the randomisation from June 25, 2013 to January 10, 2014 (update of June 2024).

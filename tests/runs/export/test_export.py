@@ -46,6 +46,7 @@ def trained(tiny_model, tmp_path_factory):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["llama", "gemma3_text", "bert", "roberta"])
 def test_every_family_exports_to_transformers(trained, tmp_path, base):
     more = {"full": True} if base in ("bert", "roberta") else {}
@@ -60,6 +61,7 @@ def behind(kind, **more):
     return [{**row, "context": f"Brief {i}" if i % 2 else f"Money {i} " * 20} for i, row in enumerate(KINDS[kind]())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "rank"])
 @pytest.mark.parametrize("template", [None, "About {context}: {text}"], ids=["no template", "template"])
 def test_exports_are_compared_with_contexts(tiny_model, tmp_path, monkeypatch, kind, template):
@@ -90,6 +92,7 @@ def test_exports_are_compared_with_contexts(tiny_model, tmp_path, monkeypatch, k
         assert "of the pairs of titles" in lines[0]
 
 
+@pytest.mark.slow
 def test_differing_export_raises_and_leaves_nothing(trained, tmp_path, monkeypatch):
     merged = build.load_merged
 
@@ -104,6 +107,7 @@ def test_differing_export_raises_and_leaves_nothing(trained, tmp_path, monkeypat
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.slow
 def test_export_of_a_chunking_run_notes_that_texts_are_cut(trained, tmp_path):
     lines = []
     export(trained("single", long="chunk"), tmp_path / "plain", "transformers", log=lines.append)
@@ -120,6 +124,7 @@ def test_allowed_rounding_is_that_of_the_run(trained, tmp_path, monkeypatch, rou
     assert [line.startswith("the run's scores to ") for line in lines[:1]] == [True] * (roundings > 0)
 
 
+@pytest.mark.slow
 def test_head_or_pooling_that_transformers_cannot_hold_raises(trained, tmp_path):
     for more, reason in (({"pooling": "mean"}, "mean pooling"), ({"head": "mlp"}, "an MLP head")):
         with pytest.raises(UserError, match=reason):
@@ -141,6 +146,7 @@ EIGHT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", EIGHT)
 def test_int8_scores_are_close_and_independent_of_the_batch(trained, tmp_path, how):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
@@ -164,6 +170,7 @@ def test_int8_scores_are_close_and_independent_of_the_batch(trained, tmp_path, h
         export(out, tmp_path / "again", "openvino")
 
 
+@pytest.mark.slow
 def test_tokenizer_that_transformers_rebuilds_raises(tiny_model, tmp_path):
     """transformers ignores the pre-tokenizer in tokenizer.json for every Qwen2; loracle trains with it."""
     base = shutil.copytree(tiny_model("qwen2"), tmp_path / "base")
@@ -225,6 +232,7 @@ def test_default_output_is_beside_the_run(trained, monkeypatch, named):
     assert done.output == f"export: {made[0]}\n"
 
 
+@pytest.mark.slow
 def test_int8_export_is_a_run_folder_for_predict(trained, tmp_path):
     pytest.importorskip("openvino", reason="the extra int8 is not installed")
     run, data = trained("single"), tmp_path / "new.csv"
