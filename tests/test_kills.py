@@ -80,6 +80,7 @@ def test_killed_predict_ends_in_the_same_bytes(labelled_run, tmp_path, suffix, r
     record_property("kills", dict(met))
 
 
+@pytest.mark.slow
 def test_checkpoint_is_complete_after_a_kill_while_saving(tmp_path, record_property):
     rng, folder, last, met = np.random.default_rng(KILLS), tmp_path / "checkpoints", 0, Counter()
     for _ in range(KILLS):

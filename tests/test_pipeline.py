@@ -133,6 +133,7 @@ def wait_for_step(run, step, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.repeated
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, KILLS))])
 def test_sigkill_at_a_random_moment_then_resume_is_bit_for_bit(tiny_model, tmp_path, unbroken, seed):

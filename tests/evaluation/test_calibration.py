@@ -203,6 +203,7 @@ def test_area_under_the_curve_agrees_with_scikit_learn_ties_included():
     )
 
 
+@pytest.mark.slow
 def test_interval_of_the_area_is_that_of_the_plain_bootstrap():
     rng = np.random.default_rng(8)
     several = rng.random((200, 1)) < 0.4

@@ -183,6 +183,7 @@ def test_rankers(runs, tmp_path):
     assert f"{picks} with another pick" in again.stdout
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_compared_get_one_clear_line(runs, tiny_model, tmp_path):
     error = loracle("diff", runs["single-a"], runs["grades-a"], runs["single"], code=2).stderr
     assert has_facts(error, str(runs["single-a"]), "one label a text", str(runs["grades-a"]), "ranking")

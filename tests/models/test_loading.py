@@ -91,6 +91,7 @@ def test_every_family_loads_silently(families, family, capfd):
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_head_names(families):
     heads = {family: loading.head_names(load(families[family])) for family in FAMILIES}
     decoders = dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gemma3_text"), ("score",))

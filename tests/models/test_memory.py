@@ -70,6 +70,7 @@ def test_sharded_model_raises_out_of_memory(tiny_model):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_failed_forward_frees_its_graph(tiny_model):
     """q has asked for what k and v read too, and then k fails: the graph below must not wait for them."""
     made = scorer(tiny_model("qwen2")).train()

@@ -42,6 +42,7 @@ def test_four_bit_run_learns_and_reloads(run):
     assert "Linear4bit" in kinds  # nothing was silently left in 16 bits
 
 
+@pytest.mark.slow
 def test_merge_of_four_bits_raises(run):
     with pytest.raises(UserError, match=facts("4", "--merge")):
         Predictor(run, merged=True)

@@ -95,6 +95,7 @@ def test_hostile_texts_stay_texts_and_nothing_is_fetched(page):
     assert not re.search(r"#0[1-4]0[1-4]0[1-4]", page)  # no stand-in colour is left
 
 
+@pytest.mark.slow
 def test_the_page_is_small_and_holds_the_figures_of_the_report(report, page):
     assert len(page.encode()) < 1_000_000
     first = re.search(r"<body>\s*<p class=\"verdict[^>]*>([^<]*)<", page)[1]

@@ -100,6 +100,7 @@ def test_glob_pattern_reads_files_in_order_of_names(labelled_run, tmp_path, unbr
     assert "no file" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_results_for_any_output_format(labelled_run, tmp_path, unbroken):
     data, lines = write(tmp_path / "new.csv", ROWS), []
     interrupted(labelled_run, data, tmp_path / "out.csv")

@@ -51,6 +51,7 @@ def test_everything_is_there_and_in_the_manifest(trained):
     verify(trained)
 
 
+@pytest.mark.slow
 def test_metrics_hold_speed_and_accuracy(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["train"]["examples_per_s"] > 0

@@ -74,6 +74,7 @@ def test_another_process_gives_the_same_scores(classifier):
     np.testing.assert_allclose(Predictor(classifier).scores(TEXTS), json.loads(done.stdout), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_names_follow_probabilities(classifier):
     predictor = Predictor(classifier)
     proba = predictor.predict_proba(TEXTS)
@@ -137,6 +138,7 @@ def test_threads_may_share_a_predictor(base, tmp_path):
             np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_equal_titles_keep_their_order(ranker):
     assert [r.text for r in Predictor(ranker).rank(["same", "same"])] == ["same", "same"]
 

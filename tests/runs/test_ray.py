@@ -40,6 +40,7 @@ def test_two_workers_write_the_same_bytes(labelled_run, tmp_path):
     assert "--workers 1000" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_missing_ray_names_the_extra(labelled_run, tmp_path):
     words = [labelled_run, write(tmp_path / "new.csv", labelled(3)), "-o", tmp_path / "x.csv", "--on", "ray"]

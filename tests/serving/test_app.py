@@ -42,6 +42,7 @@ def test_classify_equals_predictor(client, folder, run):
     assert np.ptp(expected, axis=0).max() > 0.01  # a constant model would agree with anything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["pairs", "clicks"])
 def test_rank_equals_predictor(client, folder, run):
     expected = Predictor(folder / run).rank(TITLES, "a context")
@@ -170,6 +171,7 @@ def test_vllm_classify_equals_predictor(client, folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_vllm_rerank_equals_predictor(client, folder, path):
     expected = Predictor(folder / "clicks").rank(TITLES, "an article")

@@ -58,6 +58,7 @@ def test_missing_context_is_rejected_if_template_needs_it(tiny_model, tmp_path):
         assert len(post(client, "/v1/rank", titles=["a", "b"], context="c")["results"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("announced", [True, False])
 def test_too_large_body_is_rejected_before_parsing(one, announced):
     body = json.dumps({"texts": ["secret " * 300]}).encode()

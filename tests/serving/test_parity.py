@@ -159,6 +159,7 @@ def test_every_path_equals_the_trained_model(trained, answers, head, path, group
         assert ((values > 0.5) == (expected > 0.5))[clear].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 def test_export_contains_the_calibration(trained, tmp_path, head):
     import json

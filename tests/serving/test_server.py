@@ -107,6 +107,7 @@ def error_of(*args):
     return " ".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.0.1", "example.com"])
 def test_public_host_requires_a_token(run, monkeypatch, host):
     monkeypatch.delenv("LORACLE_TOKEN", raising=False)

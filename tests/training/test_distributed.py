@@ -23,6 +23,8 @@ from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.examples import LabeledText
 from loracle.training import distributed
+
+pytestmark = pytest.mark.slow  # a fixture runs whole trainings in two processes
 from loracle.training.distributed import on_main, partition, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -67,7 +69,6 @@ def assert_same(one, two, weights):
         np.testing.assert_allclose(actual[name], value, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged", "ranker", "resumed"])
 def test_two_processes_equal_one(roots, name):
     one, two = (root / name for root in roots)
@@ -124,7 +125,6 @@ def test_main_process_decides_when_to_stop(roots):
     assert [r["validation_metric"] for r in validations] == [0.5, 0.4, 0.3]
 
 
-@pytest.mark.slow
 def test_error_ends_all_processes_and_is_printed_once(tmp_path):
     data = write(tmp_path / "data.csv", labelled())
     (tmp_path / "taken").mkdir()

@@ -161,6 +161,7 @@ def gradients(examples, loss, labels: int, tokens_per_micro_batch: int) -> tuple
     return {n: before[n] - p for n, p in trainable_state(scorer).items()}, result.loss, len(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 10, 17])
 @pytest.mark.parametrize("kind", ["texts", "weighted", "pairs"])
 def test_micro_batches_give_the_gradient_of_one_batch(kind, tokens_per_micro_batch):

@@ -114,6 +114,7 @@ def test_export_of_a_chunking_run_notes_that_texts_are_cut(trained, tmp_path):
     assert any("chunk" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roundings", [0, 1e6])
 def test_allowed_rounding_is_that_of_the_run(trained, tmp_path, monkeypatch, roundings):
     monkeypatch.setattr(transformers_export, "TOLERANCE", 0.0)
@@ -210,6 +211,7 @@ class ToyExporter:
         return ["a number is no model"]
 
 
+@pytest.mark.slow
 def test_registered_exporter_needs_no_other_change(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(EXPORTERS, "toy", ToyExporter())
     lines = []
