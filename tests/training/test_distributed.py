@@ -23,9 +23,9 @@ from loracle.config import RunConfig
 from loracle.errors import UserError
 from loracle.examples import LabeledText
 from loracle.training import distributed
+from loracle.training.distributed import on_main, partition, start
 
 pytestmark = pytest.mark.slow  # a fixture runs whole trainings in two processes
-from loracle.training.distributed import on_main, partition, start
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
