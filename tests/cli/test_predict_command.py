@@ -10,6 +10,8 @@ import pytest
 from cli_runner import error_of, loracle, rows_of, trained
 from small import has_facts, labelled, write
 
+from loracle.training import progress
+
 
 @pytest.mark.slow
 def test_abstain_below_leaves_labels_out_and_counts(tiny_model, tmp_path):
@@ -72,3 +74,14 @@ def test_unwritable_output_is_an_error(tiny_model, tmp_path):
     assert has_facts(done.stderr, "folder.csv", "folder")
     data, inside = tmp_path / "data.csv", tmp_path / "data.csv" / "run"
     assert "--out" in error_of("train", data, "--model", tiny_model("qwen2"), "-o", inside)
+
+
+@pytest.mark.slow
+def test_quiet_predict_shows_no_progress(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    run, *_ = trained(tmp_path, tiny_model("qwen2"), labelled(), "--no-baselines")
+    data = write(tmp_path / "new.csv", labelled(30))
+    for flags, shown in (((), True), (("--quiet",), False)):
+        out = tmp_path / f"answers{len(flags)}.csv"
+        assert ("row 30 of 30" in loracle("predict", run, data, "-o", out, *flags).stderr) is shown
+        assert out.exists()

@@ -91,7 +91,7 @@ def predict(
         run=run, info=info, data=data, table=table, columns=text_columns, base=base, device=device,
         workers=None if on is None else workers or 0,
     )  # fmt: skip
-    batch.predict(job, out, abstain_below, log=terminal.note)
+    batch.predict(job, out, abstain_below, log=terminal.note, quiet=terminal.is_set("quiet"))
 
 
 @command()

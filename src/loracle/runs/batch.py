@@ -30,7 +30,7 @@ import loracle
 from loracle.data.columns import Columns
 from loracle.data.reader import iter_texts
 from loracle.data.table import Table
-from loracle.errors import Interrupted, UserError
+from loracle.errors import Interrupted, Log, UserError
 from loracle.hubs import checksum
 from loracle.runs.folder import MANIFEST, RunInfo, read_calibration, verify, write_bytes, write_text
 from loracle.runs.output import Write, check_output, open_output
@@ -93,10 +93,11 @@ class Job:
         }
 
 
-def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
+def predict(job: Job, out: Path | None, abstain_below: float, log: Log, *, quiet: bool = False) -> None:
     """Write every row of a table with its label and probabilities, to a file or, without ``out``, to the terminal.
 
     The file appears when it is complete. A stopped job, started again, continues and gives the same bytes.
+    ``quiet`` shows no progress.
 
     Raises:
         UserError: input or output cannot be read or written, or partial results belong to another run, data or columns.
@@ -109,7 +110,7 @@ def predict(job: Job, out: Path | None, abstain_below: float, log: Any) -> None:
     else:
         check_output(out)
         with _full_disk_as_user_error(out):
-            counts = _predict_to_file(job, out, abstain_below, log)
+            counts = _predict_to_file(job, out, abstain_below, log, quiet)
     textless, abstained = counts
     if textless:
         log(f"note: {textless:,} rows without a text have no label")
@@ -129,14 +130,14 @@ def _full_disk_as_user_error(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _predict_to_file(job: Job, out: Path, abstain_below: float, log: Any) -> tuple[int, int]:
+def _predict_to_file(job: Job, out: Path, abstain_below: float, log: Log, quiet: bool) -> tuple[int, int]:
     if any(out.resolve() == file.path.resolve() for file in job.table.files):
         raise UserError(f"--out {out} is also an input file.", "Pick another name.")
     pins = job.pins()
     with _open_partial_results(out.with_suffix(".scores"), pins) as partial:
         rows = _check_rows(job)  # finds errors in the file now, not after hours of scoring
         try:
-            _score(job, partial, rows, log)
+            _score(job, partial, rows, log, quiet)
             if job.pins() != pins:
                 raise UserError(
                     f"{job.table.name} changed during the job.", f"Delete {partial.folder} and repeat the command."
@@ -158,13 +159,13 @@ def _check_rows(job: Job) -> int:
     return rows
 
 
-def _score(job: Job, partial: PartialResults, rows: int, log: Any) -> None:
+def _score(job: Job, partial: PartialResults, rows: int, log: Log, quiet: bool) -> None:
     done = min(len(partial) * job.window, rows)
     if done:
         log(f"note: continuing after {done:,} of {rows:,} rows in {partial.folder}")
     if done == rows:
         return
-    with ProgressDisplay(rows, done, unit="row") as display:
+    with ProgressDisplay(rows, done, unit="row", quiet=quiet) as display:
         for values in job.values(len(partial)):
             partial.append(values)
             display.update(len(values))
