@@ -131,7 +131,7 @@ def _with_model(config: RunConfig, name: str) -> RunConfig:
 
 
 def _fitted(config: RunConfig, settings: CompareConfig, log: Log) -> RunConfig:
-    """Encoders train every weight, at a rate of their own, and take no dial that only decoders know."""
+    """Encoders train every weight, at a rate of their own, and take no setting that only decoders know."""
     base = resolve_base(config.model.model, config.model.revision)
     if not is_encoder(load_config(base.folder)):
         return config
