@@ -51,7 +51,7 @@ class RankGroup:
     ``texts[i]`` came from ``rows[i]`` (the first one, where equal titles were merged). Of ``preferences``, ``grades`` and
     ``clicks`` with ``impressions`` one is set when the group is to learn from, none when it is only to be ranked.
 
-    A group whose titles are comparable only where they agree in other columns (``--compare``) is several of these, with
+    A group whose titles are comparable only where they agree in other columns (``--compare-within``) is several of these, with
     one id and each with its ``stratum``. ``date`` is the latest that its rows name, so that what trains is wholly past.
     """
 

@@ -202,7 +202,7 @@ class TestLines:
             "  good      1,234",
             "  bad           2",
             "",
-            "noticed",
+            "issues",
             "  rows that repeat an earlier text: 1 (row 1236)",
             "  rows of equal texts with different labels: 2 (rows 2, 1236)",
         ]
@@ -251,7 +251,7 @@ class TestLines:
             "  Where it did not, a click rate also tells when and to whom a title was shown, not only how good it is.",
             "  Leave the groups of these times out, or read figures with and without them.",
             "",
-            "noticed",
+            "issues",
             "  groups not shown in equal shares, so allocation may not be random: 50 (rows 2, 3, 4, 5, 6, ...)",
         ]
         as_json = json.loads(json.dumps(found.to_json()))["allocation"]

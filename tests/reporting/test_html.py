@@ -46,8 +46,8 @@ def ranked():
                   clicks=tuple(rng.integers(5, 60, size=3).tolist()), impressions=(1000, 900, 1100))
         for i in range(40)
     ]  # fmt: skip
-    scores, rivals = ([rng.normal(size=(3, 1)) for _ in groups] for _ in range(2))
-    return reported(scores, {"length": rivals}, groups, Task(name="click_ranking"), None)
+    scores, lengths = ([rng.normal(size=(3, 1)) for _ in groups] for _ in range(2))
+    return reported(scores, {"length": lengths}, groups, Task(name="click_ranking"), None)
 
 
 def reported(scores, baselines, examples, task, calibration, training=None):

@@ -60,9 +60,9 @@ def report(task, examples, scores, baselines, calibration=None):
 def test_the_verdict_is_the_paired_interval(strength, beats, words):
     task, examples, scores = made(strength=strength)
     targets, rng = OneLabel().targets(examples, 4), np.random.default_rng(5)
-    poor, rival = (list((rng.normal(size=(300, 4)) + k * np.eye(4)[targets])[:, None]) for k in (0, 1.5))
-    found = report(task, examples, scores, {"poor": poor, "other": rival})["verdict"]
-    own, others = ((np.concatenate(s).argmax(1) == targets).mean() for s in (scores, rival))
+    poor, other = (list((rng.normal(size=(300, 4)) + k * np.eye(4)[targets])[:, None]) for k in (0, 1.5))
+    found = report(task, examples, scores, {"poor": poor, "other": other})["verdict"]
+    own, others = ((np.concatenate(s).argmax(1) == targets).mean() for s in (scores, other))
     assert found["baseline"] == "other"
     assert found["beats"] is beats
     assert words in found["text"]

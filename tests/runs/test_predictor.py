@@ -53,7 +53,7 @@ OTHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", OTHERS)
 def test_every_kind_of_run_reloads(base, tmp_path, how):
-    """``pipeline.reproduce`` compares scores within 1e-6, and raises; here the folder is opened once more."""
+    """``verify_reload`` compares scores within 1e-6, and raises; here the folder is opened once more."""
     folder = learn(tmp_path, base, labelled(), **OTHERS[how])
     proba = Predictor(folder).predict_proba(TEXTS)
     assert proba.shape == (4, 3)

@@ -74,7 +74,7 @@ class DataReport:
             facts.append(("test examples", f"{self.test_examples:,}"))
         allocation = self.counts.allocation
         shares = ["", "allocation", *(f"  {line}" for line in allocation.lines())] if allocation else []
-        issues = ["", "noticed", *(f"  {issue}" for issue in self.issues)] if self.issues else ["", "no issues found"]
+        issues = ["", "issues", *(f"  {issue}" for issue in self.issues)] if self.issues else ["", "no issues found"]
         return [*aligned(facts), *self.counts.lines, *shares, *issues]
 
     def to_json(self) -> dict[str, Any]:

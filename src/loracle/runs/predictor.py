@@ -169,7 +169,7 @@ class Predictor:
     def rank(self, titles: Sequence[str], context: str | None = None, *, draws: int | None = None) -> list[RankedTitle]:
         """Titles best first, each with what can be said about it; equal scores keep their order.
 
-        ``draws`` of Monte Carlo stand behind a lift (``judge.spread.expected_lift``). Of more than ``COMPARED`` titles
+        A lift is the mean of ``draws`` samples (``evaluation.click_model.expected_lift``). Of more than ``COMPARED`` titles
         nobody reads every chance against every other, so ``beats`` is None.
 
         Raises:
