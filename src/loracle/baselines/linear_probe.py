@@ -56,7 +56,7 @@ def choose_layer(
 ) -> ChosenLayer:
     """The layer after which a probe does best on validation examples.
 
-    Encoders are read after their last layer, and so is a decoder when validation examples are too few to choose.
+    Encoders are read after their last layer. A decoder is too, when validation examples are too few to choose a layer.
     """
     scorer = model.scorer
     if scorer.encoder or not scorer.packed:

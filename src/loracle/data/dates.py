@@ -26,7 +26,7 @@ def as_date(value: Any) -> str:
     """A date cell, so that it sorts as a text among others of its form, or as a number.
 
     Numbers and periods (2014-11-03, 2014-W45, 2014-11) stay as they stand, date-times are written in one way, and those
-    with an offset in UTC. What is no date, or would not sort by time, such as 3/11/2014, is refused, and so is a blank.
+    with an offset in UTC. Blanks, other text and ambiguous dates such as 3/11/2014 are errors.
 
     Raises:
         CellError: it is none.

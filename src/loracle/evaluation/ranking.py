@@ -38,7 +38,7 @@ def rank_metrics(
     - ``top1``: share of groups whose highest score is on the best observed arm.
     - ``ctr_lift``: click rate of the picks over that of their groups' mean arms, minus 1: the raw gain if every group
       had equally many readers. (A mean of the groups' own ratios would be ruled by the rarest clicks.)
-    - ``regret``: share of clicks that the picks leave to be had: (E[highest true rate] − E[true rate of the pick]) /
+    - ``regret``: share of clicks lost by the picks: (E[highest true rate] − E[true rate of the pick]) /
       E[highest true rate], each expectation summed over groups. Above 0 even for the best pick by the clicks
       themselves, as they leave in doubt which title is best.
     - ``ceiling``, ``significant_ceiling``: noise ceiling, the pair accuracies that the true order would reach on the

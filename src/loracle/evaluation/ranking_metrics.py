@@ -37,7 +37,7 @@ GAP_EDGES = (0.1, 0.25, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the clicks of a group tell of its titles' true rates: posterior means under the fitted spread."""
+    """Posterior means of the true click rates of a group's titles, under the fitted spread."""
 
     above: Array  # [n, n]: chance that title i's true rate is above title j's
     rate: Array  # [n]

@@ -86,7 +86,7 @@ def line_up(config: RunConfig, settings: CompareConfig, log: Log) -> list[Candid
     """``--model`` first, then those it is compared with; every name is looked up before anything is trained.
 
     Raises:
-        UserError: a model that cannot be had, a name twice.
+        UserError: a model that cannot be found or loaded, or the same name twice.
     """
     names = [config.model.model, *(n.strip() for n in settings.against.split(",") if n.strip())]
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:

@@ -38,7 +38,7 @@ def run(folder: Path, *, max_steps: int | None = None, log: Callable[[str], None
     """Train a topic classifier and a title ranker under ``folder``, show what they are worth, and use both.
 
     Raises:
-        UserError: the embedded data or model cannot be had, or ``folder`` holds something else.
+        UserError: the embedded data or model cannot be downloaded, or ``folder`` holds something else.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "data").is_dir():
         raise UserError(f"{folder} holds files that are not of a demo.", "Pick another --out.")
@@ -57,7 +57,7 @@ def run(folder: Path, *, max_steps: int | None = None, log: Callable[[str], None
 
 
 def perfect_knower(files: DemoFiles) -> dict[str, Any]:
-    """Test metrics of whoever knows the true log-odds behind the simulated clicks: what noise leaves to be had."""
+    """Test metrics of the true log-odds behind the simulated clicks: the noise ceiling."""
     truth = json.loads(files.truth.read_text(encoding="utf-8"))["log_odds"]
     table = open_table(str(files.clicks_test))
     examples = read_examples(table, RunConfig().data)

@@ -30,7 +30,7 @@ def shown_metrics(task: Task, test: Mapping[str, Any]) -> list[str]:
 
 
 def ceiling_line(test: Mapping[str, Any], who: str = "the model") -> str | None:
-    """What noise leaves to be had of a click log, and how much of it was; None where its clicks do not tell.
+    """The noise ceiling of a click log and how far the model got towards it; None where clicks are too few to say.
 
     ``noise ceiling: 81.2 % of all pairs, 98.2 % of significant ones; the model is 39 % [35, 43] of the way from chance
     to it``
